@@ -1,6 +1,6 @@
 """Build and install fastattn: ``python setup_ops.py install`` (or ``pip install .``).
 
-The work is done by custom_ops/builder; docs/install.md tells the options.
+custom_ops/builder does the work; docs/install.md describes the options.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SETUPTOOLS = "setuptools>=77,<86"  # as in pyproject.toml
 OLDEST_SETUPTOOLS = 77
 BORROWED = "FASTATTN_BORROWED_TOOLS"
 BUILDING = {"install", "build", "build_ext", "bdist_wheel", "develop"}
-BUILDING |= {"dist_info", "editable_wheel"}  # of pip
+BUILDING |= {"dist_info", "editable_wheel"}  # commands of pip
 
 
 def recent_setuptools() -> bool:
@@ -33,17 +33,17 @@ def recent_setuptools() -> bool:
 
 
 def install_line(packages: list[str]) -> str:
-    """What to type to have these packages."""
+    """Command line that installs these packages."""
     return f"\n\n    {shlex.join([sys.executable, '-m', 'pip', 'install', *packages])}\n"
 
 
 def run_with_borrowed(packages: list[str]) -> int:
-    """Run this script again, with these packages for this run only; its exit status.
+    """Run this script again, with these packages for this run only; return its exit status.
 
-    The environment's own setuptools stays as it is, as in the isolated builds of pip.
+    The environment's own setuptools does not change, as in pip's isolated builds.
     """
     install = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    print(f"fetching {' and '.join(packages)} for this build (missing or older here)", flush=True)
+    print(f"fetching {' and '.join(packages)} for this build (missing or too old here)", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if subprocess.call([*install, "--target", folder, *packages]) != 0:
             sys.exit(f"error: that failed; install them yourself:{install_line(packages)}")
@@ -54,7 +54,7 @@ def run_with_borrowed(packages: list[str]) -> int:
 
 
 def forget_borrowed() -> bool:
-    """Keep what was borrowed from the processes started here; whether this run borrowed."""
+    """Hide the borrowed packages from child processes; return whether this run borrowed any."""
     if os.environ.pop(BORROWED, None) is None:
         return False
     rest = os.environ.pop("PYTHONPATH").partition(os.pathsep)[2]
@@ -88,7 +88,7 @@ def main() -> None:
             sys.exit(run_with_borrowed(missing))
         try:
             from builder import extension
-        except ValueError as error:  # FASTATTN_HEAD_DIMS decides what there is to build
+        except ValueError as error:  # FASTATTN_HEAD_DIMS determines what is built
             raise BuildError(str(error)) from None
 
         if "install" in sys.argv:

@@ -1,9 +1,9 @@
 """fastattn: attention over a quantised KV cache for PaddlePaddle.
 
-``fastattn.functional`` has the operators, ``fastattn.backends`` the attention backends that a
-server plugs in, ``fastattn.distributed`` attention over a cache that is spread over processes,
-``fastattn.reference`` a NumPy model of every operator. They are imported on first use, so that
-``import fastattn`` works where Paddle or the compiled library does not.
+``fastattn.functional`` has the operators, and ``fastattn.backends`` the attention backends that a
+server plugs in. ``fastattn.distributed`` has attention over a cache that is spread over processes.
+``fastattn.reference`` has a NumPy model of every operator. They are imported on first use, so
+``import fastattn`` works even if Paddle or the compiled library does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m fastattn``, and the command ``fastattn``: see :mod:`fastattn.cli`."""
+"""``python -m fastattn`` and the command ``fastattn``; see :mod:`fastattn.cli`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastattn.cli import main
 
 
 def run() -> int:
-    """Run the command line; its exit status."""
+    """Run the command line and return its exit status."""
     try:
         status = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     return status

@@ -23,8 +23,8 @@ _ATTRIBUTE_KINDS: dict[int, tuple[type, Any]] = {
 def typed_attrs(sig: OpSignature, attrs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Attributes as plain Python values of the types that the operator was built with.
 
-    While a program is traced, Paddle 3 ends the process where it otherwise raises, so wrong types
-    must not reach it.
+    Paddle 3 ends the process during a trace where it otherwise raises an error, so wrong types must
+    not reach it.
     """
     checked = []
     for name, attr_type, value in zip(sig.attrs, sig.attr_types, attrs):
@@ -38,6 +38,6 @@ def typed_attrs(sig: OpSignature, attrs: tuple[Any, ...]) -> tuple[Any, ...]:
             raise ValueError(f"{sig.name}: {name}: expected an int of {bits} bits, got {value}")
         try:
             checked.append(kind(value))
-        except OverflowError:  # an integer as a float
+        except OverflowError:  # from an integer to a float
             raise ValueError(f"{sig.name}: {name}: expected a finite float, got {value}") from None
     return tuple(checked)

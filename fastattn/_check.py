@@ -1,10 +1,10 @@
-"""``FASTATTN_CHECK``: what tensors hold is checked before every operator call in dygraph.
+"""``FASTATTN_CHECK``: checks of tensor contents before every operator call in dygraph.
 
 Operators check shapes and types, which the host knows. Block tables, lengths, slots and scales may
-be on a GPU, and no operator waits for them: a wrong one is clamped or its tokens are left out. Here
-they are copied to the host, where NumPy looks at them (``_check_rules.py``), so a call waits for
-everything that was queued before it. While a CUDA graph is captured nothing can be read, and calls
-are made unchecked; so are those of a program that is traced.
+be on a GPU, and no operator waits for them. So a wrong value is clamped, or its tokens are left
+out. This module copies them to the host, where NumPy checks them (``_check_rules.py``); a call
+therefore waits for everything that was queued before it. Calls during the capture of a CUDA graph
+and during a trace are not checked, because nothing can be read then.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _thread = threading.local()
 
 @contextlib.contextmanager
 def partial_tables() -> Iterator[None]:
-    """Within it, block tables may leave out what sequences need, and may end before they do.
+    """In this context, block tables may omit blocks that sequences need, and may end early.
 
-    For calls of this package that mean it: a rank attends to the blocks that it holds.
+    It is for calls of this package in which that is correct: a rank attends only to its own blocks.
     """
     before = getattr(_thread, "partial", False)
     _thread.partial = True
@@ -38,7 +38,7 @@ def partial_tables() -> Iterator[None]:
 
 
 def _readable() -> bool:
-    """Whether tensors can be read now: not while a program is traced, or a graph captured."""
+    """Whether tensors can be read now: not during a trace or the capture of a graph."""
     if not paddle.in_dynamic_mode():
         return False
     sot = getattr(paddle.base.dygraph.base, "in_sot_simulation_mode", None)
@@ -51,13 +51,13 @@ def _readable() -> bool:
 def checked(
     call: Callable[..., Any], signature: Callable[[str], Any], level: int = WHOLE
 ) -> Callable[..., Any]:
-    """`_ops.call` after a check of the arguments' contents.
+    """Wrap `_ops.call` with a check of the contents of its arguments.
 
     Parameters
     ----------
     call, signature : functions of :mod:`fastattn._ops`
     level : int
-        PARTIAL: block tables may leave out blocks in every call, as a rank's tables do.
+        With PARTIAL, block tables may omit blocks in every call, as a rank's tables do.
     """
     from fastattn import _check_rules
 
@@ -75,7 +75,7 @@ def checked(
 
 @contextlib.contextmanager
 def checking(level: int = WHOLE) -> Iterator[None]:
-    """Check the calls within, of every thread, if they are not checked already."""
+    """Check the calls of all threads in this context, if they are not checked already."""
     from fastattn import _ops
 
     before = _ops.call

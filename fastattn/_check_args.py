@@ -1,4 +1,4 @@
-"""Contents of an operator's arguments, on the host; what ``FASTATTN_CHECK`` looks at."""
+"""Contents of an operator's arguments on the host, for ``FASTATTN_CHECK``."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Positions = NDArray[np.int64]
 
 
 class Malformed(Exception):
-    """Arguments that the operator itself refuses: there is nothing to check."""
+    """The operator itself refuses the arguments, so there is nothing to check."""
 
 
 class Arguments:
-    """Arguments of a call by name.
+    """Arguments of a call, by name.
 
     Parameters
     ----------
     sig : OpSignature
     inputs, attrs : tuple
-        As :func:`fastattn._ops.call` takes them.
+        As for :func:`fastattn._ops.call`.
     partial : bool
-        Whether block tables may leave out blocks that sequences need, with -1.
+        Whether block tables may omit blocks that sequences need, with -1.
     clipped : bool
-        Whether they may end before the sequences do.
+        Whether block tables may end before the sequences do.
     """
 
     def __init__(
@@ -54,28 +54,28 @@ class Arguments:
         return self._inputs.get(name) is not None
 
     def tensor(self, name: str) -> Any:
-        """A tensor of dygraph."""
+        """A dygraph tensor."""
         value = self._inputs.get(name)
         if not isinstance(value, paddle.base.core.eager.Tensor):
             raise Malformed
         return value
 
     def number(self, name: str) -> int:
-        """An attribute that is an int."""
+        """An attribute of type int."""
         value = self._attrs.get(name)
         if not isinstance(value, (int, np.integer)):
             raise Malformed
         return int(value)
 
     def shape(self, name: str, least: int = 1) -> list[int]:
-        """Shape of a tensor of `least` dimensions or more."""
+        """Shape of a tensor with at least `least` dimensions."""
         shape = [int(n) for n in self.tensor(name).shape]
         if len(shape) < least:
             raise Malformed
         return shape
 
     def ints(self, name: str, dims: int | None = None) -> Array:
-        """Values of a tensor of integers; flat where `dims` is None."""
+        """Values of an integer tensor; flat if `dims` is None."""
         tensor = self.tensor(name)
         if tensor.dtype not in (paddle.int32, paddle.int64):
             raise Malformed
@@ -85,7 +85,7 @@ class Arguments:
         return values.reshape(-1) if dims is None else values
 
     def floats(self, name: str) -> Array | None:
-        """Values of a tensor of floats as fp32; None for another dtype."""
+        """Values of a float tensor as fp32; None for another dtype."""
         tensor = self.tensor(name)
         if tensor.dtype == paddle.bfloat16:
             tensor = tensor.astype("float32")
@@ -95,13 +95,13 @@ class Arguments:
 
 
 class Sequences(NamedTuple):
-    """Sequences of a step as the operators see them."""
+    """The sequences of a step as the operators see them."""
 
     tables: Array  # [B, max_blocks]
     starts: Positions  # [B]
     cached: Positions
     new: Positions
-    end: Positions  # cached + new tokens; 0 for a sequence without new ones
+    end: Positions  # cached + new tokens; 0 for a sequence without new tokens
 
     def own(self, seq: int) -> slice:
         """Tokens of a sequence."""
@@ -109,7 +109,7 @@ class Sequences(NamedTuple):
 
 
 def sequences(args: Arguments, tokens: int) -> Sequences:
-    """Sequences of a step of `tokens` tokens, after a check of starts and lengths."""
+    """The sequences of a step of `tokens` tokens, after a check of starts and lengths."""
     tables = args.ints("block_tables", 2)
     starts = args.ints("cu_seqlens_q").astype(np.int64)
     cached = args.ints("seq_lens_decoder").astype(np.int64)
@@ -142,7 +142,7 @@ def sequences(args: Arguments, tokens: int) -> Sequences:
 
 
 def page_tokens(args: Arguments, cache: str = "cache", attr: str = "page_size") -> int:
-    """Tokens of a latent cache's page, from its shape or an attribute."""
+    """Tokens per page of a latent cache, from its shape or an attribute."""
     shape = args.shape(cache, 2)
     size = args.number(attr) if len(shape) == 2 else 0
     if len(shape) > 2:

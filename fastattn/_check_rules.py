@@ -1,8 +1,8 @@
-"""What each operator's block tables, lengths, slots and scales must hold, for ``FASTATTN_CHECK``.
+"""Rules for the block tables, lengths, slots and scales of each operator, for ``FASTATTN_CHECK``.
 
 A rule reads an operator's arguments and raises ValueError for contents that the operator would
-clamp or leave out in silence. What documents call padding is no error: negative slots and indices,
-tokens of no sequence, entries of a table that no token needs.
+silently clamp or leave out. Documented padding is allowed: negative slots and indices, tokens of no
+sequence, and table entries that no token needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HINT = "FASTATTN_CHECK=partial permits -1"
 def check(
     sig: Any, inputs: tuple[Any, ...], attrs: tuple[Any, ...], *, partial: bool, clipped: bool
 ) -> None:
-    """Refuse wrong contents; what an operator refuses by itself is left to it.
+    """Refuse wrong contents. Arguments that the operator itself refuses are left to it.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def _needed(
 def _within(
     args: Arguments, name: str, values: Array, least: int | None, most: int, what: str
 ) -> None:
-    """Refuse values outside [least, most], naming the first one by its place in `what`."""
+    """Refuse values outside [least, most]. The message gives the place of the first in `what`."""
     wrong = values > most
     if least is not None:
         wrong |= values < least
@@ -125,18 +125,18 @@ def _write(args: Arguments) -> None:
 def _compact(args: Arguments) -> None:
     seqs = sequences(args, args.number("num_tokens"))
     blocks, size = args.number("num_blocks"), args.number("block_size")
-    args.partial = True  # it is there for tables that leave out blocks
+    args.partial = True  # it is for tables that omit blocks
     if size > 0:
         _needed(args, seqs.tables, np.zeros_like(seqs.end), seqs.end, size, blocks)
 
 
 def _gather(args: Arguments, size: int, pages: int, rows: int, lengths: Array | None) -> Array:
-    """Refuse tables of sequences that are gathered to rows from `cu_seqlens_k` on.
+    """Refuse wrong tables of sequences that are gathered to rows, starting at `cu_seqlens_k`.
 
     Returns
     -------
     array of int64, shape [B]
-        Tokens of each sequence.
+        Number of tokens of each sequence.
     """
     starts = args.ints("cu_seqlens_k").astype(np.int64)
     tables = args.ints("block_tables", 2)
@@ -158,7 +158,7 @@ def _gather(args: Arguments, size: int, pages: int, rows: int, lengths: Array | 
 
 
 def _ascending(args: Arguments, name: str, starts: Array, rows: int | None) -> None:
-    """Refuse starts that do not ascend from 0 on, or (with `rows`) end past the last row."""
+    """Refuse starts that do not ascend from 0, or that end past the last row (with `rows`)."""
     wrong = np.diff(starts, prepend=0) < 0
     if wrong.any():
         at = int(np.argmax(wrong))
@@ -187,7 +187,7 @@ def _k_gather(args: Arguments) -> None:
 
 
 def _context(args: Arguments) -> None:
-    """A paged cache of index keys that rows of queries score."""
+    """Check a paged cache of index keys that rows of queries score."""
     lengths, tables = args.ints("context_lens").astype(np.int64), args.ints("block_tables", 2)
     batch, size = args.shape("q", 4)[0], args.number("page_size")
     if size < 1 or len(tables) < batch or not batch or len(lengths) % batch:
@@ -224,12 +224,12 @@ def _token_maps(args: Arguments) -> None:
 
 
 def _slots(args: Arguments, name: str, cache: str, size: int, tokens: Array | None = None) -> None:
-    """Refuse slots past a cache, and those that two tokens are written to.
+    """Refuse slots past the end of a cache, and slots that two tokens write to.
 
     Parameters
     ----------
     tokens : array of bool, optional
-        Which tokens are written; by default all that have a slot.
+        Which tokens are written. Default: all with a slot.
     """
     slots = args.ints(name).astype(np.int64)
     if tokens is not None:
@@ -248,7 +248,7 @@ def _slots(args: Arguments, name: str, cache: str, size: int, tokens: Array | No
 
 
 def _positions(args: Arguments) -> None:
-    """Refuse positions past the rows of sines and cosines; negative ones are padding."""
+    """Refuse positions past the rows of sines and cosines. Negative positions are padding."""
     rows = args.shape("cos_sin_cache", 2)[0]
     _within(args, "positions", args.ints("positions"), None, rows - 1, "token")
 
@@ -279,8 +279,8 @@ def _compress(args: Arguments) -> None:
     blocks, size = args.shape("state_cache", 3)[:2]
     if size < 1 or ratio < 1 or len({len(x) for x in (positions, ids, states, slots)}) > 1:
         raise Malformed
-    # Only the last token of a group writes a key; it reads the group's states, for a ratio of 4
-    # also the states of the group before.
+    # Only the last token of a group writes a key. It reads the states of its group and, for ratio
+    # 4, also the states of the previous group.
     whole = (positions >= 0) & ((positions + 1) % ratio == 0) & (states >= 0) & (slots >= 0)
     whole &= (ids >= 0) & (ids < len(tables))
     _slots(args, "kv_slots", "kv_cache", args.number("page_size"), whole)
@@ -359,7 +359,7 @@ def _topk_indices(args: Arguments) -> None:
 
 
 def _ranges(args: Arguments) -> None:
-    """Contiguous index keys that rows of queries score."""
+    """Check contiguous index keys that rows of queries score."""
     keys = args.shape("keys", 2)[0]
     for name in ("starts", "ends"):
         _within(args, name, args.ints(name), 0, keys, "query")

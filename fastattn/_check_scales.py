@@ -1,7 +1,7 @@
-"""Scales that would lose what they multiply: NaN, infinite, 0 or, where no code has a sign, less.
+"""Checks of scales that would lose their values: NaN, infinite, 0, or negative for unsigned scales.
 
-Static ones are checked whole; of a cache's dynamic ones (a scale for each token and head), those of
-the tokens that the call reads.
+Static scales are checked completely. Of a cache's dynamic scales (one per token and head), only
+scales of tokens that the call reads are checked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import paddle
 
 from fastattn._check_args import Arguments, Array, Malformed, Positions
 
-#: Inputs with a scale for the call, a head, a channel, or a sequence and head.
+#: Inputs with a scale per call, head, channel, or sequence and head.
 _STATIC = ("scale", "extra_scale", "q_scale", "out_scale", "output_scale", "k_descale", "v_descale")
 _OF_CACHE = ("cache_k_scales", "cache_v_scales")
 
@@ -26,7 +26,7 @@ def check_static(args: Arguments) -> None:
         if not args.has(name):
             continue
         shape = args.shape(name, 0)
-        if name == "q_descale" and shape != [1]:  # of tokens, which may be padding
+        if name == "q_descale" and shape != [1]:  # per token, and tokens may be padding
             continue
         if name in _OF_CACHE and len(shape) > 2:
             continue
@@ -44,10 +44,11 @@ def _of_blocks(args: Arguments, name: str, blocks: Array) -> Array:
     """Scales of some blocks, [blocks, KV, 64, ...], as fp32 or uint8."""
     tensor = args.tensor(name)
     bits = tensor.dtype == paddle.bfloat16
-    # Paddle 2 has no kernels for recent GPUs and says nothing: there the whole tensor is copied.
+    # Paddle 2 has no kernels for recent GPUs and fails silently, so the whole tensor is copied
+    # there.
     if not tensor.place.is_cpu_place() and not paddle.__version__.startswith("2."):
         chosen = paddle.to_tensor(blocks, place=tensor.place)
-        # So that only those blocks cross to the host; but not every Paddle gathers every dtype.
+        # Copy only these blocks to the host; but not every Paddle version gathers every dtype.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             tensor, blocks = paddle.gather(tensor, chosen), np.arange(len(blocks))
     values: Array = tensor.numpy()[blocks]
@@ -57,9 +58,9 @@ def _of_blocks(args: Arguments, name: str, blocks: Array) -> Array:
 def check_dynamic(
     args: Arguments, tables: Array, begin: Positions, end: Positions, block_size: int
 ) -> None:
-    """Refuse dynamic scales of positions [begin, end) that are no finite numbers but 0.
+    """Refuse dynamic scales of positions [begin, end) that are 0 or not finite.
 
-    Those of 4-bit codes may be negative. A scale of 0 is that of a slot never written.
+    Scales of 4-bit codes may be negative. A scale of 0 means that the slot was never written.
     """
     for name in _OF_CACHE:
         if not args.has(name) or len(args.shape(name, 0)) < 3:

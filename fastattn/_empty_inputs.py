@@ -1,6 +1,6 @@
-"""Optional inputs without elements: whether an operator may be given them.
+"""Rules for optional inputs without elements: which operators may be given them.
 
-Paddle's registry hands an empty optional tensor over as an absent one, which means something else.
+Paddle's registry passes an empty optional tensor as an absent one, which has another meaning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastattn._ops import OpSignature
 
-#: Never copied: a pool of gigabytes would be, at every call.
+#: Inputs that are never copied: at every call it would copy a pool of gigabytes.
 CACHES = frozenset(
     {
         *("cache", "key_cache", "value_cache", "cache_k_scales", "cache_v_scales"),
@@ -18,8 +18,8 @@ CACHES = frozenset(
     }
 )
 
-# Optional inputs with one entry a token or a sequence: empty where the step has none. An operator
-# that is called directly sees that they are, and its own check of the shape says whether it fits.
+# Optional inputs with one entry per token or sequence, which are empty if the step has none. An
+# operator that is called directly sees the empty tensor, and its own shape check decides.
 _PER_TOKEN = frozenset(
     {
         "batch_id_per_token",
@@ -48,19 +48,20 @@ _PER_TOKEN = frozenset(
 
 
 def may_not_be_empty(sig: OpSignature, index: int) -> bool:
-    """Whether an optional input has elements in every step, even an empty one.
+    """Whether an optional input has elements in every step, even in an empty one.
 
-    Paddle hands an empty optional tensor over as an absent one.
+    Paddle passes an empty optional tensor as an absent one.
     """
     name = sig.inputs[index]
-    # A cache without blocks has empty scales; the operator checks.
+    # A cache without blocks has empty scales; the operator checks them.
     return sig.optional[index] and name not in _PER_TOKEN and not name.startswith("cache_")
 
 
 def is_per_token(sig: OpSignature, index: int) -> bool:
-    """Whether an optional input has entries wherever the operator's first one has.
+    """Whether an optional input has entries whenever the operator's first input has.
 
-    Descales may have one a sequence, extra indices no column. The first input may be a cache.
+    Descales may have one entry per sequence, and extra indices may have no column. The first input
+    may be a cache.
     """
     name, first = sig.inputs[index], sig.inputs[0]
     others = name.endswith("_descale") or name == "extra_indices"
@@ -77,9 +78,9 @@ def _has_no_tokens(sig: OpSignature, values: tuple[Any, ...], attrs: tuple[Any, 
 def may_be_empty(
     sig: OpSignature, index: int, values: tuple[Any, ...], attrs: tuple[Any, ...], registered: bool
 ) -> bool:
-    """Whether an optional tensor without elements may go on to the operator.
+    """Whether an optional tensor without elements may be passed to the operator.
 
-    From Paddle's registry the operator gets an absent tensor in its place, which may not matter.
+    Paddle's registry passes an absent tensor instead, which may make no difference.
     """
     name, shape = sig.inputs[index], values[index].shape
     if may_not_be_empty(sig, index):
@@ -87,7 +88,7 @@ def may_be_empty(
     if not registered or name.startswith("cache_"):
         return True
     if name.endswith("_descale") and len(shape) == 2 and shape[0] == 0:
-        # One entry a sequence: nothing is lost where there are none.
+        # One entry per sequence: nothing is lost if there are no sequences.
         starts = values[sig.inputs.index("cu_seqlens_q")]
         if list(getattr(starts, "shape", ())) == [1]:
             return True

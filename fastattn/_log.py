@@ -1,14 +1,14 @@
-"""``FASTATTN_LOG``: operator calls through :mod:`logging`, each before its kernel starts.
+"""``FASTATTN_LOG``: a log of operator calls through :mod:`logging`, before each kernel starts.
 
-Level 1 logs (INFO) the first call of every configuration: an operator with the dtypes, places and
-options of its inputs, and their shapes but for the first dimension, which varies from step to step.
-Level 2 also logs (DEBUG) every call with all its inputs, so that the last line tells which call a
-crash belongs to. Contents of tensors are never read: that would wait for the device. At level 0
-this module is not even imported.
+Level 1 logs (INFO) the first call of every configuration. A configuration is an operator with the
+dtypes, places, options and shapes of its inputs, without the first dimension, which varies from
+step to step. Level 2 also logs (DEBUG) every call with all its inputs, so the last line identifies
+the call that crashed. Contents of tensors are never read, because that would wait for the device.
+At level 0 this module is not imported.
 
-The logger is ``fastattn``. Its lines go to stderr, and to stderr alone: Paddle gives the root
-logger a handler of its own, which would repeat them. An application that gives the logger
-``fastattn`` a handler, at any time, gets the lines instead.
+The logger is ``fastattn``. Its lines go only to stderr, because Paddle gives the root logger a
+handler of its own, which would repeat them. If an application adds a handler to the logger
+``fastattn``, at any time, the lines go there instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastattn import env
 LEVEL = env.log_level()
 LOGGER = logging.getLogger("fastattn")
 
-#: Configurations that level 1 remembers; it logs no further ones.
+#: Maximum number of configurations that level 1 remembers; it logs no further ones.
 MOST_CONFIGURATIONS = 1000
 
 
@@ -52,7 +52,7 @@ def _dtype(value: Any) -> str:
 
 
 def _is_eager(value: Any) -> bool:
-    """Whether it has a place and strides; the variables of a traced program warn when asked."""
+    """Whether a value has a place and strides. Variables of a traced program warn when asked."""
     return isinstance(value, paddle.base.core.eager.Tensor)
 
 
@@ -61,7 +61,7 @@ def _place(value: Any) -> str:
 
 
 def describe(value: Any) -> str:
-    """A tensor as ``bfloat16[4, 8, 128] gpu:0``, other values by ``repr``; never raises."""
+    """A tensor as ``bfloat16[4, 8, 128] gpu:0``, another value by ``repr``. Never raises."""
     try:
         if not hasattr(value, "dtype") or not hasattr(value, "shape"):
             return repr(value)
@@ -74,7 +74,7 @@ def describe(value: Any) -> str:
 
 
 def _configuration(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> Any:
-    """Key of a configuration for level 1. It leaves out numbers, such as lengths and scales."""
+    """Key of a configuration for level 1. It omits numbers, such as lengths and scales."""
     key: list[Any] = [op]
     for value in inputs:
         if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -89,7 +89,7 @@ def _line(names: tuple[str, ...], values: tuple[Any, ...]) -> str:
 
 
 def logged(call: Callable[..., Any], signature: Callable[[str], Any]) -> Callable[..., Any]:
-    """`_ops.call` that logs."""
+    """Wrap `_ops.call` with a log."""
     seen: set[Any] = set()
     count = 0
 

@@ -1,11 +1,11 @@
-"""The compiled operators: finding the library, calling an operator, registering with Paddle.
+"""The compiled operators: find the library, call an operator, register with Paddle.
 
-Nothing is loaded when this module is imported; the first :func:`call` (or :func:`load`) loads.
+The import of this module loads nothing. The first :func:`call` (or :func:`load`) loads the library.
 
 In dygraph an operator's C++ function is called through the module ``fastattn._direct``, with the
-tensors as they are. Paddle's registry is left out: at every call of any custom operator Paddle
-copies its table of all of them, so that calls get slower with each that is registered. The
-operators are registered when the first program is traced, or where ``_direct`` was not built.
+tensors as they are. The call bypasses Paddle's registry: for every call of a custom operator,
+Paddle copies its table of all of them, so calls get slower with each registered operator. The
+operators are registered when the first program is traced, or if ``_direct`` was not built.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from fastattn._foreign import not_a_tensor
 LIBRARY_NAME = "_fastattn_ops.so"
 PREFIX = "fastattn_"
 
-# The error that the checks of custom_ops/api/check.h throw, inside Paddle's own text.
+# The error of the checks in custom_ops/api/check.h, within Paddle's own text.
 _ERROR = re.compile(
     r"\[(TypeError|ValueError|NotImplementedError|RuntimeError)\] (.*?)\s*(?:\n\s*\[|\Z)", re.S
 )
-# Paddle's own check of an attribute's type.
+# Paddle's own check of the type of an attribute.
 _ATTRIBUTE_ERROR = re.compile(r"position (\d+)\) must be (\w+), but got ([\w.]+)")
-# What is told of std::bad_alloc: by fastattn._direct and by Paddle.
+# Messages for std::bad_alloc, from fastattn._direct and from Paddle.
 _OUT_OF_MEMORY = ("out of memory", "std::bad_alloc")
 _ERROR_TYPES = {
     "TypeError": TypeError,
@@ -50,34 +50,34 @@ _ERROR_TYPES = {
 
 
 class OpSignature(NamedTuple):
-    """Inputs, attributes and outputs of an operator, as it was built."""
+    """Inputs, attributes and outputs of an operator, as built."""
 
-    name: str  # as users know it, without the prefix
+    name: str  # the public name, without the prefix
     inputs: tuple[str, ...]
-    optional: tuple[bool, ...]  # one an input
+    optional: tuple[bool, ...]  # one per input
     attrs: tuple[str, ...]
     outputs: tuple[str, ...]
     inplace: dict[int, int]  # output index -> input index
-    attr_types: tuple[int, ...]  # Paddle's AttrType, one an attribute
+    attr_types: tuple[int, ...]  # Paddle's AttrType, one per attribute
 
 
 class _Direct(NamedTuple):
-    """An operator as ``fastattn._direct`` calls it."""
+    """An operator in the form that ``fastattn._direct`` calls."""
 
     handle: int
     signature: OpSignature
-    strided: tuple[bool, ...]  # inputs whose strides the operator takes, or refuses itself
+    strided: tuple[bool, ...]  # inputs whose strides the operator supports, or refuses itself
 
 
 def library_path() -> Path:
-    """Path of the compiled library: ``FASTATTN_LIBRARY`` or the one inside the package."""
+    """Path of the compiled library: ``FASTATTN_LIBRARY`` or the library in the package."""
     override = env.library()
     return Path(override) if override else Path(__file__).parent / LIBRARY_NAME
 
 
 def _check_build(path: Path) -> None:
-    """Refuse a library that was built for another Paddle than the imported one."""
-    record = path.with_name("_build_info.py")  # the build writes it beside the library
+    """Refuse a library that was built for a Paddle version other than the imported one."""
+    record = path.with_name("_build_info.py")  # the build writes it next to the library
     if not record.exists():
         return
     built = runpy.run_path(str(record)).get("PADDLE_VERSION")
@@ -90,7 +90,7 @@ def _check_build(path: Path) -> None:
 
 
 def _checked_library() -> Path:
-    """Path of the library, which exists and fits the imported Paddle."""
+    """Path of the library, after a check that it exists and fits the imported Paddle."""
     path = library_path()
     if not path.exists():
         raise ImportError(
@@ -105,7 +105,7 @@ def _cannot_load(path: Path, error: Exception) -> ImportError:
     return ImportError(f"{path} cannot be loaded into Paddle {paddle.__version__}: {error}")
 
 
-#: Held while the library is loaded or registered: threads may make the first call at once.
+#: Held while the library is loaded or registered, because several threads may make the first call.
 _LOADING = threading.RLock()
 
 
@@ -136,13 +136,13 @@ def load() -> tuple[str, ...]:
     from fastattn import _programs  # it imports this module
 
     _programs.watch()
-    # Paddle returns what is new to it: nothing where another library's registration, after ours was
-    # loaded, took our operators along.
+    # Paddle returns only new operators. If another library was registered after ours was loaded, it
+    # registered our operators too.
     return tuple(n for n in OpProtoHolder.instance().op_proto_map if n.startswith(PREFIX))
 
 
 def limit_dequantized(mib: float, operations: float) -> None:
-    """Set what docs/kernels/dequantize_kv.md calls by its variables; the library is loaded."""
+    """Set the limits of docs/kernels/dequantize_kv.md. The library must be loaded."""
     path = _checked_library()
     try:
         limit = ctypes.CDLL(str(path)).fastattn_limit_dequantized
@@ -154,7 +154,7 @@ def limit_dequantized(mib: float, operations: float) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _read_limits() -> None:
-    """Set them as the environment tells, once, whichever way the library is loaded first."""
+    """Set the limits from the environment, once, when the library is first loaded in any way."""
     limit_dequantized(*env.dequantized())
     path = _checked_library()
     try:
@@ -166,7 +166,7 @@ def _read_limits() -> None:
 
 
 def _direct_module(library: Path) -> ModuleType | None:
-    """Module that was built with the library and lies beside it, if any."""
+    """The ``_direct`` module next to the library, or None."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = library.with_name(f"_direct{suffix}")
         if path.exists():
@@ -182,7 +182,7 @@ _ATTRIBUTE_TYPES = {"int": 0, "float": 1, "std::string": 2, "bool": 6, "int64_t"
 
 
 class _Bound(NamedTuple):
-    """``fastattn._direct`` and the library's operators."""
+    """``fastattn._direct`` and the operators of the library."""
 
     module: ModuleType | None
     operators: dict[str, _Direct]
@@ -192,7 +192,7 @@ _bound: list[_Bound] = []
 
 
 def _bind() -> _Bound:
-    """Load the library without registering it; once, whichever threads ask."""
+    """Load the library without registering it, once, from any number of threads."""
     with _LOADING:
         if not _bound:
             _bound.append(_load_library())
@@ -203,7 +203,8 @@ def _bind() -> _Bound:
 def _load_direct() -> tuple[Any, dict[str, _Direct]]:
     """The function that calls operators, and the operators.
 
-    None and an empty dict without ``_direct``, which is only built where Python's headers are.
+    None and an empty dict without ``_direct``, which is only built if Python's headers are
+    installed.
     """
     module, operators = _bind()
     return (None if module is None else module.call), operators
@@ -231,33 +232,33 @@ def _load_library() -> _Bound:
 
 @functools.lru_cache(maxsize=1)
 def helpers() -> ModuleType | None:
-    """``fastattn._direct``, or None where it was not built."""
+    """``fastattn._direct``, or None if it was not built."""
     return _bind().module
 
 
 def prepare() -> None:
-    """Load the library without calling an operator, so that errors in it show now.
+    """Load the library without calling an operator, so that its errors show now.
 
     Raises
     ------
     ImportError
-        As :func:`load`, which runs only where operators cannot be called directly.
+        As :func:`load`, which runs only if operators cannot be called directly.
     """
     if _load_direct()[0] is None:
         load()
 
 
 def operators() -> tuple[str, ...]:
-    """Names of the library's operators, without the prefix.
+    """Names of the operators of the library, without the prefix.
 
-    They are registered with Paddle only where they cannot be called directly.
+    They are registered with Paddle only if they cannot be called directly.
     """
     run, found = _load_direct()
     return tuple(n[len(PREFIX) :] for n in load()) if run is None else tuple(found)
 
 
 def bare_call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> Callable[[], Any]:
-    """What :func:`call` does in dygraph, without its checks: for measuring them."""
+    """Make a dygraph :func:`call` without its checks, for measurements."""
     run, found = _load_direct()
     if run is None:
         registered = paddle.base.core.eager._run_custom_op
@@ -268,7 +269,7 @@ def bare_call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> Calla
 
 @functools.cache
 def signature(op: str) -> OpSignature:
-    """Signature of the operator ``fastattn_<op>``, from what it was built with."""
+    """Signature of the operator ``fastattn_<op>``, as it was built."""
     _, operators = _load_direct()
     if op in operators:
         return operators[op].signature
@@ -306,20 +307,20 @@ def _tensor_types() -> tuple[type, ...]:
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether `value` is a tensor of any of Paddle's modes (eager, PIR, static graph)."""
+    """Whether `value` is a tensor in any of Paddle's modes (eager, PIR, static graph)."""
     return isinstance(value, _tensor_types())
 
 
-#: Fewer elements fit 64 bits in any dtype that results may have: RequireBytesFit of api/check.h.
+#: Fewer elements fit 64 bits in any dtype of a result: RequireBytesFit of api/check.h.
 _MOST_ELEMENTS = 2**63 // 16
 
 
 def _check_inputs(
     sig: OpSignature, values: tuple[Any, ...], attrs: tuple[Any, ...], *, copied: bool
 ) -> None:
-    """Refuse arguments that are not tensors and, with `copied`, those that a copy would break.
+    """Refuse arguments that are not tensors and, with `copied`, arguments that a copy would break.
 
-    `copied`: the call goes through Paddle's registry.
+    `copied` means that the call goes through Paddle's registry.
     """
     eager = paddle.base.core.eager.Tensor
     inplace = sig.inplace.values()
@@ -333,7 +334,7 @@ def _check_inputs(
         if isinstance(value, eager) and value._is_initialized() and not value.is_dense():
             kind = "distributed" if value.is_dist() else "sparse"
             raise TypeError(f"{sig.name}: {name}: expected a dense tensor, got a {kind} one")
-        # Paddle counts bytes in 64 bits: its copy of a view that repeats would lie in fewer.
+        # Paddle counts bytes in 64 bits: its copy of a view with repeats would have too few bytes.
         if isinstance(value, eager) and math.prod(value.shape) >= _MOST_ELEMENTS:
             raise ValueError(
                 f"{sig.name}: {name}: expected sizes whose product fits 64 bits, got shape "
@@ -361,10 +362,11 @@ def is_memory_error(error: Exception) -> bool:
 
 
 def reraise_of(sig: OpSignature, error: Exception) -> NoReturn:
-    """Raise what an error of Paddle's, or of ``fastattn._direct``, says in the operator's name."""
+    """Raise the error of Paddle or of ``fastattn._direct`` under the operator's name."""
     match = _ATTRIBUTE_ERROR.search(str(error))
     if match is not None:
-        # Paddle tells the position in the raw call, counted from 1 and with the operator's name.
+        # Paddle's message has the position in the raw call, counted from 1 and including the
+        # operator's name.
         index = int(match[1]) - len(sig.inputs) - 2
         if 0 <= index < len(sig.attrs):
             name, kind = sig.attrs[index].split(":")[0], {"long": "int"}.get(match[2], match[2])
@@ -381,7 +383,9 @@ def reraise_of(sig: OpSignature, error: Exception) -> NoReturn:
 
 
 def reraise_named(error: Exception) -> NoReturn:
-    """Raise what an error of a program's run says, if one of our operators made it."""
+    """Raise the error of a program's run under the operator's name, if one of our operators caused
+    it.
+    """
     match = _ERROR.search(str(error))
     if match is None:
         raise error
@@ -389,22 +393,22 @@ def reraise_named(error: Exception) -> NoReturn:
 
 
 def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[Any]:
-    """Run the operator ``fastattn_<op>`` in whichever mode Paddle is in.
+    """Run the operator ``fastattn_<op>`` in Paddle's current mode.
 
     Parameters
     ----------
     op : str
         Name without the ``fastattn_`` prefix.
     inputs : tuple of Tensor or None
-        In the order of the operator's definition; None for an absent optional one.
+        In the order of the operator's definition; None for an absent optional input.
     attrs : tuple
         In the order of the operator's definition.
 
     Returns
     -------
     list of Tensor
-        All outputs, those written in place included. None for an absent optional tensor, and for a
-        result that was not asked for.
+        All outputs, including those written in place. None for an absent optional tensor, and for a
+        result that was not requested.
     """
     if paddle.in_dynamic_mode():
         run, operators = _load_direct()
@@ -423,7 +427,7 @@ def call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[
 def _call_unusual(
     run: Any, direct: _Direct, inputs: tuple[Any, ...], attrs: tuple[Any, ...]
 ) -> list[Any]:
-    """Make the call that ``_direct`` declined, or raise for its arguments."""
+    """Make a call that ``_direct`` declined, or raise an error about its arguments."""
     sig = direct.signature
     _check_inputs(sig, inputs, attrs, copied=False)
     attrs = typed_attrs(sig, attrs)
@@ -437,7 +441,7 @@ def _call_unusual(
         outputs = run(direct.handle, taken, attrs, None)
     except RuntimeError as error:
         reraise_of(sig, error)
-    # Still declined: an undefined tensor, which Paddle's registry knows how to refuse.
+    # Still declined: an undefined tensor, for which Paddle's registry raises the right error.
     return call_registered(sig.name, inputs, attrs) if outputs is None else list(outputs)
 
 
@@ -445,7 +449,7 @@ _told_no_gradient: set[str] = set()
 
 
 def _tell_no_gradient(sig: OpSignature, inputs: tuple[Any, ...]) -> None:
-    """Refuse to write tensors that want a gradient; warn once that an operator has none."""
+    """Refuse to write tensors that require a gradient; warn once that an operator has none."""
     wanting = [i for i, value in enumerate(inputs) if value is not None and not value.stop_gradient]
     for i in wanting:
         if i in sig.inplace.values():
@@ -479,7 +483,9 @@ def _refuse_eager(sig: OpSignature, inputs: tuple[Any, ...]) -> None:
 
 
 def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> list[Any]:
-    """:func:`call` through Paddle's registry: in programs, and in dygraph without ``_direct``."""
+    """Make a :func:`call` through Paddle's registry: in programs, and in dygraph without
+    ``_direct``.
+    """
     load()
     sig = signature(op)
     _check_inputs(sig, inputs, attrs, copied=True)
@@ -491,7 +497,7 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
         attrs = typed_attrs(sig, attrs)
         _tracing.check(sig, inputs, attrs)
     elif any(type(value) is int and value.bit_length() > 31 for value in attrs):
-        attrs = typed_attrs(sig, attrs)  # Paddle wraps some, and wrongly refuses others
+        attrs = typed_attrs(sig, attrs)  # Paddle wraps some integers, and wrongly refuses others
     if run is None:
         from fastattn import _programs  # it imports this module
 
@@ -502,7 +508,7 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
         outputs = run(PREFIX + op, *inputs, *attrs)
     except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         reraise_of(sig, error)
-    # An absent optional tensor leaves an empty tensor in the list, or (PIR) no place at all.
+    # An absent optional tensor gives an empty tensor in the list, or no entry (PIR).
     absent = [i for i, source in sig.inplace.items() if inputs[source] is None]
     if not absent:
         return list(outputs)
@@ -516,7 +522,7 @@ def _runner() -> Any:
     """Function that runs a custom operator in the current mode; None in a legacy static program."""
     if paddle.in_dynamic_mode():
         return paddle.base.core.eager._run_custom_op
-    # Paddle 3 traces into PIR, and its _C_ops knows custom operators there; Paddle 2.6 does not.
+    # Paddle 3 traces into PIR, where its _C_ops knows custom operators. Paddle 2.6 does not.
     if getattr(paddle.framework, "in_dynamic_or_pir_mode", bool)():
         return getattr(paddle._C_ops, "_run_custom_op", None)
     return None
@@ -526,7 +532,7 @@ _unwatched_call = call
 
 
 def step_function() -> Any:
-    """``fastattn._direct.step`` where calls go that way and nobody watches them, else None."""
+    """``fastattn._direct.step``, or None if calls do not use it or are observed."""
     if call is not _unwatched_call or not paddle.in_dynamic_mode():
         return None
     module = helpers()
@@ -534,13 +540,13 @@ def step_function() -> Any:
 
 
 def handle(op: str) -> int:
-    """Number of the operator ``fastattn_<op>`` for ``fastattn._direct``, -1 without it."""
+    """Number of the operator ``fastattn_<op>`` in ``fastattn._direct``; -1 without it."""
     _, operators = _load_direct()
     return operators[op].handle if op in operators else -1
 
 
 def reraise(error: RuntimeError) -> NoReturn:
-    """Raise what an error of ``fastattn._direct.step`` says, as :func:`call` does."""
+    """Raise the error of ``fastattn._direct.step`` as :func:`call` does."""
     text, op = error.args if len(error.args) == 2 else ("", "")
     if not str(op).startswith(PREFIX):
         raise error

@@ -1,10 +1,10 @@
-"""What FastDeploy's plug-in loader calls: the registration, and what is left if it fails.
+"""Entry point for FastDeploy's plug-in loader: the registration, and its failure mode.
 
-FastDeploy only logs an error of importing a plug-in, and whoever asks for its models a second time
-gets them without the plug-in. A server that was told to use this package would then serve with
-FastDeploy's own backends. So this module imports nothing that can fail, and a registration that
-failed fails again, with its reason, where FastDeploy chooses an attention backend that this package
-replaces.
+FastDeploy only logs an error from the import of a plug-in, and a second request for its models
+succeeds without the plug-in. A server that was told to use this package would then serve with
+FastDeploy's own backends. So this module imports nothing that can fail. After a failed
+registration, FastDeploy's choice of a backend that this package replaces fails again, with the
+original reason.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import importlib
 import inspect
 from typing import Any
 
-#: Method of FastDeploy's platform that names a backend's class.
+#: Method of FastDeploy's platform that returns the name of a backend's class.
 METHOD = "get_attention_backend_cls"
 
-#: Its classes that this package replaces, and by which of ``fastattn.backends``.
+#: FastDeploy's classes that this package replaces, and their replacements in ``fastattn.backends``.
 REPLACED = {
     "AppendAttentionBackend": "AppendAttentionBackend",
     "DecodeUnifiedAttentionBackend": "AppendAttentionBackend",
@@ -28,12 +28,12 @@ REPLACED = {
 
 
 def register() -> None:
-    """Make FastDeploy use this package's backends.
+    """Make FastDeploy use the backends of this package.
 
     Raises
     ------
     Exception
-        What :func:`fastattn.backends.fastdeploy.register` raises, and any error of importing it.
+        Any error of :func:`fastattn.backends.fastdeploy.register` or of its import.
     """
     try:
         importlib.import_module("fastattn.backends.fastdeploy").register()
@@ -43,17 +43,17 @@ def register() -> None:
 
 
 def method_of(platform: type) -> Any:
-    """The platform's method, without what a failed registration made of it; None: it has none."""
+    """The platform's original method, without the change of a failed registration, or None."""
     method = getattr(platform, METHOD, None)
     return getattr(method, "fastattn_failed", method)
 
 
 def _fail_when_chosen(error: Exception) -> None:
-    """Make FastDeploy's choice of a backend that this package replaces raise."""
+    """Make FastDeploy raise when it chooses a backend that this package replaces."""
     try:
         platform = type(importlib.import_module("fastdeploy.platforms").current_platform)
     except (ImportError, AttributeError):
-        return  # no FastDeploy, no backend of its own
+        return  # without FastDeploy there is no backend to choose
     original = method_of(platform)
     if not inspect.ismethod(original) or getattr(original, "fastattn", False):
         return

@@ -1,9 +1,9 @@
 """``FASTATTN_PROFILE=1``: a named range around every operator call, for profilers.
 
-``paddle.profiler.Profiler`` records the ranges while it records, and Nsight Systems does where
-Paddle can push NVTX ranges, as its GPU builds can. A range is the time of the host: it ends when
-the kernels are queued, and a profiler shows them below it. Where the variable is not set, this
-module is not even imported.
+``paddle.profiler.Profiler`` records the ranges while it is active. Nsight Systems records them if
+Paddle can push NVTX ranges, as its GPU builds can. A range measures host time: it ends when the
+kernels are queued, and a profiler shows the kernels below it. If the variable is not set, this
+module is not imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from paddle.profiler import RecordEvent
 
 
 def _nvtx() -> tuple[Callable[[str], Any], Callable[[], Any]] | None:
-    """Paddle's functions that push and pop an NVTX range; None where it has none that work."""
+    """Paddle's functions that push and pop an NVTX range; None if it has none that work."""
     core = paddle.base.core
     push, pop = (getattr(core, f"nvprof_nvtx_{name}", None) for name in ("push", "pop"))
     if push is None or pop is None:
@@ -35,7 +35,7 @@ def _nvtx() -> tuple[Callable[[str], Any], Callable[[], Any]] | None:
 
 
 def ranged(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`_ops.call` inside a range of the operator's name."""
+    """Wrap `_ops.call` in a range with the operator's name."""
     nvtx = _nvtx()
 
     @functools.wraps(call)

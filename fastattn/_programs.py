@@ -1,9 +1,9 @@
 """Checks of the inputs of traced programs at every run.
 
-Paddle copies an input of a program that is not contiguous, or not on the program's device, and
-hands an empty optional tensor over as an absent one. An operator inside the program cannot see
-either: it would write into the copy, or run without the tensor. So the runs themselves are checked,
-those of loaded programs too. A program without this package's operators is inspected once only.
+Paddle copies an input of a program that is not contiguous or not on the program's device, and
+passes an empty optional tensor as an absent one. An operator in the program cannot detect this: it
+would write into the copy, or run without the tensor. So every run is checked, also of loaded
+programs. A program without operators of this package is inspected only once.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class _Use(NamedTuple):
     """An input or parameter of a program that is an argument of an operator."""
 
     is_parameter: bool
-    position: int  # among the program's inputs, or its parameters
+    position: int  # index in the program's inputs or parameters
     op: str
     name: str
-    written: bool  # else: optional, and not to be empty
-    # Place of the operator's first input, if it has one: where it is empty, the other may be.
+    written: bool  # otherwise optional, and must not be empty
+    # Position of the operator's first input, if it has one. If that is empty, this one may be
+    # empty.
     counter: tuple[bool, int] | None = None
 
 
@@ -110,7 +111,7 @@ def _is_constant(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def watch() -> None:
-    """Check the runs of traced programs from now on; those of Paddle 2 are not checked."""
+    """Check all later runs of traced programs. Runs in Paddle 2 are not checked."""
     try:
         from paddle.jit.dy2static.pir_partial_program import PartialProgramLayer
     except ImportError:
@@ -157,8 +158,9 @@ def append_static(
             if inputs[sig.inplace[i]] is not None:
                 suffix = "@OPTIONAL" if sig.optional[sig.inplace[i]] else ""
                 written = inputs[sig.inplace[i]]
-                # A variable that is fed keeps no operator in a saved program: an operator that only
-                # writes in place gives new variables, which share their data with the inputs.
+                # A variable that is fed does not keep an operator in a saved program. So an
+                # operator that only writes in place returns new variables, which share their data
+                # with the inputs.
                 outs[name + suffix] = (
                     helper.create_variable(dtype=written.dtype) if pure else written
                 )

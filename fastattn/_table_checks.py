@@ -1,7 +1,7 @@
-"""What block tables must hold for the tokens of a step, checked in NumPy on the host.
+"""Checks of block tables against the tokens of a step, in NumPy on the host.
 
-:class:`fastattn.backends.ForwardMeta` checks a scheduler's lists so, and ``FASTATTN_CHECK`` the
-arguments of operators.
+:class:`fastattn.backends.ForwardMeta` uses them for a scheduler's lists, and ``FASTATTN_CHECK`` for
+the arguments of operators.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def check_needed(
         ``operator: argument``, for messages.
     tables : array of int, shape [B, max_blocks]
     begin, end : array of int64, shape [B]
-        Positions [begin, end) of each row are needed; none where end <= begin.
+        Positions [begin, end) of each row are needed; none if end <= begin.
     block_size : int
         Tokens of a block.
     num_blocks : int or None
-        Blocks of the cache; None: not known, and any id that is not negative will do.
+        Number of blocks of the cache. If None, any id that is not negative is accepted.
     partial : bool
-        Whether a negative entry may stand for a needed block, which then is not here.
+        Whether a negative entry may replace a needed block, which is then elsewhere.
     hint : str
-        How the caller permits that.
+        How the caller can permit that, for messages.
     seqs : array of int, optional
-        Sequence of each row; by default the row's number.
+        Sequence of each row. Default: the number of the row.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def check_needed(
 def check_writers(
     where: str, tables: Ints, begin: Positions, end: Positions, block_size: int
 ) -> None:
-    """Refuse tables by which one block is written through two entries.
+    """Refuse tables that write one block through two entries.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def check_writers(
     Raises
     ------
     ValueError
-        Naming both entries.
+        The message names both entries.
     """
     first = begin // block_size
     stop = np.minimum(-(-end // block_size), tables.shape[1])

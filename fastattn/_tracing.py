@@ -1,8 +1,8 @@
-"""Checks of an operator's arguments while a program is traced.
+"""Checks of an operator's arguments during a trace.
 
-The operator's own C++ function makes them, with the shapes and dtypes that the program knows and
-without data (``custom_ops/api/direct_check.h``). What only a run knows is checked at the run.
-Dygraph calls do not come here.
+The operator's own C++ function makes them without data, with the shapes and dtypes that the program
+knows (``custom_ops/api/direct_check.h``). Facts that only a run knows are checked at the run.
+Dygraph calls do not use this module.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import paddle
 
 from fastattn import _ops
 
-#: Sizes tried in place of those that a program does not know. A refusal counts only if its text is
-#: the same with each of them.
+#: Sizes that are tried in place of unknown ones. A refusal counts only if its text is the same with
+#: each of them.
 _GUESSES = (64, 128, 1)
-#: An operator has fewer dimensions to correct than that.
+#: Upper bound of the number of dimensions to correct.
 _MOST_CORRECTIONS = 64
 
-#: Those that tensors of arguments may have; an operator's refusal names another.
+#: Dtypes that arguments may have; an operator's refusal names another one.
 _DTYPES = frozenset(
     {
         *("bool", "int8", "uint8", "int16", "int32", "int64", "complex64", "complex128"),
@@ -32,7 +32,7 @@ _SHAPE_ERROR = re.compile(r"\] \w+: (\w+): expected shape \[([\d, ?]+)\], got \[
 
 
 class _Fact(NamedTuple):
-    """What a program knows of a tensor; a size of -1 is unknown."""
+    """Shape and dtype of a tensor in a program; -1 is an unknown size."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ def _fact(value: Any) -> _Fact:
 def _check_view(op: str, name: str, value: Any) -> None:
     """Refuse to write into a view that the traced function itself made.
 
-    A traced program computes a view as a tensor of its own: what is written into it is lost.
+    A traced program computes a view as a separate tensor, so writes into it are lost.
     """
     define = getattr(value, "get_defining_op", None)
     made_by = define() if define is not None else None
@@ -83,7 +83,7 @@ def _correct(
 def _refusal(
     sig: _ops.OpSignature, facts: list[_Fact | None], attrs: tuple[Any, ...], guess: int
 ) -> Exception | None:
-    """What the operator refuses the arguments with, `guess` in place of unknown sizes."""
+    """The operator's error for the arguments, with `guess` in place of unknown sizes."""
     module, handle = _ops.helpers(), _ops.handle(sig.name)
     assert module is not None
     shapes = [[guess if n < 0 else n for n in fact.shape] if fact else [] for fact in facts]
@@ -101,13 +101,13 @@ def _refusal(
 def check(sig: _ops.OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> None:
     """Refuse arguments that the operator would refuse, and writes that would be lost.
 
-    Without ``fastattn._direct`` only the latter are seen here; the rest is refused at the run.
+    Without ``fastattn._direct`` only lost writes are refused here; the rest is refused at the run.
 
     Parameters
     ----------
     sig : OpSignature
     inputs, attrs : tuple
-        In the order of registration, of the right Python types.
+        In the order of registration, with the correct Python types.
 
     Raises
     ------
@@ -128,5 +128,5 @@ def check(sig: _ops.OpSignature, inputs: tuple[Any, ...], attrs: tuple[Any, ...]
         if error is None or (errors and str(error) != str(errors[0])):
             return
         errors.append(error)
-    if not _ops.is_memory_error(errors[0]):  # results of this size are a run's concern
+    if not _ops.is_memory_error(errors[0]):  # results of this size matter only at a run
         _ops.reraise_of(sig, errors[0])

@@ -1,6 +1,7 @@
-"""Tensors in other shapes over the same memory, which takes Paddle longer than a call should.
+"""Tensors of other shapes over the same memory, faster than with Paddle.
 
-``fastattn._direct`` makes them in dygraph; Paddle does in programs, and where that was not built.
+``fastattn._direct`` makes them in dygraph. Paddle makes them in programs, and if ``_direct`` was
+not built.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fastattn import _ops
 
 
 def flat(tensor: Any) -> Any:
-    """A contiguous tensor [T, ..] as [T, rest], over the same memory in dygraph."""
+    """View a contiguous tensor [T, ..] as [T, rest], over the same memory in dygraph."""
     dynamic = paddle.in_dynamic_mode()
     helper = _ops.helpers() if dynamic else None
     result = None if helper is None else helper.flat(tensor)
@@ -26,10 +27,10 @@ def flat(tensor: Any) -> Any:
 
 
 def view(tensor: Any, shape: list[int]) -> Any:
-    """A tensor in another shape; the tensor itself where it has that shape in dygraph.
+    """A tensor with another shape; in dygraph, the tensor itself if it already has that shape.
 
-    Over the same memory in dygraph, if the tensor is contiguous. A gradient passes. A size may be
-    -1: what the others leave.
+    In dygraph a contiguous tensor keeps its memory. A gradient passes. One size may be -1, which is
+    then inferred.
     """
     if not paddle.in_dynamic_mode():
         return tensor.reshape(shape)
@@ -39,10 +40,10 @@ def view(tensor: Any, shape: list[int]) -> Any:
 
 
 def strided_view(tensor: Any, shape: list[int], strides: list[int], first: int = 0) -> Any:
-    """Elements of a tensor from number `first` on, over the same memory; in dygraph.
+    """View the elements of a tensor from number `first` on, over the same memory, in dygraph.
 
-    The tensor is contiguous and no view of another, where Paddle would count from its beginning.
-    Not by slices: Paddle 2.6 may copy those.
+    The tensor must be contiguous and not a view, because Paddle would count from the beginning of
+    the base tensor. Slices are not used, because Paddle 2.6 may copy them.
     """
     helper = _ops.helpers()
     result = None if helper is None else helper.view(tensor, shape, strides, first)

@@ -1,4 +1,4 @@
-"""Every environment variable that fastattn reads, in one place; docs/install.md has the build's.
+"""Environment variables that fastattn reads. docs/install.md has the variables of the build.
 
 =========================  ========================================================================
 variable                   meaning
@@ -10,22 +10,23 @@ variable                   meaning
 ``FASTATTN_PROFILE``       1: a range around every operator call, for ``paddle.profiler`` and NVTX.
                            Read at import.
 ``FASTATTN_CHECK``         1: refuse wrong block tables, lengths, slots and scales on the device,
-                           before every operator call; ``partial``: tables may leave out needed
-                           blocks (docs/backends.md). Every call waits. Read at import.
+                           before every operator call; ``partial``: tables may omit needed blocks
+                           (docs/backends.md). Every call waits. Read at import.
 ``FASTATTN_CALIBRATION``   file of ``python -m fastattn calibrate`` whose rotations and centres
                            backends use (docs/calibrate.md). Read when a backend is made.
-``FASTATTN_DEQUANTIZED_*`` ``MIB``: GPU memory that an attention call takes for K and V of long
-                           sequences in bf16; ``FROM``: operations from which it does
-                           (docs/kernels/dequantize_kv.md). Read when the library is loaded.
-``FASTATTN_SIGNAL_MODE``   who may use the queues and the shared memory of a prefill server's
-                           signals that this process makes: a file's mode in octal, default 600,
-                           which is this user. Read when the library is loaded.
+``FASTATTN_DEQUANTIZED_*`` ``MIB``: GPU memory that an attention call may use for K and V of long
+                           sequences in bf16; ``FROM``: number of operations from which a call
+                           uses it (docs/kernels/dequantize_kv.md). Read when the library is
+                           loaded.
+``FASTATTN_SIGNAL_MODE``   file mode, in octal, of the queues and the shared memory that this
+                           process makes for a prefill server's signals; default 600, for this
+                           user only. Read when the library is loaded.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
-``FD_DETERMINISTIC_MODE``  FastDeploy's: an int that is not 0 makes backends batch-invariant
+``FD_DETERMINISTIC_MODE``  FastDeploy's variable: an int other than 0 makes backends batch-invariant
                            (docs/backends.md). Read when a backend is made.
 =========================  ========================================================================
 
-Those that FastDeploy sets for its own processes are read where their words are spoken:
+Variables that FastDeploy sets for its own processes are read in the modules that use them:
 ``fastattn/backends/kv_signals.py`` and ``peers.py``.
 """
 
@@ -43,29 +44,29 @@ def library() -> str | None:
 
 
 def cache_dir() -> Path:
-    """Folder for files that may be made again, such as the demo's model."""
+    """Folder for files that can be regenerated, such as the demo's model."""
     override = os.environ.get("FASTATTN_CACHE")
     return Path(override) if override else Path.home() / ".cache" / "fastattn"
 
 
 def calibration() -> Path | None:
-    """File of what the layers' keys are stored with, or None."""
+    """Calibration file for the layers' keys, or None."""
     path = os.environ.get("FASTATTN_CALIBRATION")
     return Path(path) if path else None
 
 
 def log_level() -> int:
-    """How much is logged, 0 to 2; a value that is none of these warns and counts as 0."""
+    """Log level, 0 to 2. Another value warns and counts as 0."""
     return _number("FASTATTN_LOG", ("0", "1", "2"))
 
 
 def profile() -> bool:
-    """Whether operator calls are ranges of a profiler; values but 0 and 1 warn and count as 0."""
+    """Whether operator calls are profiler ranges. Values other than 0 and 1 warn and count as 0."""
     return _number("FASTATTN_PROFILE", ("0", "1")) == 1
 
 
 def check() -> int:
-    """What is checked on the device: 0 nothing, 1 all, 2 all but blocks that tables leave out."""
+    """Checks of tensor contents: 0 none, 1 all, 2 all except blocks that tables omit."""
     text = os.environ.get("FASTATTN_CHECK") or "0"
     if text not in ("0", "1", "partial"):
         warnings.warn(f"FASTATTN_CHECK: expected 0, 1 or partial, got {text!r}", stacklevel=2)
@@ -74,17 +75,17 @@ def check() -> int:
 
 
 def dequantized() -> tuple[float, float]:
-    """MiB of 16-bit keys and values, and operations that a call must have for them.
+    """MiB of 16-bit keys and values, and the minimum number of operations of a call that uses them.
 
-    Values that are no numbers, or negative, warn and count as the defaults.
+    Negative values, and values that are not numbers, warn and count as the defaults.
     """
     return _amount("FASTATTN_DEQUANTIZED_MIB", 512), _amount("FASTATTN_DEQUANTIZED_FROM", 4e9)
 
 
 def kv_signal_mode() -> int:
-    """Mode of the queues and the shared memory that signals go through.
+    """File mode of the queues and of the shared memory for signals.
 
-    What is no mode that lets this user read and write warns and counts as 600.
+    A value that is not a mode with read and write access for this user warns and counts as 600.
     """
     name = "FASTATTN_SIGNAL_MODE"
     text = os.environ.get(name) or "600"
@@ -95,12 +96,12 @@ def kv_signal_mode() -> int:
 
 
 def deterministic() -> bool:
-    """Whether FastDeploy's deterministic mode is on, as FastDeploy itself reads the variable.
+    """Whether FastDeploy's deterministic mode is on, read as FastDeploy reads the variable.
 
     Raises
     ------
     ValueError
-        If it is not an int.
+        If the variable is not an int.
     """
     text = os.environ.get("FD_DETERMINISTIC_MODE", "0")
     try:

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Build FastDeploy's attention operators without Paddle, to time them beside fastattn's.
+"""Build FastDeploy's attention operators without Paddle, to time them against fastattn's.
 
     scripts/build_fastdeploy_peers.py --tree FASTDEPLOY --out DIR [--arch sm_90a] [--jobs 2]
 
-FASTDEPLOY is a source tree of FastDeploy 2.6. Its files are compiled as they are, against a small
-stand-in for Paddle's extension header (`scripts/fastdeploy_peers/include`); only the file of the
-decode writer is cut, in a copy, before the instantiations that nothing here calls. DIR gets
-`libfastdeploy_peers.so` and `build.json`, which says what the library holds and what it lacks, and
-keeps what is compiled in `objects`. No GPU is needed to build;
-`scripts/fastdeploy_peers/time_step.py` runs the library on one.
+FASTDEPLOY is a source tree of FastDeploy 2.6. Its files are compiled unchanged, against a small
+stand-in for Paddle's extension header (`scripts/fastdeploy_peers/include`). Only a copy of the
+decode writer's file is cut before the instantiations that nothing here calls. DIR gets
+`libfastdeploy_peers.so` and `build.json`, which lists what the library has and lacks; the compiled
+files stay in `objects`. The build needs no GPU. `scripts/fastdeploy_peers/time_step.py` runs the
+library on one.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = Path(__file__).resolve().parent / "fastdeploy_peers"
-#: Query heads per KV head and head dimension of the models of `bench --op step`.
+#: Query heads per KV head, and head dimension, of the models of `bench --op step`.
 SHAPES = {
     (4, 128): "Qwen3-8B",
     (8, 128): "ERNIE-4.5-300B TP8, PaddleOCR-VL",
     (8, 64): "gpt-oss-120b",
 }
-#: Cache type -> bytes of an element, FP8, scales of each token.
+#: Cache type -> bytes of an element, whether FP8, whether there are scales per token.
 QUANTS = {
     "none": (2, False, False),
     "cache_int8": (1, False, False),
     "cache_fp8": (1, True, False),
     "block_wise_fp8": (1, True, True),
 }
-#: Headers that FastDeploy's files name and do not need: all is in `paddle/extension.h`.
+#: Headers that FastDeploy's files include but do not need, because `paddle/extension.h` has
+#: everything.
 EMPTY = (
     "glog/logging.h",
     "paddle/phi/backends/context_pool.h",
@@ -47,7 +48,7 @@ EMPTY = (
     "paddle/phi/core/dense_tensor.h",
     "paddle/phi/core/memory/memcpy.h",
 )
-#: Headers of which a name or two is used.
+#: Headers of which only one or two names are used.
 SMALL = {
     "nvml.h": "#pragma once\n",
     "nlohmann/json.hpp": (
@@ -62,13 +63,13 @@ SMALL = {
         "inline __host__ __device__ int ceil_div(int a, int b) { return (a + b - 1) / b; }\n}\n"
     ),
 }
-#: The writer of decode steps, and the line of its first instantiation.
+#: The file of the decode writer, and the line of its first instantiation.
 WRITER = "append_attn/decoder_write_cache_with_rope_kernel.cu"
 CUT = "\ntemplate void DecoderWriteCacheWithRoPEKernel<"
 
 
 class Unit(NamedTuple):
-    """A file to compile, what it is for, and the macros that it needs."""
+    """A file to compile, its purpose, and the macros that it needs."""
 
     name: str
     holds: str
@@ -77,7 +78,7 @@ class Unit(NamedTuple):
 
 
 def cut_writer(text: str) -> str:
-    """The decode writer's file with one instantiation, bf16, in place of its own."""
+    """The decode writer's file with one instantiation, bf16, instead of its own ones."""
     before, found, after = text.partition(CUT)
     if not found:
         raise ValueError(f"no instantiation in {WRITER}: not a tree of FastDeploy 2.6")
@@ -87,7 +88,7 @@ def cut_writer(text: str) -> str:
 
 
 def instances_missing(tree: Path, group: int, dim: int, quant: str) -> str:
-    """Why FastDeploy itself does not instantiate a kernel, by its list; nothing if it does."""
+    """Reason why FastDeploy's own list does not instantiate a kernel; empty if it does."""
     listed = json.loads((tree / "append_attn" / "template_config.json").read_text())
     kernel = "multiquery_attention_c16" if quant == "none" else "multiquery_attention_c8"
     has = listed[kernel]["dispatch_params"]
@@ -98,7 +99,7 @@ def instances_missing(tree: Path, group: int, dim: int, quant: str) -> str:
 
 
 def units(tree: Path, scratch: Path) -> tuple[list[Unit], dict[str, str]]:
-    """All files of the library, the cut one written to `scratch`; what FastDeploy lacks."""
+    """All files of the library (the cut one is written to `scratch`), and what FastDeploy lacks."""
     writer = scratch / "writer.cu"
     writer.write_text(cut_writer((tree / WRITER).read_text()))
     made = [
@@ -132,14 +133,14 @@ def units(tree: Path, scratch: Path) -> tuple[list[Unit], dict[str, str]]:
 
 
 def write_headers(folder: Path) -> None:
-    """Headers that stand in for libraries FastDeploy's files name."""
+    """Headers that stand in for the libraries that FastDeploy's files include."""
     for name, text in {**dict.fromkeys(EMPTY, "#pragma once\n"), **SMALL}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
 
 
 def compile_unit(unit: Unit, nvcc: str, tree: Path, scratch: Path, arch: str) -> str:
-    """Compile a file to an object; what the compiler said if it failed, else nothing."""
+    """Compile a file to an object; return the compiler's output if it failed, else nothing."""
     folders = (SOURCES / "include", scratch / "include", SOURCES, tree, tree / "append_attn")
     options = ["-O3", "-std=c++17", f"-arch={arch}", "--expt-relaxed-constexpr", "-DNDEBUG"]
     options += ["--expt-extended-lambda", "-Xcompiler", "-fPIC", "-w"]
@@ -156,12 +157,12 @@ def compile_unit(unit: Unit, nvcc: str, tree: Path, scratch: Path, arch: str) ->
 
 
 def first_error(text: str) -> str:
-    """The first error in what a compiler said."""
+    """The first error in a compiler's output."""
     return next((line for line in text.splitlines() if "error" in line), text[:300])
 
 
 def build(tree: Path, out: Path, nvcc: str, arch: str, jobs: int) -> dict[str, str]:
-    """Compile and link all files that compile; what is not in the library -> why."""
+    """Compile and link all files that compile; return what the library lacks -> the reason."""
     operators = tree / "custom_ops" / "gpu_ops"
     scratch = out / "objects"
     write_headers(scratch / "include")
@@ -176,7 +177,7 @@ def build(tree: Path, out: Path, nvcc: str, arch: str, jobs: int) -> dict[str, s
                 (scratch / f"{unit.name}.log").write_text(text)
             else:
                 built.append(unit)
-    # Lazily bound: what nothing here calls (fp16, INT4, speculation) stays undefined.
+    # Lazy binding: symbols that nothing here calls (fp16, INT4, speculation) stay undefined.
     link = [nvcc, "-shared", f"-arch={arch}", "-Xlinker", "-z,lazy"]
     link += [str(scratch / f"{unit.name}.o") for unit in built]
     subprocess.run([*link, "-o", str(out / "libfastdeploy_peers.so")], check=True)
@@ -191,7 +192,9 @@ def main() -> None:
     parser.add_argument("--tree", type=Path, required=True, help="FastDeploy's source tree")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--arch", default="sm_90a", help="GPU architecture, default: sm_90a")
-    parser.add_argument("--jobs", type=int, default=2, help="files compiled at once, default: 2")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of files compiled at once, default: 2"
+    )
     arguments = parser.parse_args()
     home = os.environ.get("CUDA_HOME")
     nvcc = f"{home}/bin/nvcc" if home else "nvcc"

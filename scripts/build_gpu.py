@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Build the GPU library, on a machine without a GPU if need be.
+"""Build the GPU library. The machine does not need a GPU.
 
     scripts/build_gpu.py --python VENV/bin/python [--archs "90a;100a"] [--out build/gpu]
 
-The Python named must have a CUDA build of Paddle (`pip install paddlepaddle-gpu==2.6.2`); nvcc is
-found through CUDA_HOME or PATH. The result, `OUT/_fastattn_ops.so` with `_build_info.py` beside it,
-depends on that Paddle's version but not on its Python: carry both files to the GPU machine and name
-the library in FASTATTN_LIBRARY. The modules beside it fit one Python; carry them too where that is
-the same (calls in dygraph go through `_direct`). `scripts/test_gpu.sh` tests the library there.
+The given Python must have a CUDA build of Paddle (`pip install paddlepaddle-gpu==2.6.2`). nvcc is
+found through CUDA_HOME or PATH. The result is `OUT/_fastattn_ops.so` with `_build_info.py` next to
+it. It depends on the version of that Paddle but not on its Python. Copy both files to the GPU
+machine and name the library in FASTATTN_LIBRARY. The modules next to it fit one Python version;
+copy them too if the GPU machine has that version (calls in dygraph use `_direct`).
+`scripts/test_gpu.sh` tests the library there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=out) as folder:
         python = os.path.abspath(
             arguments.python
-        )  # not resolved: a virtual environment's is a link
+        )  # not resolved, because the Python of a virtual environment is a link
         command = [python, "setup_ops.py", "build_ext", "--cuda=on", "--build-lib", folder]
         if subprocess.call(command, cwd=ROOT) != 0:
             sys.exit(1)

@@ -4,10 +4,10 @@
     scripts/build_virtual_gpu.py [--python VENV/bin/python] [--only REGEX]
     FASTATTN_LIBRARY=build/virtual_gpu/_fastattn_ops.so python -m pytest tests/cache -k gpu
 
-Needs nvcc, a CPU build of Paddle and a CPU with AVX2, FMA and F16C. Some 300 sources take 2 to
-20 s each; FASTATTN_HEAD_DIMS=128 leaves some of them out, `--only cuda/cache` all but some:
-launchers of the others return cudaErrorStubLibrary, and tests that need them are skipped.
-`--machine-only` builds the interpreter alone.
+The build needs nvcc, a CPU build of Paddle and a CPU with AVX2, FMA and F16C. About 300 sources
+take 2 to 20 s each. FASTATTN_HEAD_DIMS=128 omits some of them, and `--only cuda/cache` omits all
+others. Launchers that are not compiled return cudaErrorStubLibrary, and tests that need them are
+skipped. `--machine-only` builds only the interpreter.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = ROOT / "tests" / "virtual_gpu"
 FLAGS = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-fPIC"]
-# Products are fused where a kernel says so, and only there.
+# Products are fused only if a kernel asks for it.
 FLAGS += ["-ffp-contract=off", "-mfma", "-mf16c", "-mavx2"]
 
 sys.path.insert(0, str(ROOT / "custom_ops"))
 
 
 def build_machine(out: Path) -> None:
-    """Compile the interpreter, with what takes libcudart's place, into libvirtual_gpu.so."""
+    """Compile the interpreter and its replacement for libcudart into libvirtual_gpu.so."""
     from builder import toolchain
 
     home = toolchain.find_cuda()
@@ -51,7 +51,8 @@ def build_machine(out: Path) -> None:
             failed = any(list(pool.map(compile_one, sources, objects)))
         library = Path(folder, "libvirtual_gpu.so")
         link = [*cxx, "-shared", "-Wl,-z,defs", "-Wl,-soname,libvirtual_gpu.so"]
-        # Without what the standard library's templates leave: Paddle's is linked for having that.
+        # Without the instantiations of standard library templates: Paddle's library is linked for
+        # them.
         link.append(f"-Wl,--version-script={MACHINE / 'exports.map'}")
         if failed or subprocess.call([*link, *map(str, objects), "-o", str(library)]) != 0:
             sys.exit("error: the interpreter does not compile; the compiler's message is above")
@@ -74,14 +75,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default=sys.executable, help="Python with a CPU Paddle")
     parser.add_argument("--machine-only", action="store_true", help="only the interpreter")
-    parser.add_argument("--only", default="", help="regular expression of kernels' paths")
+    parser.add_argument("--only", default="", help="regular expression for the paths of kernels")
     arguments = parser.parse_args()
     from builder.project import VIRTUAL_GPU
 
     VIRTUAL_GPU.mkdir(parents=True, exist_ok=True)
     build_machine(VIRTUAL_GPU)
     if not arguments.machine_only:
-        # Not resolved: the Python of a virtual environment is a link.
+        # Not resolved, because the Python of a virtual environment is a link.
         build_operators(os.path.abspath(arguments.python), arguments.only, VIRTUAL_GPU)
 
 

@@ -4,8 +4,8 @@
     python scripts/check_cuda.py [--all] [--out build/check_cuda]
 
 Every `custom_ops/api/*.cc` is compiled as in a build with a CUDA Paddle, against the headers of the
-Paddle that is installed and those of the CUDA toolkit. Of the kernels, one source of each folder
-and every launcher is compiled; `--all` compiles every one. Nothing is linked or run.
+installed Paddle and of the CUDA toolkit. One kernel source of each folder and every launcher are
+compiled; `--all` compiles all kernels. Nothing is linked or run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from builder.project import CUSTOM_OPS, Build  # noqa: E402
 
 
 def chosen(kernels: list[str], everything: bool) -> list[str]:
-    """One kernel of each folder and the launchers."""
+    """One kernel of each folder, and the launchers."""
     first = {str(Path(kernel).parent): kernel for kernel in reversed(kernels)}
     return [
         kernel
@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import paddle
 
-    paddle.is_compiled_with_cuda = lambda: True  # compiling needs only the headers of CUDA
+    paddle.is_compiled_with_cuda = lambda: True  # compilation needs only the headers of CUDA
     try:
         build = Build("on")
         build.objects = arguments.out.resolve()

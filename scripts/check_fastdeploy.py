@@ -5,11 +5,11 @@ scripts/check_fastdeploy.py --tree FastDeploy                # all groups of cas
 scripts/check_fastdeploy.py --tree FastDeploy -k "int8, neox"  # cases with this in their name
 scripts/check_fastdeploy.py --tree FastDeploy --group options --verbose
 
-FastDeploy's plug-in loader, configuration, model runner, layers, loaders of scales and proposer run
-as they are in the tree; stand-ins replace its compiled operators, the packages that it imports and
-that are not installed, and what Paddle has only with CUDA. Every result is compared with attention
-in float64 NumPy. A case passes, is refused (the plug-in says by name what it does not support),
-fails, or is not run (its model cannot be made here). The exit status is 1 if a case failed.
+FastDeploy's plug-in loader, configuration, model runner, layers, scale loaders and proposer run as
+they are in the tree. Stand-ins replace its compiled operators, imported packages that are not
+installed, and parts of Paddle that need CUDA. Every result is compared with attention in float64
+NumPy. A case passes, is refused (the plug-in names what it does not support), fails, or is not run
+(its model cannot be made here). The exit status is 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STATES = ("passed", "refused", "failed", "not run")
 
-#: Seconds after which a case hangs: the check ends with the stack, whatever holds the process.
+#: Seconds after which a case counts as hanging. The check then ends with a stack trace, whatever
+#: blocks the process.
 LONGEST = 60
 
 
 def prepare(tree: Path) -> None:
-    """Make the tree importable, as the process of a worker that names the plug-in."""
+    """Make the tree importable, as in the process of a worker that names the plug-in."""
     sys.dont_write_bytecode = True  # the tree is only read
     warnings.simplefilter("ignore")
     os.environ["FD_PLUGINS"] = "fastattn"
@@ -64,7 +65,7 @@ def _entry_point() -> Path:
 
 
 def outcome(run: Callable[[], float]) -> tuple[str, str]:
-    """State of a case, and what it says."""
+    """State of a case, and its message."""
     from fastdeploy_check.cases import NotRun
 
     try:
@@ -107,12 +108,12 @@ def main() -> int:
     if not (options.tree / "custom_ops" / "gpu_ops").is_dir():
         parser.error(f"--tree {options.tree}: no custom_ops/gpu_ops, whose sources tell versions")
     with tempfile.TemporaryDirectory(prefix="check_fastdeploy_") as scratch:
-        tempfile.tempdir = scratch  # for FastDeploy's temporary files, too
+        tempfile.tempdir = scratch  # also for FastDeploy's temporary files
         return run_cases(options)
 
 
 def run_cases(options: argparse.Namespace) -> int:
-    """Run the chosen cases and print what did not pass; the exit status."""
+    """Run the chosen cases and print all that did not pass; return the exit status."""
     start = time.perf_counter()
     sys.argv = sys.argv[:1]
     prepare(options.tree.resolve())

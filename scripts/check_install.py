@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Try the three lines of "In short" of docs/install.md in fresh environments.
+"""Try the three lines of "In short" in docs/install.md in fresh environments.
 
     scripts/check_install.py [--all] [--only TEXT] [--list] [--work build/ci/install]
 
-A case is a Python, a Paddle and the versions of setuptools to try there, one after the other. Each
-case has a copy of the sources in a folder whose path has spaces, and a virtual environment. The
-default is a few cases that cover every Python, Paddle and setuptools between them; `--all` is the
-whole matrix. A Python that this machine lacks is skipped with a word.
+A case is a Python, a Paddle and the versions of setuptools to try with them, one after the other.
+Each case has a copy of the sources in a folder whose path has spaces, and a virtual environment. By
+default a few cases cover every Python, Paddle and setuptools; `--all` runs the whole matrix. A
+Python that this machine lacks is skipped with a message.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Python:
 
 @dataclass(frozen=True)
 class Case:
-    """What is installed with what."""
+    """The versions that are installed together."""
 
     python: Python
     paddle: str
@@ -92,14 +92,14 @@ def find_pythons() -> list[Python]:
 
 
 def fits(python: Python, paddle: str, setuptools: str) -> bool:
-    """Whether these exist together."""
+    """Whether these versions exist together."""
     if paddle == "2.6.2" and python.version > (3, 12):
         return False
     return setuptools != "65" or python.version < (3, 12)
 
 
 def covering(pythons: list[Python]) -> list[Case]:
-    """Few cases in which every setuptools, Paddle and kind of Python is tried."""
+    """A few cases that together try every setuptools, Paddle and kind of Python."""
     wanted = [
         ("Debian's Python", "3.3.1", ("77", "newest"), lambda p: p.debian),
         ("python.org's Python, 3.11 or older", "3.3.1", ("65", "77"), lambda p: not p.debian),
@@ -116,7 +116,7 @@ def covering(pythons: list[Python]) -> list[Case]:
         first = [p for p in fitting if suits(p)]
         if first:
             cases.append(Case(first[-1], paddle, versions))
-        elif fitting and number > 0:  # what it tries beside that Python is tried nevertheless
+        elif fitting and number > 0:  # the other parts of the case are still tried
             print(f"{what} is not on this machine: trying with {fitting[-1]}", flush=True)
             cases.append(Case(fitting[-1], paddle, versions))
         else:
@@ -132,12 +132,12 @@ def matrix(pythons: list[Python]) -> list[Case]:
         for python in pythons
         for paddle in PADDLES
     ]
-    # Python 3.13 is not one that Paddle 2.6.2 has a wheel for.
+    # Paddle 2.6.2 has no wheel for Python 3.13.
     return [case for case in cases if case.setuptools]
 
 
 class Environment:
-    """A copy of the sources with a virtual environment, and a log of what ran in it."""
+    """A copy of the sources with a virtual environment, and a log of the commands in it."""
 
     def __init__(self, folder: Path, python: Python) -> None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -159,7 +159,7 @@ class Environment:
             self.environ.pop(name, None)
 
     def run(self, line: str, fails: bool = False, away: bool = False) -> str:
-        """Output of a line of shell that must succeed, or with `fails`, must not."""
+        """Output of a shell line that must succeed, or must fail with `fails`."""
         start = time.monotonic()
         done = subprocess.run(
             line,
@@ -179,7 +179,7 @@ class Environment:
         return done.stdout
 
     def version(self, distribution: str) -> str:
-        """Version of what is installed, or "none"."""
+        """Version of an installed distribution, or "none"."""
         code = (
             "import importlib.metadata as m\n"
             f"print(*[d.version for d in m.distributions(name='{distribution}')][:1] or ['none'])"
@@ -187,7 +187,7 @@ class Environment:
         return self.run(f'python -c "{code}"', away=True).strip()
 
     def forget(self) -> None:
-        """Remove the package and what its build put into the tree; objects stay."""
+        """Remove the package and the files that its build added to the tree; objects stay."""
         self.run("python -m pip uninstall -q -y fastattn")
         for path in [*self.tree.glob("fastattn/*.so"), self.tree / "fastattn" / "_build_info.py"]:
             path.unlink(missing_ok=True)
@@ -200,7 +200,7 @@ def expect(condition: bool, what: str) -> None:
 
 
 def try_without_paddle(case: Environment, install: str) -> None:
-    """Both ways of installing refuse, name the line to type, and fetch nothing."""
+    """Both ways to install must refuse, name the command to type, and fetch nothing."""
     for line in (install, "pip install ."):
         text = case.run(line, fails=True)
         expect("pip install paddlepaddle" in text, f"`{line}` names no line to type:\n{text}")
@@ -210,7 +210,7 @@ def try_without_paddle(case: Environment, install: str) -> None:
 
 
 def try_lines(case: Environment, install: str, check: str) -> None:
-    """Install, then check in the tree and away from it."""
+    """Install, then check in the tree and outside it."""
     case.forget()
     names = ("numpy", "setuptools", "paddlepaddle")
     before = [case.version(name) for name in names]

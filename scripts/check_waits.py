@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""List kernels that touch global memory ahead of their wait for the kernel before.
+"""List kernels that access global memory before their wait for the previous kernel.
 
     scripts/check_waits.py LIBRARY.so [--cuobjdump PATH]
 
-A kernel that is launched under the end of its predecessor waits for that one's results
-(griddepcontrol.wait, in SASS ACQBULK) ahead of its first access. ptxas does not always keep that
-order: it takes what `__ldg` loads for constants, and moves such a load ahead of the wait. The
-library is whatever scripts/compare_sass.py takes. The status is 1 when a kernel does not keep the
-order, 2 when the library cannot be read.
+A kernel that is launched before the end of its predecessor must wait for its results
+(griddepcontrol.wait, ACQBULK in SASS) before its first access. ptxas does not always keep that
+order: it treats loads by `__ldg` as constant and may move them before the wait. The library may be
+anything that scripts/compare_sass.py accepts. The status is 1 if a kernel does not keep the order,
+and 2 if the library cannot be read.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import compare_sass
 
 WAIT = re.compile(r"\bACQBULK\b")
-#: Loads, stores and copies of global memory. CCTL prefetches into L2, which changes nothing.
+#: Loads, stores and copies of global memory. CCTL only prefetches into L2, which is harmless.
 ACCESS = re.compile(r"\b(LDG|LD|STG|ST|ATOM|ATOMG|RED|REDG|LDGSTS|UBLKCP|UTMALDG|UTMASTG)\b")
-#: Kernels that run beside their predecessor and use nothing of it (PdlBeginConcurrent).
+#: Kernels that run concurrently with their predecessor and use none of its results
+#: (PdlBeginConcurrent).
 CONCURRENT = ("MergePartialsKernel", "ClearPaddingKernel")
 
 
 def early(stream: Sequence[str]) -> list[str]:
-    """Accesses to global memory ahead of a kernel's first wait; none where it does not wait."""
+    """Accesses to global memory before a kernel's first wait; none if it does not wait."""
     waits = [i for i, instruction in enumerate(stream) if WAIT.search(instruction)]
     return [x for x in stream[: waits[0]] if ACCESS.search(x)] if waits else []
 

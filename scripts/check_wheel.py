@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say what is wrong with wheels of this package: ``scripts/check_wheel.py WHEEL...``."""
+"""Report problems of wheels of this package: ``scripts/check_wheel.py WHEEL...``."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _ALLOWED = re.compile(
 
 
 def _label_problems(path: Path, archive: zipfile.ZipFile) -> list[str]:
-    """Whether the file's name tells what the library was built for."""
+    """Whether the file name tells for what the library was built."""
     if "fastattn/_build_info.py" not in archive.namelist():
-        return []  # said elsewhere
+        return []  # reported elsewhere
     with tempfile.TemporaryDirectory() as folder:
         info = runpy.run_path(archive.extract("fastattn/_build_info.py", folder))
     if not {"PADDLE_VERSION", "ARCHS"} <= set(info):
@@ -50,19 +50,19 @@ def _label_problems(path: Path, archive: zipfile.ZipFile) -> list[str]:
 
 
 def problems(names: Iterable[str], metadata: str = "") -> list[str]:
-    """Say what is wrong with a wheel.
+    """Problems of a wheel.
 
     Parameters
     ----------
     names : iterable of str
         Paths inside the wheel.
     metadata : str
-        Text of its ``WHEEL`` file, if that is to be checked, too.
+        Text of its ``WHEEL`` file, if it is to be checked as well.
 
     Returns
     -------
     list of str
-        One line a problem; empty for a good wheel.
+        One line per problem; empty for a good wheel.
     """
     names = [name for name in names if not name.endswith("/")]
     found = [f"missing: {name}" for name in _REQUIRED if name not in names]

@@ -3,16 +3,16 @@
 
     scripts/compare_sass.py A.so B.so [--cuobjdump PATH]
 
-Takes libraries, objects and cubins, whatever cuobjdump reads, and files `*.sass` with what
-`cuobjdump -sass` printed for one, which saves most of the time of a later comparison. Names, source
-files and the addresses of instructions are ignored: a kernel of A is the same as one of B when both
-have the same instructions with the same encodings, which hold the scheduling too, for the same
-architecture. Branch targets count from the start of their kernel, so they are compared. Operands
-that name a symbol are compared without the name.
+The inputs are libraries, objects or cubins that cuobjdump can read, or files `*.sass` with the
+output of `cuobjdump -sass`, which save most of the time of a later comparison. Names, source files
+and instruction addresses are ignored. Two kernels are equal if both have the same instructions with
+the same encodings for the same architecture; the encodings include the scheduling. Branch targets
+are relative to the start of the kernel, so they are compared. Operands that name a symbol are
+compared without the name.
 
-Kernels that have no equal are paired by name, else by what their demangled names have in common;
-for each pair the first instruction that differs is shown. The status is 0 when all kernels are the
-same, 1 when any differs or is in one build alone, 2 when the builds could not be compared.
+Kernels without an equal are paired by name, or by the common words of their demangled names. The
+first differing instruction of each pair is shown. The status is 0 if all kernels are equal, 1 if
+any differs or occurs in only one build, and 2 if the builds could not be compared.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-#: Names with less in common than this are not shown as one kernel that changed.
+#: Kernels with less similar names are not shown as one changed kernel.
 LEAST_SIMILARITY = 0.6
 
 INSTRUCTION = re.compile(rb"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*(/\* 0x[0-9a-f]+ \*/)?\s*$")
 ENCODING = re.compile(rb"\s*(/\* 0x[0-9a-f]+ \*/)\s*$")
-#: `(name) as in a call, and 32@lo((name + label@srel)) as in a move: the linker fills the bits in.
+#: `(name) as in a call, and 32@lo((name + label@srel)) as in a move. The linker fills in the bits.
 SYMBOL = re.compile(rb"`\([^()]*(?:\([^()]*\)[^()]*)*\)|\b\d+@\w+\((?:[^()]|\([^()]*\))*\)")
 
 
 class CannotCompare(Exception):
-    """A build that has no kernels or that cuobjdump does not read."""
+    """A build that has no kernels, or that cuobjdump cannot read."""
 
 
 @dataclasses.dataclass
@@ -55,16 +55,17 @@ class Kernel:
     arch: str
     count: int
     digest: bytes
-    compressed: bytes  # the stream: those of a large library would fill the memory
+    # the compressed stream, because the streams of a large library would fill the memory
+    compressed: bytes
 
     @property
     def stream(self) -> list[str]:
-        """Instructions as they are compared."""
+        """The instructions in the form that is compared."""
         return zlib.decompress(self.compressed).decode(errors="replace").splitlines()
 
 
 def normalise(text: bytes, encodings: list[bytes]) -> bytes:
-    """One instruction without its address; without its encoding where a symbol is part of it."""
+    """One instruction without its address, and without its encoding if a symbol is part of it."""
     without = SYMBOL.sub(b"<symbol>", text)
     if without != text:
         return without
@@ -101,7 +102,7 @@ def parse(lines: Iterable[bytes]) -> Iterator[Kernel]:
 
 
 def drain(pipe: IO[bytes], into: list[bytes]) -> threading.Thread:
-    """Read a pipe in a thread of its own: the process must not wait for a reader of its errors."""
+    """Read a pipe in a thread, so that the process never waits for a reader of its errors."""
     thread = threading.Thread(target=lambda: into.append(pipe.read()), daemon=True)
     thread.start()
     return thread
@@ -131,7 +132,7 @@ def read_kernels(cuobjdump: str | None, path: Path) -> list[Kernel]:
 
 
 def checked(path: Path, kernels: list[Kernel]) -> list[Kernel]:
-    """The kernels of a build if they are some, each with instructions."""
+    """The kernels of a build, after a check that there are some and that each has instructions."""
     if empty := [kernel.name for kernel in kernels if kernel.count == 0]:
         raise CannotCompare(f"{path}: no instructions were found in {empty[0]}")
     if not kernels:
@@ -147,9 +148,10 @@ def by_key(kernels: Iterable[Kernel], key: str) -> dict[tuple[str, object], list
 
 
 def without_equals(a: list[Kernel], b: list[Kernel]) -> tuple[list[Kernel], list[Kernel], int]:
-    """What is left of both where each kernel takes an equal one away, one of its name first.
+    """The kernels of both builds after equal ones are removed in pairs, preferably of the same
+    name.
 
-    Also the number of those whose name is another one.
+    Also returns the number of pairs with different names.
     """
     left_a: list[Kernel] = []
     left_b: list[Kernel] = []
@@ -179,7 +181,7 @@ def _without_names(kernels: list[Kernel], names: collections.Counter[str]) -> li
 
 
 def demangle(names: Iterable[str]) -> dict[str, str]:
-    """Names as they are in the source, by c++filt; as they are where that is missing."""
+    """Names as in the source, by c++filt; unchanged if c++filt is missing."""
     mangled = sorted(set(names))
     filt = shutil.which("cu++filt") or shutil.which("c++filt")
     if filt and mangled:
@@ -191,14 +193,14 @@ def demangle(names: Iterable[str]) -> dict[str, str]:
 
 
 def similarity(a: collections.Counter[str], b: collections.Counter[str]) -> float:
-    """Share of the words of two names that both have, 0 to 1."""
+    """Fraction of the words of two names that both have, 0 to 1."""
     return 2 * sum((a & b).values()) / max(1, sum(a.values()) + sum(b.values()))
 
 
 def pair(
     a: list[Kernel], b: list[Kernel], plain: dict[str, str]
 ) -> tuple[list[tuple[Kernel, Kernel]], list[Kernel], list[Kernel]]:
-    """Pairs of what is probably the same kernel, and those of each side that have no partner."""
+    """Pairs of kernels that are probably the same, and each side's kernels without a partner."""
     words = {
         kernel.name: collections.Counter(re.findall(r"[A-Za-z_]+|\d+", plain[kernel.name]))
         for kernel in (*a, *b)
@@ -234,7 +236,7 @@ def first_difference(a: Kernel, b: Kernel) -> str:
 
 
 def report(a: list[Kernel], b: list[Kernel]) -> int:
-    """Print what differs; the exit status."""
+    """Print the differences; return the exit status."""
     left_a, left_b, renamed = without_equals(a, b)
     plain = demangle(kernel.name for kernel in (*left_a, *left_b))
     pairs, only_a, only_b = pair(left_a, left_b, plain)
@@ -260,7 +262,7 @@ def report(a: list[Kernel], b: list[Kernel]) -> int:
 
 
 def find_cuobjdump() -> str | None:
-    """The one in PATH, else that of CUDA_HOME, CUDA_PATH or /usr/local/cuda."""
+    """Path of cuobjdump, from PATH or from CUDA_HOME, CUDA_PATH or /usr/local/cuda."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [str(Path(home) / "bin") for home in homes if home]
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Lines and branches that the tests reach, of Python and of the C++ of the CPU kernels.
+# Measures which lines and branches the tests reach, in Python and in the C++ of the CPU kernels.
 #
 #   scripts/coverage.sh [PYTEST ARGUMENTS]
 #
-# Measures the last commit, in a clone under build/coverage whose library is compiled with gcov's
-# counters. Needs g++ with gcov, and the .venv that scripts/test.sh makes; the package coverage goes
-# to an environment of its own. Takes three times as long as the tests.
+# It measures the last commit, in a clone under build/coverage whose library is compiled with gcov's
+# counters. It needs g++ with gcov, and the .venv of scripts/test.sh. The package coverage is
+# installed in a separate environment. A run takes three times as long as the tests.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."

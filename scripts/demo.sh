@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to the demo: makes .venv, builds the package in it, runs the demo.
-# Arguments go to the demo: scripts/demo.sh --prompt "The yield"
+# Makes .venv in a fresh clone, builds the package in it, and runs the demo.
+# Arguments are passed to the demo: scripts/demo.sh --prompt "The yield"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup_env.sh

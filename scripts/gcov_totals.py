@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Lines and branches of the C++ sources that ran, from gcov's counters; lists what did not.
+"""Coverage of lines and branches in the C++ sources, from gcov's counters; lists the misses.
 
 python scripts/gcov_totals.py OBJECTS SOURCES [--missed FILE]
 
-The instances of a template count together: a branch was taken if it was in one of them. Branches to
-where an exception goes do not count.
+The instances of a template count together: a branch counts as taken if any of them took it.
+Branches to exception handlers do not count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def read(objects: Path, sources: Path):
-    """Counts by (file, line), and by (file, line, branch), of all object files."""
+    """Counts by (file, line), and by (file, line, branch), over all object files."""
     lines: collections.Counter = collections.Counter()
     branches: collections.Counter = collections.Counter()
     for counters in sorted(objects.rglob("*.gcno")):

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What rotating and centring K is worth: the tables of docs/demo.md.
+"""Measure the benefit of rotated and centred K, for the tables of docs/demo.md.
 
     scripts/key_transform_quality.py [--windows N]
 
-Perplexity of the demo's model, and of one that computes the same with two channels of K 20 times as
-large; error of attention outputs for synthetic K with outliers. A few minutes on two cores.
+The script measures the perplexity of the demo's model, and of an equivalent model in which two
+channels of K are 20 times as large. It also measures the error of attention outputs for synthetic K
+with outliers. It takes a few minutes on two cores.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def trained(kind: kinds.Kind, corpus: text.Corpus) -> Weights:
 
 
 def formats(weights: Weights) -> dict[str, Weights]:
-    """The weights as each format gives them back."""
+    """The weights after a round trip through each format."""
     return {
         "float32": weights,
         "float16": {k: w.astype(np.float16).astype(np.float32) for k, w in weights.items()},

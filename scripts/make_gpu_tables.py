@@ -5,8 +5,9 @@ scripts/make_gpu_tables.py           # writes them
 scripts/make_gpu_tables.py --check   # status 1 if a table is not what the results say
 scripts/make_gpu_tables.py --plots   # writes them, and draws benchmarks/plots (needs matplotlib)
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`. A dash is a row that the
-results lack. Needs neither a GPU nor Paddle, except for --plots, which calls the benchmark.
+A table is between the lines `<!-- table: NAME -->` and `<!-- end -->`. A dash marks a row that the
+results lack. The script needs neither a GPU nor Paddle, except for --plots, which calls the
+benchmark.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/gpu.md", "docs/measurements.md", "docs/host.md",
          "docs/benchmarks.md", "docs/cache_types.md", "docs/backends.md", "docs/dcp.md",
          "docs/kernels/invariant.md")  # fmt: skip
-#: Name of a table -> its text, from the results.
+#: Name of a table -> function from the results to its text.
 TABLES: dict[str, Callable[[Results], str]] = {
     "runs": pages.runs,
     "files": pages.files,
@@ -67,15 +68,15 @@ _BLOCK = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def written(page: str, results: Results, base: str) -> str:
-    """A page with every table as the results say.
+    """A page with every table made from the results.
 
     Parameters
     ----------
     page : str
-        Its text.
+        Text of the page.
     results : Results
     base : str
-        Path from the page's folder to the root, which links start with.
+        Path from the page's folder to the root, for links.
 
     Raises
     ------
@@ -88,7 +89,7 @@ def written(page: str, results: Results, base: str) -> str:
 
 
 def draw(results: Path, plots: Path) -> None:
-    """Draw the committed plots by the benchmark's own command."""
+    """Draw the committed plots with the benchmark's own command."""
     for name, plot in pages.PLOTS.items():
         source = results / f"{plot.source}.json"
         if not source.exists():

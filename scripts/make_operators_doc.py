@@ -20,37 +20,39 @@ TARGET = ROOT / "docs" / "operators.md"
 
 INTRODUCTION = """# Operators
 
-Signatures, shapes and errors, in alphabetical order. By subject: [README](../README.md#operators).
-Cache types: [cache_types.md](cache_types.md). Words: [glossary.md](glossary.md). `help(function)`
-has notes and examples as well. (`scripts/make_operators_doc.py` writes this page from docstrings.)
+This page lists signatures, shapes and errors in alphabetical order. The
+[README](../README.md#operators) lists the operators by subject. [cache_types.md](cache_types.md)
+describes the cache types, and [glossary.md](glossary.md) the terms. `help(function)` also shows
+notes and examples. `scripts/make_operators_doc.py` writes this page from the docstrings.
 
-- T is the number of new tokens of a step, B of sequences, H and KV of query and KV heads, D the
-  head dimension.
-- The metadata of sequences has FastDeploy's names and is on the tensors' device; nothing copies it
+- T is the number of new tokens of a step, and B the number of sequences. H and KV are the numbers
+  of query heads and KV heads, and D is the head dimension.
+- The metadata of sequences has FastDeploy's names and is on the tensors' device. It is never copied
   to the host.
 
 For all operators:
 
 - A wrong argument raises before any kernel starts. The message reads
   `operator: argument: expected ..., got ...`.
-- Lengths, positions and block ids on the device are clamped, or their tokens skipped; they never
-  lead out of a tensor. A block id outside `[0, num_blocks)` means an unassigned block.
-- They work in dygraph, in `paddle.jit.to_static`, after `paddle.jit.save` and `load`, and in a CUDA
-  graph. `cascade_attention` and those of `fastattn.distributed` work in dygraph only.
-- Codes are `uint8` tensors. Where Paddle has `float8_e4m3fn`, `float8_e5m2` and `int8` tensors,
-  operators take those for 8-bit codes, too.
+- Wrong lengths, positions and block ids on the device are clamped, or their tokens are skipped. No
+  access leaves a tensor. A block id outside `[0, num_blocks)` means an unassigned block.
+- The operators work in dygraph, in `paddle.jit.to_static`, after `paddle.jit.save` and `load`, and
+  in a CUDA graph. `cascade_attention` and the functions of `fastattn.distributed` work in dygraph
+  only.
+- Codes are `uint8` tensors. If Paddle has `float8_e4m3fn`, `float8_e5m2` and `int8` tensors, the
+  operators also accept these for 8-bit codes.
 
 """
 
 
 def _sections(docstring: str) -> dict[str, str]:
-    """Sections of a numpydoc docstring by name; the text before the first one is ``""``."""
+    """Sections of a numpydoc docstring by name; the text before the first section is ``""``."""
     head, *rest = re.split(r"^(\w[\w ]+)\n-{3,}\n", docstring, flags=re.M)
     return {"": head, **dict(zip(rest[::2], rest[1::2]))}
 
 
 def _markdown(text: str) -> str:
-    """Inline markup of a docstring in markdown, as one line."""
+    """Inline markup of a docstring as markdown, in one line."""
     text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
     text = re.sub(r":\w+:`~?([^`]*)`", lambda m: f"`{m[1].rpartition('.')[2]}`", text)
     text = re.sub(r"``([^`]*)``", r"`\1`", text)
@@ -96,7 +98,7 @@ def _signature(function: Callable[..., Any]) -> str:
 
 
 def _math(formula: str) -> str:
-    """A display formula; aligned where the docstring has alignment marks."""
+    """A display formula; aligned if the docstring has alignment marks."""
     lines = " ".join(formula.split())
     if "&" in lines:
         lines = rf"\begin{{aligned}} {lines} \end{{aligned}}"

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv ready, with Paddle and this package in it.
+# The other scripts source this file. It prepares .venv with Paddle and this package.
 #
-#   FASTATTN_PADDLE   what to install as Paddle, default paddlepaddle==3.3.1
-#   PYTHON            the Python to start from, default python3
+#   FASTATTN_PADDLE   requirement for Paddle, default paddlepaddle==3.3.1
+#   PYTHON            Python that makes .venv, default python3
 #
-# What is already there stays, so only the first run takes minutes.
+# Existing parts are kept, so only the first run takes minutes.
 
 setup_env() { # setup_env EXTRAS
   local extras=$1 paddle=${FASTATTN_PADDLE:-paddlepaddle==3.3.1} numpy=numpy

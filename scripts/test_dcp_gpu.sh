@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Decode context parallelism on two GPUs of this machine, through NCCL, under a CUDA build of Paddle.
+# Tests decode context parallelism on two GPUs through NCCL, with a CUDA build of Paddle.
 #
 #   scripts/test_dcp_gpu.sh [--library build/gpu/_fastattn_ops.so] [--python python3]
 #
 # tests/server/test_dcp.py and test_dcp_latent.py run in CPU processes through gloo, and on the GPUs
-# ("gpu2"). Only collectives and fastattn's operators run on the GPUs, so a Paddle without kernels for
-# them will do.
+# ("gpu2"). Only collectives and fastattn's operators run on the GPUs, so a Paddle without kernels
+# for them is sufficient.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ done
 FASTATTN_LIBRARY=$(cd "$(dirname "$library")" && pwd)/$(basename "$library")
 export FASTATTN_LIBRARY
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-# Multicast over NVLink may take GPUs down that a virtual machine shares with others.
+# Multicast over NVLink may crash GPUs that a virtual machine shares with others.
 export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
 
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Tests a GPU library on a machine with a GPU, under a real CUDA build of Paddle.
+# Tests a GPU library on a machine with a GPU, with a CUDA build of Paddle.
 #
 #   scripts/test_gpu.sh [--library build/gpu/_fastattn_ops.so] [--log FILE]
 #                       [--python python3] [--sanitize "PYTEST ARGUMENTS"]
 #
-# Runs all tests on the CPU and on the GPU, then compute-sanitizer's memcheck and racecheck over the
-# tests that --sanitize chooses. The log says what ran where; the status is 0 when all passed.
+# It runs all tests on the CPU and on the GPU, then compute-sanitizer's memcheck and racecheck on
+# the tests that --sanitize selects. The log has the machine and all commands. The status is 0 if
+# all passed.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -55,7 +56,7 @@ failed=""
   run "$python" -m pytest tests -p no:cacheprovider
   read -r -a chosen <<<"$sanitize"
   for tool in memcheck racecheck; do
-    # Only our kernels are instrumented: Paddle probes the driver in ways that count as errors.
+    # Only fastattn's kernels are instrumented, because Paddle's driver probes count as errors.
     run "$(sanitizer)" --tool "$tool" --error-exitcode 9 --report-api-errors no \
       --kernel-name kernel_substring=fastattn --print-limit 20 "$python" -m pytest -p no:cacheprovider "${chosen[@]}"
   done

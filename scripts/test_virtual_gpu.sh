@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# CUDA kernels without a GPU: compiles some of them to PTX and runs their tests in the interpreter
-# of tests/virtual_gpu (CONTRIBUTING.md, "Without a GPU").
+# Tests CUDA kernels without a GPU. It compiles some kernels to PTX and runs their tests in the
+# interpreter of tests/virtual_gpu (CONTRIBUTING.md, "Without a GPU").
 #
 #   scripts/test_virtual_gpu.sh [PYTEST ARGUMENTS]
 #
 #   KERNELS               regular expression of the .cu files to compile
 #   FASTATTN_HEAD_DIMS    head dimensions to compile, default 64
 #
-# Needs nvcc, a CPU with AVX2, and the .venv that scripts/test.sh makes.
+# It needs nvcc, a CPU with AVX2, and the .venv of scripts/test.sh.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -28,7 +28,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 [ $# -eq 0 ] || exec .venv/bin/python -m pytest -p no:cacheprovider "$@"
 
 .venv/bin/python -m pytest -p no:cacheprovider -q tests/virtual_gpu
-# A test whose kernel was left out of the build skips: of each file some have to run.
+# A test whose kernel is not in the build is skipped. At least 5 of each file must run.
 for file in cache/test_append_cache attention/test_paged_attention indexer/test_topk; do
   VIRTUAL_GPU_LEAST=5 .venv/bin/python -m pytest -p no:cacheprovider -q "tests/$file.py" -k gpu
 done

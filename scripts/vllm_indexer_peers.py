@@ -3,13 +3,14 @@
 
     scripts/vllm_indexer_peers.py --out peers.json [--peers FILE]
 
-Needs a Hopper GPU, and torch with an installed vLLM 0.26 and its DeepGEMM; or FILE, as
-scripts/vllm_step_peers.py takes it, whose `HAVE` has DeepGEMM. Times are medians of CUDA graphs of
-calls over buffers that together exceed the L2 cache, as the benchmark times its own: one after the
-other, with programmatic dependent launch on both sides. DeepGEMM's schedule of a decode step, which
-a kernel of its own makes once a step, is made beforehand and in no time here.
+The script needs a Hopper GPU, and torch with an installed vLLM 0.26 and its DeepGEMM. Instead of
+vLLM, FILE may be given as for scripts/vllm_step_peers.py, whose `HAVE` has DeepGEMM. Times are
+medians of CUDA graphs of calls over buffers that together exceed the L2 cache, as in the benchmark:
+one call after the other, with programmatic dependent launch on both sides. DeepGEMM's schedule of a
+decode step is made beforehand and not timed here; in a server a separate kernel makes it once per
+step.
 
-Rows replace those of the same kernel and shape in the file; name it in FASTATTN_BENCH_PEERS.
+Rows replace the rows of the same kernel and shape in the file; name it in FASTATTN_BENCH_PEERS.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ shapes = types.SimpleNamespace(
 )
 HEADS, DIM, PAGE = shapes.HEADS, shapes.DIM, shapes.PAGE
 E4M3, I32, U8 = torch.float8_e4m3fn, torch.int32, torch.uint8
-#: Bytes that the buffers of a call add up to, their number at most, and rows up to which vLLM has
-#: a top-k of clusters.
+#: Total bytes of the buffers of a call, their maximum number, and the maximum number of rows for
+#: which vLLM has a cluster top-k.
 COLD_BYTES, MOST_COPIES, CLUSTER_ROWS = 400 << 20, 64, 32
 Call = Callable[[], object]
 
 
 def copies(moved: int) -> int:
-    """Calls over buffers of their own that together move more than the L2 cache holds."""
+    """Calls over separate buffers that together exceed the L2 cache."""
     return max(1, min(MOST_COPIES, COLD_BYTES // moved + 1))
 
 
 def deep_gemm(file: Path | None) -> Any:
-    """DeepGEMM, set up as vLLM sets it up."""
+    """DeepGEMM, set up as in vLLM."""
     load_operators(file)
     if file is not None:
         return sys.modules[file.stem].HAVE.gemm  # type: ignore[attr-defined]
@@ -102,7 +103,7 @@ def step_call(gemm: Any, batch: int, keys: int, next_n: int) -> Call:
 
 
 def topk_calls(rows: int, columns: int, k: int) -> Iterator[tuple[str, list[Call]]]:
-    """Name and calls of each of vLLM's kernels that takes as many rows."""
+    """Names and calls of vLLM's kernels that support this number of rows."""
     ops = torch.ops._C
     count = copies(4 * rows * columns)
     logits = [torch.randn(rows, columns, device="cuda") for _ in range(count)]
@@ -129,7 +130,7 @@ def topk_calls(rows: int, columns: int, k: int) -> Iterator[tuple[str, list[Call
 
 
 def wanted() -> tuple[set[tuple[int, int]], set[tuple[int, int, int]], set[tuple[int, int, int]]]:
-    """Chunks and steps of logits, and (rows, columns, k) of selections, that the bench has."""
+    """Chunks and steps of logits, and (rows, columns, k) of selections, as in the bench."""
     chunks = {(s, 1024 * k) for s, k in shapes.CHUNKS["gpu"] + shapes.TOPK_CHUNKS["gpu"]}
     steps = {(b, 1024 * k, n) for b, k, n in shapes.STEPS["gpu"] + shapes.TOPK_STEPS["gpu"]}
     rows = {(s, 1024 * k) for s, k in shapes.TOPK_CHUNKS["gpu"]}
@@ -138,7 +139,7 @@ def wanted() -> tuple[set[tuple[int, int]], set[tuple[int, int, int]], set[tuple
 
 
 def cases(gemm: Any) -> Iterator[tuple[dict[str, Any], Callable[[], list[Call]]]]:
-    """Section, peer and shape of each row, and what makes its calls."""
+    """Section, peer and shape of each row, and the function that makes its calls."""
     chunks, steps, selections = wanted()
     for s, kv in sorted(chunks):
         row = {"section": "logits", "peer": f"mqa_logits q{s}", "s": s, "kv": kv}
@@ -156,7 +157,7 @@ def cases(gemm: Any) -> Iterator[tuple[dict[str, Any], Callable[[], list[Call]]]
 
 
 def all_rows(gemm: Any, failed: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """Every row; what could not be timed goes to `failed`."""
+    """Every row. Cases that could not be timed go to `failed`."""
     for row, make in cases(gemm):
         try:
             us = graph_us(make())
@@ -169,7 +170,7 @@ def all_rows(gemm: Any, failed: dict[str, str]) -> Iterator[dict[str, Any]]:
 
 
 def compact(rows: Iterable[dict[str, Any]]) -> list[str]:
-    """A line a kernel: its times at its shapes, in microseconds."""
+    """One line per kernel: its times at its shapes, in microseconds."""
     lines: dict[str, list[str]] = {}
     for row in rows:
         shape = "x".join(

@@ -3,21 +3,24 @@
 
     scripts/vllm_sparse_step_peers.py --out peers.json [--peers FILE]
 
-Needs a Hopper GPU, and torch with an installed vLLM 0.26 and its DeepGEMM; or FILE, as
-scripts/vllm_step_peers.py takes it, whose `HAVE` has DeepGEMM and the Triton kernel of the
-indexer's queries. Parts are those of `SparseModel.vllm_parts`: kernels that exist in Triton alone,
-such as V4's compression, and the map of a top-k to slots are in no sum, here and there.
+The script needs a Hopper GPU, and torch with an installed vLLM 0.26 and its DeepGEMM. Instead of
+vLLM, FILE may be given as for scripts/vllm_step_peers.py, whose `HAVE` has DeepGEMM and the Triton
+kernel of the indexer's queries. The parts are the same as in `SparseModel.vllm_parts`. Kernels that
+only exist in Triton, such as V4's compression, and the map of a top-k to slots are not part of any
+sum, on either side.
 
-- write: the latent cache's writer; for V4 the one that norms and rotates queries, padded, as well;
+- write: the writer of the latent cache; for V4 also the writer that normalises, rotates and pads
+  queries;
 - index query: rotation and FP8; index key: FP8 into pages;
-- selection: DeepGEMM's logits, over pages or, for a chunk, over keys gathered first; then the top-k
-  that vLLM takes for as many rows;
-- attention: FlashMLA with queries padded to 64 heads. A chunk of V3.2 takes the decode kernel, as
-  vLLM does with few heads; one of V4 the prefill kernel over keys in bf16, gathered before.
+- selection: DeepGEMM's logits, over pages or, for a chunk, over keys that are gathered first; then
+  the top-k that vLLM uses for this number of rows;
+- attention: FlashMLA with queries padded to 64 heads. A chunk of V3.2 uses the decode kernel, as
+  vLLM does for few heads. A chunk of V4 uses the prefill kernel over bf16 keys that are gathered
+  before.
 
-Times are medians of CUDA graphs of as many layers as the benchmark has, and of eager steps. The
-writers of latent caches stand alone as well, at the benchmark's sizes (--writers), over buffers
-that exceed the L2 cache. Rows replace those of an earlier run in the file; name it in
+Times are medians of CUDA graphs with as many layers as the benchmark, and of eager steps. The
+writers of latent caches are also timed alone, at the benchmark's sizes (--writers), over buffers
+that exceed the L2 cache. Rows replace the rows of an earlier run in the file; name it in
 FASTATTN_BENCH_PEERS.
 """
 
@@ -49,12 +52,12 @@ facts = types.SimpleNamespace(
 PAGE, INDEX_DIM, HEADS = facts.PAGE, facts.INDEX_DIM, facts.PADDED_HEADS
 E4M3, BF16, U8, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.uint8, torch.int32
 SECTION, WRITERS, PEER = "sparse_step", "mla_writers", "vLLM"
-#: Format of a latent cache -> vLLM's name, and its bytes of a token.
+#: Format of a latent cache -> vLLM's name, and its bytes per token.
 FORMATS = {"bf16": ("auto", 1152), "fp8": ("fp8", 576), "fp8_656": ("fp8_ds_mla", 656)}
-#: Bytes that the buffers of a writer add up to, and their number at most.
+#: Total bytes of the buffers of a writer, and their maximum number.
 COLD_BYTES, MOST_COPIES = 400 << 20, 64
 VALUE_DIM, ROPE = 512, 64
-#: Rows of a step up to which vLLM takes the top-k of clusters.
+#: Maximum number of rows of a step for which vLLM uses the cluster top-k.
 CLUSTER_ROWS = 32
 EAGER_CALLS, EAGER_TOKENS, ROUNDS = 64, 4096, 9
 
@@ -86,7 +89,7 @@ def kernels(file: Path | None) -> types.SimpleNamespace:
 
 
 class Step:
-    """What the layers of a step share.
+    """Data that the layers of a step share.
 
     Parameters
     ----------
@@ -94,7 +97,7 @@ class Step:
     seqs : list of (int, int)
         Cached tokens and new tokens of each sequence.
     library : SimpleNamespace
-        Of :func:`kernels`.
+        Result of :func:`kernels`.
     """
 
     def __init__(self, model: Any, seqs: list[tuple[int, int]], library: Any) -> None:
@@ -138,15 +141,15 @@ class Step:
             self._recent(positions, seq)
 
     def _chosen(self, tables: torch.Tensor, seq: torch.Tensor) -> torch.Tensor:
-        """Slots that each query attends, int32 [T, topk]: ascending tokens, distinct."""
-        few = min(self.tokens, 512)  # other queries have the same tokens, as fast to read
+        """Slots that each query attends to, int32 [T, topk]: ascending, distinct tokens."""
+        few = min(self.tokens, 512)  # other queries have the same tokens, which are as fast to read
         tokens = torch.rand(few, int(self.ends.min()), device="cuda").topk(self.topk).indices
         tokens = tokens.sort().values.repeat(-(-self.tokens // few), 1)[: self.tokens]
         pages = tables[seq[:, None], tokens // PAGE]
         return (pages * PAGE + tokens % PAGE).int()
 
     def _recent(self, positions: torch.Tensor, seq: torch.Tensor) -> None:
-        """The window's pages; a chunk's keys in bf16 with its combined indices."""
+        """The window's pages; for a chunk, its keys in bf16 with its combined indices."""
         window = self.model.window
         first = int(positions.min()) - window + 1
         blocks = int(positions.max()) // PAGE - first // PAGE + 1
@@ -165,10 +168,11 @@ class Step:
                 torch.full((self.batch,), n, device="cuda", dtype=I32) for n in (window, self.topk)
             ]
             return
-        # A chunk: compressed keys, then its tokens and those of the window before it, in a row.
+        # A chunk: compressed keys, then its tokens and the tokens of the window before it,
+        # contiguously.
         self.gathered = normal(self.longest + self.tokens + window - 1, 1, self.model.dim)
         near = (before - first + self.longest).int().cuda()
-        # The table gave pages: what counts is that rows lie anywhere.
+        # The table gave pages. Only the scattered order of the rows matters.
         self.combined = torch.cat((self.chosen % self.longest, near), -1)[:, None].contiguous()
 
     def queries(self) -> torch.Tensor:
@@ -179,7 +183,7 @@ class Step:
 
 
 class Layer:
-    """A layer's caches, and vLLM's kernels of its step."""
+    """Caches of a layer, and vLLM's kernels of its step."""
 
     def __init__(self, step: Step) -> None:
         self.step, model = step, step.model
@@ -208,7 +212,7 @@ class Layer:
 
     @staticmethod
     def _planar(pages: int) -> torch.Tensor:
-        """Pages of 584 bytes a token at multiples of 576: codes and channels, then exponents."""
+        """Pages of 584 bytes per token at multiples of 576: codes and channels, then exponents."""
         size, rows = PAGE * 584, PAGE * 576
         cache = torch.zeros(pages, -(-size // 576) * 576, device="cuda", dtype=U8)[:, :size]
         tokens = codes(pages, PAGE, 576)
@@ -218,7 +222,7 @@ class Layer:
         return cache
 
     def write(self) -> torch.Tensor:
-        """The new tokens' rows; for V4 also padded queries."""
+        """Write the rows of new tokens; for V4 also padded queries."""
         step = self.step
         if not step.model.window:
             torch.ops._C_cache_ops.concat_and_cache_mla(
@@ -238,7 +242,7 @@ class Layer:
         )
 
     def index_key(self) -> None:
-        """The new tokens' index keys."""
+        """Index keys of the new tokens."""
         step = self.step
         torch.ops._C_cache_ops.indexer_k_quant_and_cache(
             step.index_key, self.index, step.slots, INDEX_DIM, "ue8m0"
@@ -290,7 +294,7 @@ class Layer:
         )  # fmt: skip
 
     def attention(self, q: torch.Tensor) -> Any:
-        """Over the chosen tokens, which do not come from :meth:`selection`."""
+        """Attend to the selected tokens, which do not come from :meth:`selection`."""
         step, model = self.step, self.step.model
         if model.window and not step.is_decode:
             return torch.ops._flashmla_C.sparse_prefill_fwd(
@@ -300,7 +304,7 @@ class Layer:
         return self._decode(q, *self.plan)
 
     def run(self, parts: tuple[str, ...]) -> None:
-        """Some parts of the step."""
+        """Run some parts of the step."""
         q, query = self.ready, (self.index_codes, self.step.weights)
         for part in parts:
             if part == "write":
@@ -316,12 +320,12 @@ class Layer:
 
 
 def _rows(pages: torch.Tensor) -> torch.Tensor:
-    """Padded pages as FlashMLA takes them: [pages, 64, 1, 584]."""
+    """Padded pages in FlashMLA's form: [pages, 64, 1, 584]."""
     return pages.unflatten(1, (PAGE, 1, -1))
 
 
 def eager_us(calls: list[Callable[[], object]], tokens: int) -> tuple[float, float]:
-    """Median microseconds of a call without a graph: the GPU's clock, and the host's."""
+    """Median microseconds of a call without a graph, by the clocks of the GPU and of the host."""
     wanted = max(1, min(EAGER_CALLS, EAGER_TOKENS // tokens))
     calls = calls * -(-wanted // len(calls))
     spent = []
@@ -334,7 +338,7 @@ def eager_us(calls: list[Callable[[], object]], tokens: int) -> tuple[float, flo
         host = (time.perf_counter_ns() - start) / 1e3
         end.record()
         end.synchronize()
-        if index >= 2:  # the first ones warm up
+        if index >= 2:  # the first iterations warm up
             spent.append((begin.elapsed_time(end) * 1e3 / len(calls), host / len(calls)))
     gpu, hosts = zip(*spent)
     return statistics.median(gpu), statistics.median(hosts)
@@ -343,7 +347,7 @@ def eager_us(calls: list[Callable[[], object]], tokens: int) -> tuple[float, flo
 def step_rows(
     model_name: str, step_name: str, library: Any, failed: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """The sum of a step's parts, and each of them; what could not be timed goes to `failed`."""
+    """The sum of a step's parts, and each part. Cases that could not be timed go to `failed`."""
     model, seqs = facts.MODELS[model_name], facts.STEPS[step_name]
     step = Step(model, seqs, library)
     layers = [Layer(step) for _ in range(facts.layer_count(model, seqs))]
@@ -363,7 +367,7 @@ def step_rows(
 
 
 def _slots(tokens: int) -> torch.Tensor:
-    """Slots of tokens that fill pages which lie anywhere."""
+    """Slots of tokens that fill scattered pages."""
     pages = torch.randperm(-(-tokens // PAGE), device="cuda")[:, None] * PAGE
     return (pages + torch.arange(PAGE, device="cuda")).flatten()[:tokens].contiguous()
 
@@ -398,7 +402,7 @@ def write_queries_and_keys(heads: int, tokens: int) -> Iterator[Callable[[], obj
 
 
 def writer_rows(failed: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """The writers alone; what could not be timed goes to `failed`."""
+    """The writers alone. Cases that could not be timed go to `failed`."""
     cases: list[tuple[dict[str, Any], Callable[[], Iterator[Callable[[], object]]]]] = [
         ({"op": "mla_write_cache", "format": name, "tokens": tokens},
          functools.partial(write_latents, name, tokens))
@@ -426,7 +430,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="file to merge rows into")
     parser.add_argument("--peers", type=Path, help="Python file that loads vLLM's operators")
-    parser.add_argument("--writers", action="store_true", help="the writers alone, too")
+    parser.add_argument("--writers", action="store_true", help="also the writers alone")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     library = kernels(arguments.peers)

@@ -3,12 +3,12 @@
 
     scripts/vllm_step_peers.py --out peers.json [--peers FILE]
 
-Needs a Hopper GPU, and torch with an installed vLLM 0.26, whose operators are called by their names
-in `torch.ops`; or FILE, a Python file that loads the libraries which define them: its `unpack`, if
-it has one, is called with its folder, then its `load`. A layer's time is the sum of the kernels
-that vLLM runs for it: rotation of Q and K, cache write, for an 8-bit cache the quantisation of Q to
-e4m3, and FlashAttention-3 over pages of 64 tokens, in a CUDA graph of as many layers as the
-benchmark has. Rows are merged into the file; name it in FASTATTN_BENCH_PEERS.
+The script needs a Hopper GPU, and torch with an installed vLLM 0.26, whose operators are called by
+their names in `torch.ops`. Instead of vLLM, FILE may be a Python file that loads the libraries with
+these operators: its `unpack`, if it has one, is called with its folder, then its `load`. A layer's
+time is the sum of the kernels that vLLM runs for it: rotation of Q and K, cache write, quantisation
+of Q to e4m3 for an 8-bit cache, and FlashAttention-3 over pages of 64 tokens, in a CUDA graph with
+as many layers as the benchmark. Rows are merged into the file; name it in FASTATTN_BENCH_PEERS.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from steps import BLOCK, MAX_MODEL_LEN, MODELS, STEPS, Model, block_tables, grap
 from vllm_operators import load_operators
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
-#: Cache types beside which vLLM's e4m3 kernels stand; its 16-bit ones stand beside "none".
+#: Cache types that are compared with vLLM's e4m3 kernels. Its 16-bit kernels are compared with
+#: "none".
 EIGHT_BITS = ("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8")
 Tensors = tuple[torch.Tensor, ...]
 
@@ -42,7 +43,7 @@ class Layers:
     sequences : list of (int, int, bool)
         Cached tokens, new tokens, and whether the sequence is in prefill.
     fp8 : bool
-        Whether the cache is e4m3, and bf16 if not.
+        Whether the cache is e4m3; otherwise it is bf16.
     """
 
     def __init__(self, model: Model, sequences: list[tuple[int, int, bool]], fp8: bool) -> None:
@@ -84,7 +85,7 @@ class Layers:
         return torch.randn(self.tokens, heads, dim, device="cuda", dtype=BF16)
 
     def _schedule(self) -> torch.Tensor:
-        """FlashAttention-3's work of a decode step, which vLLM makes once for all layers."""
+        """FlashAttention-3's schedule of a decode step, which vLLM makes once for all layers."""
         model, dtype = self.model, E4M3 if self.fp8 else BF16
         heads = model.heads, model.kv, model.dim, model.dim
         sizes = len(self.lengths), 1, self.most_keys
@@ -124,14 +125,14 @@ class Layers:
 
 
 def quantise(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
-    """To e4m3 with one scale; later versions of the operator ask for the scales' shape too."""
+    """Quantise to e4m3 with one scale; later versions of the operator also need its shape."""
     operator = torch.ops._C.static_scaled_fp8_quant
     more = len(operator.default._schema.arguments) - 3
     operator(out, x, scale, *[None] * more)
 
 
 def all_rows(failed: dict[str, str]) -> Iterator[report.Row]:
-    """Every row; what could not be timed goes to `failed`."""
+    """Every row. Cases that could not be timed go to `failed`."""
     for name, model in MODELS.items():
         for step, sequences in STEPS.items():
             for fp8 in (True, False):

@@ -1,7 +1,7 @@
-"""Builds the compiled part of fastattn: the steps behind ``setup_ops.py``.
+"""Builds the compiled part of fastattn; ``setup_ops.py`` uses it.
 
-``toolchain`` finds Paddle, compilers and GPU architectures; ``instances`` is the table of the
-kernels' variants; ``project`` describes what is compiled as extensions of Paddle and has ninja
-compile it; ``extension`` holds the commands that build and install, ``backend`` is what pip calls.
-No module imports Paddle before it is needed.
+``toolchain`` finds Paddle, compilers and GPU architectures. ``instances`` is the table of kernel
+variants. ``project`` describes the compiled parts as extensions of Paddle, and ninja compiles them.
+``extension`` has the commands that build and install, and ``backend`` has the hooks for pip. No
+module imports Paddle before it is needed.
 """

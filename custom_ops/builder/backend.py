@@ -1,8 +1,8 @@
-"""PEP 517 backend: setuptools', for ``setup_ops.py`` and the Paddle of the surrounding environment.
+"""PEP 517 backend on top of setuptools, for ``setup_ops.py`` and the environment's Paddle.
 
-pip builds in an isolated environment that hides the packages of the one it installs into. The
-operators must be built against exactly the Paddle there, so those packages are made importable
-again (after the isolated ones). None is fetched: see ``toolchain.require_paddle``.
+pip builds in an isolated environment that hides the packages of the target environment. The
+operators must be built against exactly the Paddle of the target, so its packages are made
+importable again (after the isolated ones). No Paddle is fetched: see ``toolchain.require_paddle``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Backend(build_meta._BuildMetaBackend):
         super().run_setup(setup_script)
 
     def get_requires_for_build_wheel(self, config_settings: Any = None) -> list[str]:
-        """Ninja, where there is none."""
+        """Ninja, if it is missing."""
         return [] if find_ninja() else [NINJA]
 
 

@@ -1,4 +1,4 @@
-"""The commands that build and install: those of setuptools, with Paddle's ``BuildExtension``."""
+"""The commands that build and install, based on setuptools and Paddle's ``BuildExtension``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ BUILD_INFO = "fastattn/_build_info.py"
 
 
 def install(arguments: list[str]) -> None:
-    """Make a wheel, which pip installs, so that it can also remove it."""
+    """Make a wheel and install it with pip, so that pip can also remove it."""
     at, numpy = arguments.index("install"), importlib.metadata.version("numpy")
     with tempfile.TemporaryDirectory() as folder:
         run([*arguments[:at], "bdist_wheel", "-d", folder, *arguments[at + 1 :]])
         (wheel,) = map(str, Path(folder).glob("*.whl"))
-        # Then what it depends on. Paddle and others run with the NumPy that is there: it stays.
+        # Then install its dependencies. The installed NumPy stays, because Paddle and other
+        # packages run with it.
         for options in (["--no-deps", "--force-reinstall"], [f"numpy=={numpy}"]):
             pip = [sys.executable, "-m", "pip", "install", "--quiet", wheel, *options]
             if subprocess.call(pip) != 0:
@@ -38,15 +39,15 @@ def install(arguments: list[str]) -> None:
 
 
 def run(arguments: list[str], builds: bool = True, fill_tree: bool = True) -> None:
-    """Run setuptools' commands; with `fill_tree` the source tree gets what is compiled, too."""
+    """Run setuptools' commands; with `fill_tree`, also copy compiled files to the source tree."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--cuda", choices=("auto", "on", "off", "virtual"), default="auto")
     parser.add_argument("--only", default="")
     options, arguments = parser.parse_known_args(arguments)
-    # The build prints its own progress; setuptools would add a line for every file copied.
+    # The build prints its own progress. setuptools would add a line for every copied file.
     if not {"-v", "--verbose"}.intersection(arguments):
         arguments = ["--quiet", *arguments]
-    if not builds:  # sdist, for one: the sources fit every Paddle
+    if not builds:  # such as sdist: the sources fit every Paddle
         setuptools.setup(script_args=arguments, install_requires=requirements())
         return
     build = Build(options.cuda, options.only)
@@ -58,13 +59,15 @@ def run(arguments: list[str], builds: bool = True, fill_tree: bool = True) -> No
         except BlockingIOError:
             print("another build is running; waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        shutil.rmtree(library, ignore_errors=True)  # what an older build left is in no wheel
+        # files of an older build do not belong in a wheel
+        shutil.rmtree(library, ignore_errors=True)
         setuptools.setup(
             script_args=arguments,
             ext_modules=build.extensions(),
             cmdclass={"build_ext": build_command(build, fill_tree)},
             install_requires=requirements(build.paddle, importlib.metadata.version("numpy")),
-            # A library fits one version of Paddle, so wheels for several must be told apart.
+            # A library fits one version of Paddle, so wheels for several versions need different
+            # labels.
             options={"egg_info": {"tag_build": f"+{build.label}"}, "build": {"build_lib": library}},
         )
 
@@ -75,18 +78,19 @@ def build_command(build: Build, fill_tree: bool) -> type[build_ext]:
 
     class BuildExtension(Base):
         def run(self) -> None:
-            self.force = True  # distutils compares times only: not the flags
+            self.force = True  # distutils compares only times, not flags
             self.inplace = self.inplace or fill_tree
-            build_ext.run(self)  # Paddle's would write a Python module beside the library
+            build_ext.run(self)  # Paddle's method would write a Python module next to the library
             if self.inplace:
                 shutil.copyfile(Path(self.build_lib, BUILD_INFO), ROOT / BUILD_INFO)
 
         def get_ext_filename(self, fullname: str) -> str:
-            self.no_python_abi_suffix = LIBRARY.endswith(fullname)  # the modules fit one Python
+            # the modules fit one Python version
+            self.no_python_abi_suffix = LIBRARY.endswith(fullname)
             return super().get_ext_filename(fullname)
 
         def _record_op_info(self) -> None:
-            """Nothing: it is for the Python module that is not written."""
+            """Do nothing: the method is for the Python module that is not written."""
 
         def build_extensions(self) -> None:
             print(f"building fastattn for {build.label}, {build.jobs} jobs", flush=True)
@@ -99,7 +103,7 @@ def build_command(build: Build, fill_tree: bool) -> type[build_ext]:
             compiler.compile = lambda sources, **_: [build.object_of[s] for s in sources]
             compiler.compiler_cxx = compiler.linker_exe = compiler.linker_exe_cxx = cxx
             compiler.linker_so = compiler.linker_so_cxx = [*cxx, "-shared"]
-            # "it will cost a few seconds"; Cython, where installed, flushes what it is given.
+            # Suppresses "it will cost a few seconds", and Cython, which flushes its output.
             with contextlib.redirect_stdout(io.StringIO()):
                 super().build_extensions()
             Path(self.build_lib, "fastattn", "version.txt").unlink(missing_ok=True)

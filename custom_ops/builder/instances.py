@@ -1,13 +1,14 @@
-"""The table of the kernels' variants, and the sources that are written from it.
+"""The table of kernel variants, and the sources that are generated from it.
 
-A launcher is a function template, and its variants are compiled in files of their own. A row of
-`FAMILIES` says which variants there are; `write` makes of the rows
+A launcher is a function template, and its variants are compiled in separate files. A row of
+`FAMILIES` lists variants. `write` generates from the rows
 
 - the ``.cu`` files with their explicit instantiations, and
-- a header ``instances.h`` a family, the list that ``dispatch`` chooses from
+- a header ``instances.h`` for each family, the list from which ``dispatch`` chooses
   (``common/instances.h``),
 
-so that what can be chosen and what is compiled cannot differ. CONTRIBUTING.md tells how to add one.
+so that the compiled variants are always the ones that can be chosen. CONTRIBUTING.md describes how
+to add one.
 
     python custom_ops/builder/instances.py    # writes build/generated, as every build does
 """
@@ -30,7 +31,7 @@ HEADER = "// Written by custom_ops/builder/instances.py.\n"
 
 @dataclass(frozen=True)
 class Family:
-    """A launcher and the template arguments that it is compiled with."""
+    """A launcher and the template arguments with which it is compiled."""
 
     folder: str
     launcher: str  # a function template
@@ -38,17 +39,17 @@ class Family:
     declared: str  # header, in `folder` unless it has slashes
     defined: str  # header, in `folder` unless it has slashes
     columns: dict[str, str]  # names and types of its template parameters
-    rows: tuple[tuple[Cell, ...], ...]  # a cell of several values stands for a row with each
+    rows: tuple[tuple[Cell, ...], ...]  # a cell with several values stands for one row per value
     namespace: str = "fastattn::cuda"
     together: str = ""  # the column whose values share a file
 
     @property
     def list_name(self) -> str:
-        """What the list of instances is called."""
+        """Name of the list of instances."""
         return re.sub(r"^Launch|Variant$", "", self.launcher) + "Instances"
 
     def header(self, name: str) -> str:
-        """Where a header lies: in the folder, unless its name has slashes."""
+        """Path of a header: in the folder, unless its name has slashes."""
         return name if "/" in name else f"{self.folder}/{name}"
 
     def arguments(self) -> list[tuple[Value, ...]]:
@@ -57,14 +58,14 @@ class Family:
         return [values for row in cells for values in itertools.product(*row)]
 
     def spell(self, values: tuple[Value, ...]) -> str:
-        """Template arguments as C++ writes them."""
+        """Template arguments in C++ syntax."""
         return ", ".join(
             f"{kind}::{value}" if isinstance(value, str) else str(value).lower()
             for kind, value in zip(self.columns.values(), values)
         )
 
     def file_of(self, values: tuple[Value, ...]) -> str:
-        """Source that instantiates them, such as ``cuda/merge/bf16.cu``."""
+        """Source file that instantiates them, such as ``cuda/merge/bf16.cu``."""
         named = zip(self.columns, values)
         words = [_word(name, value) for name, value in named if name != self.together]
         return f"{self.folder}/{'_'.join(filter(None, words))}.cu"
@@ -81,7 +82,7 @@ _TYPES = {"kBFloat16": "bf16", "kFloat16": "fp16", "kFloat32": "fp32", "kFastDep
 
 
 def _word(column: str, value: Value) -> str:
-    """What a template argument adds to the name of a file."""
+    """Part of a file name for a template argument."""
     if isinstance(value, bool):
         return column if value else ""
     if isinstance(value, int):
@@ -90,12 +91,12 @@ def _word(column: str, value: Value) -> str:
 
 
 def head_dims() -> tuple[int, ...]:
-    """Head dimensions that are compiled: those of ``FASTATTN_HEAD_DIMS`` ("64,128"), or all.
+    """Head dimensions to compile, from ``FASTATTN_HEAD_DIMS`` ("64,128"), or all.
 
     Raises
     ------
     ValueError
-        For a number that is none, and where neither 64 nor 128 is named, which every kernel has.
+        If an entry is not a number, or neither 64 nor 128 is included, which every kernel has.
     """
     names = re.findall(r"[^\s,;]+", os.environ.get("FASTATTN_HEAD_DIMS", ""))
     if not names:
@@ -110,7 +111,7 @@ def head_dims() -> tuple[int, ...]:
 
 
 def head_dim_bits() -> int:
-    """The same as ``common/head_dims.h`` reads it, a bit for each 32 channels."""
+    """The head dimensions in the form of ``common/head_dims.h``: one bit for each 32 channels."""
     return sum(1 << dim // 32 for dim in head_dims())
 
 
@@ -121,7 +122,7 @@ def _compiled(*dims: int) -> tuple[Value, ...]:
 ALL_HEAD_DIMS = (64, 96, 128, 192, 256)
 HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
-HEAD_DIMS = head_dims()  # of Q and K; V has 128 channels where they have 192
+HEAD_DIMS = head_dims()  # of Q and K; V has 128 channels if they have 192
 EITHER = (False, True)
 PREFILL_DIMS = _compiled(64, 128)  # of every wgmma kernel
 INDEX_HEADS = (8, 16, 32, 64)
@@ -293,7 +294,6 @@ FAMILIES = (
 
 
 def _source(family: Family, instances: list[tuple[Value, ...]]) -> str:
-    """Text of a ``.cu`` file."""
     lines = [
         f"template cudaError_t {family.launcher}<{family.spell(values)}>(\n    {family.takes});\n"
         for values in instances
@@ -306,7 +306,6 @@ def _source(family: Family, instances: list[tuple[Value, ...]]) -> str:
 
 
 def _list(family: Family) -> str:
-    """Text of ``instances.h``."""
     declared = family.header(family.declared)
     rows = ",\n".join(f"    Instance<{family.spell(values)}>" for values in family.arguments())
     return (
@@ -318,7 +317,6 @@ def _list(family: Family) -> str:
 
 
 def _texts() -> Iterator[tuple[str, str]]:
-    """Names and contents of all files."""
     for family in FAMILIES:
         yield f"{family.folder}/instances.h", _list(family)
         for name, instances in family.files().items():
@@ -333,7 +331,7 @@ def sources() -> list[str]:
 def write(folder: Path) -> None:
     """Write the sources and lists into `folder`.
 
-    A file whose text is right stays untouched, one that no row asks for is removed.
+    A file with the same text is not written again. A file without a row is removed.
     """
     texts = dict(_texts())
     for name, text in texts.items():

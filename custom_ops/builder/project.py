@@ -1,4 +1,4 @@
-"""What is built: sources, Paddle's extensions of them, and their objects, which ninja makes."""
+"""Description of the build: sources, Paddle extensions, and objects, which ninja makes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .toolchain import GENERATED, BuildError
 ROOT = Path(__file__).resolve().parents[2]
 CUSTOM_OPS = ROOT / "custom_ops"
 LIBRARY = "fastattn._fastattn_ops"
-#: Python modules beside the library, and the source of each.
+#: Python modules next to the library, and the source of each.
 MODULES = {"fastattn._host": "api/host_module.cc", "fastattn._direct": "api/direct_module.cc"}
-#: Where scripts/build_virtual_gpu.py puts the runtime that a build for it is linked with.
+#: Folder of scripts/build_virtual_gpu.py for the runtime that such a build links.
 VIRTUAL_GPU = ROOT / "build" / "virtual_gpu"
-# What Paddle's classes ask for and a wheel must not have: docs/install.md says why.
+# Flags that Paddle's classes add and a wheel must not have; docs/install.md gives the reasons.
 _UNWANTED = ("-w", "-lcudart", "-Wl,--no-as-needed")
 
-# ninja compiles again what has another command than last time: what decides the objects beside it,
-# such as the compiler's version, stands there as a comment.
+# ninja compiles again if the command has changed. So other facts that affect the objects, such as
+# the compiler's version, are added to it as a comment.
 _RULE = """\
 builddir = {folder}
 rule compile
@@ -38,14 +38,15 @@ rule compile
 
 
 def operators() -> list[str]:
-    """Names of the operators, such as "quantize_fp8"; each has a kernel for every place."""
+    """Names of the operators, such as "quantize_fp8". Each has a kernel for every place."""
     text = "".join(path.read_text(encoding="utf-8") for path in CUSTOM_OPS.glob("api/*.cc"))
     return sorted(re.findall(r"^PD_BUILD_OP\(\s*fastattn_(\w+)\s*\)", text, re.M))
 
 
 def commit() -> str:
-    """Commit that is built, with ``-dirty`` when tracked files differ; "unknown" outside git."""
-    # The folder is named: one unpacked inside another repository has no commit of that.
+    """Commit of the sources, with ``-dirty`` if tracked files differ; "unknown" outside git."""
+    # The git folder is named explicitly, because sources that are unpacked in another repository do
+    # not belong to its commit.
     git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe"]
     options = ["--always", "--dirty", "--abbrev=12", "--exclude=*"]
     status, text = subprocess.getstatusoutput(f"{shlex.join([*git, *options])} 2>/dev/null")
@@ -53,27 +54,28 @@ def commit() -> str:
 
 
 def local_version(paddle: str, archs: list[str]) -> str:
-    """What follows the + in the version of a wheel, such as ``paddle3.3.1.sm90a.sm100a``."""
+    """Part of a wheel's version after the +, such as ``paddle3.3.1.sm90a.sm100a``."""
     version = re.sub(r"[^a-z0-9]+", ".", paddle.lower()).strip(".")
     return ".".join([f"paddle{version}", *([f"sm{arch}" for arch in archs] or ["cpu"])])
 
 
 def requirements(paddle: str = "", numpy: str = "") -> list[str]:
-    """Distributions that a wheel asks for, in versions that change no others."""
-    # Paddle 2 was made for NumPy 1, which the newest ml_dtypes would have pip replace.
+    """Distributions that a wheel requires, in versions that change no other package."""
+    # Paddle 2 needs NumPy 1, which pip would replace for the newest ml_dtypes.
     old = paddle.startswith("2.") and numpy.startswith("1.")
     return [
         "numpy>=1.21,<2" if old else "numpy>=1.21",
         *("ml_dtypes>=0.4", "rich>=12", "safetensors>=0.4"),
-        "setuptools",  # Paddle imports it where it loads operators, and does not always ask for it
+        "setuptools",  # Paddle imports it to load operators, and does not always require it
     ]
 
 
 class Build:
-    """The tools that were found, and what is built with them.
+    """The tools that were found, and the extensions to build with them.
 
-    `cuda` is "auto", "on", "off" or "virtual": against a CPU build of Paddle, with kernels that the
-    interpreter in tests/virtual_gpu runs, and of these only those whose paths match `only`.
+    `cuda` is "auto", "on", "off" or "virtual". "virtual" builds against a CPU build of Paddle, with
+    kernels for the interpreter in tests/virtual_gpu; only kernels whose paths match `only` are
+    compiled.
     """
 
     def __init__(self, cuda: str = "auto", only: str = "") -> None:
@@ -114,16 +116,17 @@ class Build:
             of_gpu = "-DFASTATTN_VIRTUAL_GPU" if self.virtual else "-DPADDLE_WITH_CUDA"
             self.flags["cxx"] += [of_gpu, "-DFASTATTN_WITH_CUDA"]
             self.flags["nvcc"] = [*self.cuda.flags, *dims]
-            # The longest first: what begins last should not take long.
+            # The longest compilations come first, so that none of them starts last.
             written = [f"{GENERATED}/{name}" for name in instances.sources()]
             slow = [s for s in self.sources if s.startswith("cpu/attention_")]
             rest = [s for s in self.sources if s not in slow]
             kernels = [*written, *(s for s in found if s.endswith(".cu"))]
             self.sources = [*slow, *(k for k in kernels if re.search(only, k)), *rest]
-            os.environ["CUDA_HOME"] = self.cuda.home  # for Paddle: not where a wrapper of nvcc is
-        # Paddle's own list would add targets that cannot run the "a" instructions.
+            # for Paddle, which would use the folder of an nvcc wrapper
+            os.environ["CUDA_HOME"] = self.cuda.home
+        # Paddle's own list would add targets that do not support the "a" instructions.
         os.environ.pop("PADDLE_CUDA_ARCH_LIST", None)
-        os.environ["PADDLE_SKIP_CHECK_ABI"] = "1"  # an old compiler has been refused
+        os.environ["PADDLE_SKIP_CHECK_ABI"] = "1"  # an old compiler has already been refused
         self.num_cuda = sum(source.endswith(".cu") for source in self.sources)
         kind = "virtual" if self.virtual else "cuda" if self.cuda else "cpu"
         tag = f"{self.paddle}-{kind}-{sys.implementation.cache_tag}"
@@ -134,7 +137,7 @@ class Build:
             raise BuildError(f"MAX_JOBS: expected a number of at least 1, got {self.jobs!r}")
 
     def extensions(self) -> list[Any]:
-        """The library and the Python modules, as Paddle's classes describe them."""
+        """The library and the Python modules, in the form of Paddle's classes."""
         from paddle.utils import cpp_extension
 
         make, headers = cpp_extension.CppExtension, []
@@ -152,7 +155,8 @@ class Build:
             cxx = ["-O2", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-I."]
             cxx.append(f'-DFASTATTN_ARCHS="{";".join(self.archs)}"')
             cxx.append(f"-DFASTATTN_CUDA={int(self.cuda is not None)}")
-            link = ["-ldl", "-lstdc++"]  # before Paddle's library, which has some of its functions
+            # before Paddle's library, which has some of the same functions
+            link = ["-ldl", "-lstdc++"]
             parts += [(name, [source], {"cxx": cxx}, link) for name, source in MODULES.items()]
         else:
             print("no Python.h: without fastattn._host and _direct a call costs more host time")
@@ -171,7 +175,7 @@ class Build:
         return found
 
     def compile(self, extensions: list[Any]) -> list[tuple[float, str]]:
-        """Have ninja compile what changed; seconds and names of that, longest first."""
+        """Compile with ninja what has changed; return seconds and names, longest first."""
         folder = os.path.relpath(self.objects, CUSTOM_OPS)
         cuda = f"CUDA {self.cuda.version}, " if self.cuda else ""
         text = _RULE.format(folder=folder, identity=f"{cuda}{self.cxx_version}, {self.paddle}")
@@ -189,7 +193,7 @@ class Build:
                 self.object_of[source] = f"{self.objects}/{name}.o"
         script, log = self.objects / "build.ninja", self.objects / ".ninja_log"
         for path in CUSTOM_OPS.rglob("*.[ch]*") if script.exists() else ():
-            # ninja compares times, and what is unpacked over an older release has times of its own.
+            # ninja compares times, and files unpacked over an older release keep their own times.
             if path.stat().st_ctime > script.stat().st_mtime >= path.stat().st_mtime:
                 os.utime(path)
         script.write_text(text, encoding="utf-8")
@@ -200,7 +204,7 @@ class Build:
         failures = 0
         for line in process.stdout or ():
             failures += line.startswith("FAILED: ")
-            if failures < 2:  # those that run beside the first may fail, too
+            if failures < 2:  # jobs that run at the same time as the first failure may fail, too
                 print(line, end="", flush=True)
         if process.wait() != 0:
             raise BuildError("a source does not compile; the compiler's message is above")
@@ -210,7 +214,7 @@ class Build:
         return [(ms / 1000, name[len(folder) + 1 : -2]) for ms, name in sorted(times)[::-1]]
 
     def missing_launchers(self) -> str:
-        """Object with the launchers that were not compiled: each returns cudaErrorStubLibrary."""
+        """Object with the launchers that were not compiled. Each returns cudaErrorStubLibrary."""
         objects = [path for path in self.object_of.values() if "module.cc" not in path]
         names = re.findall(r" ([UTWV]) (_ZN8fastattn4cuda\w+)", toolchain.output("nm", *objects))
         missing = {name for kind, name in names if kind == "U"} - {n for k, n in names if k != "U"}
@@ -223,7 +227,7 @@ class Build:
         return str(made)
 
     def info(self) -> str:
-        """Text of ``_build_info.py``. No time of day: the same build writes the same bytes."""
+        """Text of ``_build_info.py``, without a date: the same build writes the same bytes."""
         places = ["cpu", "cuda"] if self.cuda else ["cpu"]
         return f'''\
 """How the compiled library was built (written by the build)."""

@@ -1,4 +1,4 @@
-"""What a build finds on the machine: Paddle, compilers, the CUDA toolkit, GPU architectures."""
+"""Search of the machine for Paddle, compilers, the CUDA toolkit and GPU architectures."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-#: What to fetch where there is none; two versions of it do not read each other's logs.
+#: Requirement for ninja if it is missing. Different versions of ninja cannot read each other's
+#: logs.
 NINJA = "ninja>=1.10"
-#: Where builder/instances.py writes, seen from ``custom_ops``.
+#: Output folder of builder/instances.py, relative to ``custom_ops``.
 GENERATED = "../build/generated"
 OLDEST_GCC = 8
 OLDEST_CUDA = 12  # PTX 8.0: wgmma, setmaxnreg, bulk copies
-#: For the library, beside those of Paddle's classes. Products stay bit-exact without fused
-#: multiply-adds; no -march, so that the library runs on any CPU of its family. Without Paddle's
-#: Python headers a file takes 3 s instead of 12 s, and the library fits any Python.
+#: Flags for the library, in addition to Paddle's. Products are bit-exact because fused
+#: multiply-adds are off. Without -march the library runs on any CPU of its family. Without Paddle's
+#: Python headers a file compiles in 3 s instead of 12 s, and the library fits any Python.
 CXX_FLAGS = (
     *("-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off"),
     *("-fvisibility=hidden", "-DPADDLE_NO_PYTHON", "-I."),
@@ -28,14 +29,14 @@ CXX_FLAGS = (
 
 
 class BuildError(RuntimeError):
-    """Something that the build needs is missing or does not fit, or a source does not compile."""
+    """A requirement of the build is missing or does not fit, or a source does not compile."""
 
 
 def require_paddle() -> None:
-    """Refuse to go on without a Paddle, with the line to type.
+    """Stop if Paddle is missing, with the command that installs it.
 
-    None is fetched: `paddlepaddle` and `paddlepaddle-gpu` are two distributions of one module, and
-    only the user knows which of them, in which version, the environment is meant to have.
+    Paddle is not fetched, because `paddlepaddle` and `paddlepaddle-gpu` are two distributions of
+    one module. Only the user knows which of them, and which version, the environment should have.
     """
     if importlib.util.find_spec("paddle") is None:
         gpu = "-gpu    # the one that fits the GPU's driver" if shutil.which("nvidia-smi") else ""
@@ -49,7 +50,7 @@ def require_paddle() -> None:
 
 
 def require_pip() -> None:
-    """Refuse to go on where pip, which installs the wheel, is missing (as in uv's environments)."""
+    """Stop if pip, which installs the wheel, is missing (as in uv's environments)."""
     if not any(importlib.metadata.distributions(name="pip")):
         raise BuildError(
             f"pip is missing for {sys.executable}: `{shlex.quote(sys.executable)} -m ensurepip` "
@@ -58,7 +59,7 @@ def require_pip() -> None:
 
 
 def require_writable(root: Path) -> None:
-    """Refuse to go on in a source tree that cannot be written, which every build does."""
+    """Stop if the source tree is not writable, because every build writes to it."""
     for name in ("build/objects", "fastattn.egg-info", "fastattn"):
         path = root / name
         while not path.exists():
@@ -68,7 +69,7 @@ def require_writable(root: Path) -> None:
 
 
 def not_writable(path: object, root: Path) -> BuildError:
-    """What to do where a file or folder of the source tree cannot be written."""
+    """Advice for a file or folder of the source tree that cannot be written."""
     copy = shlex.join(["cp", "-r", str(root), "fastattn-build"])
     return BuildError(
         f"{path} cannot be written, and a build writes into build/, fastattn/ and "
@@ -78,13 +79,13 @@ def not_writable(path: object, root: Path) -> BuildError:
 
 
 def find_ninja() -> str | None:
-    """Path of ninja: beside this Python, where pip puts it, else in PATH."""
+    """Path of ninja: next to this Python, where pip puts it, otherwise in PATH."""
     folders = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     return shutil.which("ninja", path=folders)
 
 
 def output(*command: str) -> str:
-    """What a command prints."""
+    """Output of a command."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -93,7 +94,7 @@ def output(*command: str) -> str:
 
 
 def find_cxx() -> list[str]:
-    """Command of the C++ compiler: ``CXX``, else g++, c++ or clang++; an old GCC is refused."""
+    """Command of the C++ compiler: ``CXX``, else g++, c++ or clang++. An old GCC is refused."""
     names = [os.environ.get("CXX"), *filter(shutil.which, ("g++", "c++", "clang++"))]
     command = shlex.split(next(filter(None, names), ""))
     if not command:
@@ -113,14 +114,14 @@ def find_cuda() -> str | None:
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     on_path = os.path.realpath(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
     for home in [named] if named else [on_path[: -len("/bin/nvcc")], "/usr/local/cuda"]:
-        # An nvcc in PATH may be a wrapper script outside any toolkit; its headers tell.
+        # An nvcc in PATH may be a wrapper script outside any toolkit, so its headers are checked.
         if os.path.exists(f"{home}/bin/nvcc") and os.path.exists(f"{home}/include/cuda_runtime.h"):
             return home
     return None
 
 
 class Cuda:
-    """A CUDA toolkit and its flags; one too old, or without one of `archs`, is refused.
+    """A CUDA toolkit and its flags. A toolkit that is too old, or lacks one of `archs`, is refused.
 
     With `virtual` the kernels stay PTX, which tests/virtual_gpu interprets.
     """
@@ -130,13 +131,13 @@ class Cuda:
         text = output(self.nvcc, "--version")
         self.version = (re.findall(r"release (\d+\.\d+)", text) or ["0.0"])[0]
         flags = ["-O3", "-DNDEBUG", "-std=c++17", "-DFASTATTN_WITH_CUDA", "-I.", f"-I{GENERATED}"]
-        # No -lineinfo: with it the library is three times as large. NVCC_APPEND_FLAGS adds it.
+        # -lineinfo would make the library three times as large. NVCC_APPEND_FLAGS can add it.
         flags += ["--expt-relaxed-constexpr"]
         flags += ["-Xfatbin", "-compress=false" if virtual else "-compress-all"]
         flags += ["--ptxas-options=--warn-on-spills,--warn-on-local-memory-usage"]
         flags += ["-Xcompiler=-fPIC,-fopenmp,-ffp-contract=off,-fvisibility=hidden"]
         if float(self.version) >= 13:
-            # Kernel templates stay callable from other files than the one that instantiates them.
+            # Kernel templates stay callable from files other than the one that instantiates them.
             flags.append("-static-global-template-stub=false")
         if os.environ.get("CXX"):
             flags += ["-ccbin", shlex.split(os.environ["CXX"])[0]]
@@ -157,13 +158,14 @@ class Cuda:
 def find_archs() -> list[str]:
     """GPU architectures of ``FASTATTN_ARCHS``: ``"90a;100a"``, ``"[80, 90]"``, ``"9.0a"``, "none".
 
-    Where it is empty, those of the GPUs found, with every instruction that they have, else 90a.
+    If it is empty, the architectures of the GPUs found, with all of their instructions, or 90a
+    without a GPU.
     """
     names = re.findall(r"[^][;,\s\"']+", os.environ.get("FASTATTN_ARCHS", "").lower())
     if not names and shutil.which("nvidia-smi"):
         text = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
         names = [f"{n}a" if float(n) >= 9 else n for n in re.findall(r"^\d+\.\d$", text, re.M)]
     names = [re.sub(r"^(sm_|compute_)|\.", "", name) for name in names or ["90a"]]
-    # The Hopper kernels need what only 90a has; every GPU of capability 9.0 runs it.
+    # The Hopper kernels need instructions of 90a. Every GPU of capability 9.0 supports them.
     names = ["90a" if name == "90" else name for name in names]
     return list(dict.fromkeys(names)) if names != ["none"] else []

@@ -1,4 +1,4 @@
-"""The backend that takes the place of FastDeploy's ``APPEND_ATTN``."""
+"""Replacement for FastDeploy's ``APPEND_ATTN`` backend."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from fastattn.backends.paged import PagedAttentionBackend
 
 
 class AppendAttentionBackend(PagedAttentionBackend):
-    """Replaces FastDeploy's default backend, for decoding, speculative and prefill sequences.
+    """Replacement for FastDeploy's default backend, for decoding, speculative and prefill
+    sequences.
 
     A speculative sequence has one new token and its draft tokens. All of them are written to the
-    cache and attended to; the next step overwrites rejected ones.
+    cache and attended to. The next step overwrites rejected ones.
     """

@@ -1,4 +1,4 @@
-"""The contract between a FastDeploy-like server and an attention backend."""
+"""The interface between a FastDeploy-like server and an attention backend."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from fastattn.backends.forward_meta import field
 
 @dataclass
 class AttentionMetadata:
-    """Metadata that a backend prepares once a step for all layers."""
+    """Metadata that a backend prepares once per step for all layers."""
 
 
 class AttentionBackend(ABC):
     """An attention backend, as FastDeploy's ``AttentionBackend`` and its model runner expect it.
 
-    The constructor does no GPU work and loads no compiled operator: engine and cache-manager
-    processes make a backend only to ask it for shapes.
+    The constructor does no GPU work and loads no compiled operator, because engine and
+    cache-manager processes make a backend only to ask it for shapes.
     """
 
     @abstractmethod
     def init_attention_metadata(self, forward_meta: Any) -> None:
-        """Prepare a step; called once before the step's first layer."""
+        """Prepare a step. Called once, before the step's first layer."""
 
     @abstractmethod
     def get_kv_cache_shape(
@@ -46,7 +46,7 @@ class AttentionBackend(ABC):
         layer: Any,
         forward_meta: Any,
     ) -> Any:
-        """Run the attention of one layer, by ``forward_meta.forward_mode``."""
+        """Run the attention of one layer according to ``forward_meta.forward_mode``."""
         mode = field(forward_meta, "forward_mode")
         if mode.is_native():
             return self.forward_native_backend(q, k, v, qkv, layer, forward_meta)
@@ -69,7 +69,7 @@ class AttentionBackend(ABC):
         layer: Any,
         forward_meta: Any,
     ) -> Any:
-        """Attention of a step of prefill, decoding and inactive sequences."""
+        """Attention of a step with prefill, decoding and inactive sequences."""
 
     def forward_decode(self, *args: Any) -> Any:
         """Attention of a step of decoding sequences; by default :meth:`forward_mixed`."""
@@ -82,5 +82,5 @@ class AttentionBackend(ABC):
     def forward_native_backend(
         self, q: Any, k: Any, v: Any, qkv: Any, layer: Any, forward_meta: Any
     ) -> Any:
-        """Attention by the framework's own operators, which no backend of fastattn supports."""
+        """Attention by the framework's own operators. No backend of fastattn supports it."""
         raise NotImplementedError(f"{type(self).__name__}: forward_mode NATIVE is not supported")

@@ -1,4 +1,4 @@
-"""Rotations and centres of a server's layers, from the file that an environment variable names."""
+"""Rotations and centres of a server's layers, from a file that an environment variable names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Calibrated:
-    """What a file says of layers that say nothing themselves.
+    """Calibration from a file, for layers that have none themselves.
 
     Raises
     ------
@@ -25,14 +25,14 @@ class Calibrated:
     """
 
     def __init__(self, path: Path) -> None:
-        from fastattn.calibrate import Calibration  # few servers need it
+        from fastattn.calibrate import Calibration  # few servers need this import
 
         self.path = path
         self._calibration = Calibration.read(path)
 
     @classmethod
     def from_env(cls) -> Calibrated | None:
-        """That of ``FASTATTN_CALIBRATION``, if it is set."""
+        """The calibration of ``FASTATTN_CALIBRATION``, or None if it is not set."""
         path = env.calibration()
         return None if path is None else cls(path)
 
@@ -42,8 +42,8 @@ class Calibrated:
         Raises
         ------
         ValueError
-            If the file is not of this layer and type, or of one whose scales the layer holds: they
-            belong to keys that are stored as the file says, and a server's own do not.
+            If the file does not match this layer and type. Also if the layer holds its scales:
+            scales in the file are for transformed keys, and the layer's own are not.
         """
         found = self._calibration.layers.get(layer.layer_id)
         if found is None:
@@ -71,7 +71,7 @@ class Calibrated:
 
 
 def digest() -> str:
-    """Tells apart caches that were written with different files; empty without one."""
+    """Identifies the file with which caches were written; empty without a file."""
     path = env.calibration()
     if path is None:
         return ""

@@ -1,4 +1,4 @@
-"""Options that the backends read from a FastDeploy configuration, and those that they refuse."""
+"""Options that the backends read from a FastDeploy configuration, and options that they refuse."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fastattn.backends.layer_cache import cache_type_of
 from fastattn.backends.scales import HeadShard
 from fastattn.functional._cache_types import FUSED_HEAD_DIMS
 
-#: Tokens of a cache block.
+#: Number of tokens of a cache block.
 BLOCK_SIZE = 64
 
-#: Modes of ``parallel_config.pd_disaggregation_mode`` in which servers prefill for others.
+#: Values of ``parallel_config.pd_disaggregation_mode`` in which a server prefills for others.
 PD_MODES = ("per_chunk", "per_query")
 
-#: Sequences of a step that FastDeploy's signal of a layer has room for.
+#: Maximum number of sequences of a step in FastDeploy's signal of a layer.
 MOST_SIGNALLED_SEQS = 512
 
 
 def read(config: Any, path: str, default: Any = None) -> Any:
-    """Value at a dotted path; `default` if a name on it is missing or None."""
+    """Value at a dotted path; `default` if a name in it is missing or None."""
     for name in path.split("."):
         config = getattr(config, name, None)
         if config is None:
@@ -34,7 +34,7 @@ def read(config: Any, path: str, default: Any = None) -> Any:
 
 
 def fastdeploy_flag(name: str) -> bool:
-    """Whether a variable of ``fastdeploy.envs`` is on; releases that lack it have it off."""
+    """Whether a variable of ``fastdeploy.envs`` is on. It is off in releases that lack it."""
     return bool(int(getattr(sys.modules.get("fastdeploy.envs"), name, 0) or 0))
 
 
@@ -45,19 +45,19 @@ class BackendConfig:
     Attributes
     ----------
     max_model_len : int
-        Tokens of the longest sequence; bounds its keys where the host has no lengths.
+        Maximum number of tokens of a sequence. It bounds the keys if the host has no lengths.
     decode_tokens : int
-        New tokens of a decoding sequence in a step, at most: those that are drafted, and one.
+        Maximum number of new tokens of a decoding sequence in a step: its draft tokens plus one.
     causal : bool
     window_size : int
-        Keys that a query sees, its own included; 0: the layer decides.
+        Number of keys that a query sees, including its own; 0 leaves it to the layer.
     window_layers : tuple of bool
-        Which layers have the window of `window_size`; empty: all of them.
+        Whether each layer has the window of `window_size`; empty means that all have it.
     rotary_dim : int or None
-        Rotated channels of a head; None: all of them.
+        Number of rotated channels of a head; None means all.
     shard : HeadShard
     cuda_graphs : bool
-        The server replays CUDA graphs of its steps.
+        Whether the server replays CUDA graphs of its steps.
     """
 
     max_model_len: int
@@ -76,7 +76,7 @@ class BackendConfig:
         Raises
         ------
         NotImplementedError
-            If it needs something that the backends do not support; the message names it.
+            If it requires something that the backends do not support. The message names it.
         ValueError
             If ``model_config.max_model_len`` is missing, or an option is not a number.
         """
@@ -106,27 +106,29 @@ def count_of(config: Any, backend: str, path: str, default: int | None, least: i
 
 
 def drafted_tokens(fd_config: Any, backend: str) -> int:
-    """Tokens of a sequence that a step verifies; there is a number without a method, too."""
+    """Number of draft tokens of a sequence that a step verifies. A configuration has a number even
+    without a method.
+    """
     if read(fd_config, "speculative_config.method") is None:
         return 0
     return count_of(fd_config, backend, "speculative_config.num_speculative_tokens", 0, 0)
 
 
 def tensor_parallel(fd_config: Any) -> tuple[int, int]:
-    """Number of tensor-parallel ranks, and this process's."""
-    # The former was tensor_parallel_degree in FastDeploy 2.0.
+    """Number of tensor-parallel ranks, and the rank of this process."""
+    # FastDeploy 2.0 calls the number tensor_parallel_degree.
     older = read(fd_config, "parallel_config.tensor_parallel_degree", 1)
     size = read(fd_config, "parallel_config.tensor_parallel_size", older)
     return int(size), int(read(fd_config, "parallel_config.tensor_parallel_rank", 0))
 
 
 def _rotary_dim(fd_config: Any, head_dim: int) -> int | None:
-    """Rotated channels of a head.
+    """Number of rotated channels of a head.
 
     FastDeploy's tables (``rotary_embedding.get_rope_impl``) rotate a part of a head for GLM only.
-    Its ERNIE table divides the positions by ``partial_rotary_factor`` and rotates the whole head,
-    its Qwen table does not use the factor, and neither do tables of rope_3d, which draft models do
-    not have. A configuration without architectures is not FastDeploy's.
+    Its ERNIE table divides the positions by ``partial_rotary_factor`` and rotates the whole head.
+    Its Qwen table and its rope_3d tables, which draft models do not have, ignore the factor. A
+    configuration without architectures does not come from FastDeploy.
     """
     draft = read(fd_config, "speculative_config.model_type", "main") != "main"
     if not draft and any(read(fd_config, name) for name in _rope_3d_options(fd_config)):
@@ -152,7 +154,7 @@ def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
 def refuse_disaggregation(
     fd_config: Any, backend: str, no: Callable[[str, Any, str], None]
 ) -> None:
-    """Refuse modes and roles of servers that prefill for others, but those that are known."""
+    """Refuse modes and roles of servers that prefill for others, except known ones."""
     mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
     if mode not in ("None", "none", "", *PD_MODES):
         no(
@@ -173,11 +175,11 @@ def refuse_disaggregation(
 
 
 def _rope_3d_options(fd_config: Any) -> tuple[str, ...]:
-    """Options of which one says that sequences have rotary tables of their own.
+    """Options of which one says that each sequence has its own rotary table.
 
-    ``rope_3d`` of the model means only that its file has an ``mrope_section``, as those of some
-    text models do. FastDeploy since 2.6 tells at ``enable_rope_3d_runtime`` whether it makes such
-    tables; before, it makes them for multimodal models.
+    ``rope_3d`` of the model only means that its file has an ``mrope_section``, which some text
+    models also have. FastDeploy from 2.6 on says in ``enable_rope_3d_runtime`` whether it makes
+    such tables. Earlier releases make them for multimodal models.
     """
     if read(fd_config, "enable_rope_3d_runtime") is not None:
         return ("enable_rope_3d_runtime",)
@@ -198,7 +200,8 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
     refuse_disaggregation(fd_config, backend, no)
     level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
     if level > 0:
-        # FastDeploy asks for one program without a break, and Paddle's SOT breaks off in a backend.
+        # FastDeploy requests one program without graph breaks, but Paddle's SOT breaks in a
+        # backend.
         no("graph_opt_config.graph_opt_level", level, "supported: 0 (CUDA graphs of dygraph)")
     kind = read(fd_config, "quant_config.kv_cache_quant_type")
     if kind is not None:
@@ -214,8 +217,8 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
             no(f"model_config.{name}", value, "sliding windows are the same for every head")
 
 
-#: Paddle's list of operators that its CUDA graphs leave out, and a backend's operators by the names
-#: that they have in a program: with an underscore if they write into an input.
+#: Paddle's list of operators that its CUDA graphs leave out, and the names of a backend's operators
+#: in a program. A name ends in an underscore if the operator writes into an input.
 _LEFT_OUT = "FLAGS_cuda_graph_blacklist"
 _OPERATORS = tuple(
     f"custom_op.fastattn_{name}{end}"
@@ -232,10 +235,10 @@ _OPERATORS = tuple(
 
 
 def keep_out_of_graphs(fd_config: Any) -> None:
-    """Let CUDA graphs of parts of a program leave the attention out.
+    """Make CUDA graphs of parts of a program leave the attention out.
 
-    FastDeploy's own backends do so for ``graph_opt_config.full_cuda_graph = False``, where steps
-    with prefill run in such graphs too. A Paddle without CUDA graphs has no such list.
+    FastDeploy's own backends do so for ``graph_opt_config.full_cuda_graph = False``, because steps
+    with prefill also run in such graphs. A Paddle without CUDA graphs has no such list.
     """
     if read(fd_config, "graph_opt_config.full_cuda_graph", True):
         return

@@ -30,29 +30,29 @@ def convert_caches(
 ) -> Sequence[Any]:
     """Convert the caches of all layers in place, by default from FastDeploy's layout to fastattn's.
 
-    It needs no second cache and no scratch memory. Scales are the same in all layouts and are not
-    changed. All arguments are checked before the first byte is written.
+    The conversion needs no second cache and no scratch memory. Scales are the same in all layouts
+    and are not changed. All arguments are checked before the first byte is written.
 
     Parameters
     ----------
     caches : sequence of Tensor
-        As in ``forward_meta.caches``: ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v,
-        k_scales, v_scales}`` for the dynamic types.
+        As in ``forward_meta.caches``: ``2 * layer + {0: k, 1: v}``, or
+        ``4 * layer + {k, v, k_scales, v_scales}`` for the dynamic types.
     cache_quant_type : str
-        ``cache_int8``, ``cache_fp8``, ``block_wise_int8``, ``block_wise_fp8`` or, between layouts
-        other than FastDeploy's, ``block_wise_int4`` and ``block_wise_mxfp4``; with ``none`` all
-        layouts are the same and nothing is done.
+        ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
+        ``block_wise_int4`` and ``block_wise_mxfp4`` are supported between layouts other than
+        FastDeploy's. For ``none`` all layouts are the same and nothing is done.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         See :func:`fastattn.functional.convert_cache_layout`.
     block_ranges : iterable of (int, int), optional
-        Physical blocks ``[begin, end)`` to convert; by default all. Other blocks keep their bytes,
-        so that a server can convert only the blocks in use, or some in each step. No block may be
-        converted twice: its contents would be lost.
+        Physical blocks ``[begin, end)`` to convert. Default: all. Other blocks keep their bytes, so
+        a server can convert only the blocks in use, or some in each step. Do not convert a block
+        twice: its contents would be lost.
 
     Returns
     -------
     sequence of Tensor
-        `caches`, the same tensors. Each V tensor has the shape of layout `dst` now, even if only
+        `caches`, the same tensors. Each V tensor now has the shape of layout `dst`, even if only
         some of its blocks were converted.
 
     Raises
@@ -132,7 +132,7 @@ def _pair(entry: Any) -> tuple[int, int]:
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted ranges without empty ones, adjacent ones joined: each costs a launch."""
+    """Sort ranges, drop empty ones and join adjacent ones, because each range costs a launch."""
     joined: list[tuple[int, int]] = []
     for begin, end in ranges:
         if begin == end:
@@ -150,11 +150,11 @@ def _checked(
     cache_quant_type: str,
     ranges: list[tuple[int, int]] | None,
 ) -> dict[int, tuple[int, int, int]]:
-    """(num_blocks, KV, elements of a token) of every tensor to convert, all arguments checked."""
+    """Check all arguments; return (num_blocks, KV, elements of a token) of each tensor."""
     from fastattn import _ops
 
     shapes: dict[int, tuple[int, int, int]] = {}
-    spans: list[tuple[int, int, int]] = []  # first byte, end, index
+    spans: list[tuple[int, int, int]] = []  # address of the first byte, end address, index
     codes = ("uint8", "int8") if "int8" in cache_quant_type else ("uint8", "float8")
     for index, kind in chosen:
         cache = caches[index]
@@ -164,7 +164,7 @@ def _checked(
         dtype = str(cache.dtype).rpartition(".")[2]
         if not dtype.startswith(codes):
             raise TypeError(
-                f"{_OP}: {name}: expected dtype uint8 or that of the codes for "
+                f"{_OP}: {name}: expected dtype uint8 or the dtype of the codes for "
                 f"{cache_quant_type!r}, got {dtype}"
             )
         shape = [int(size) for size in cache.shape]

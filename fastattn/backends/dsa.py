@@ -1,4 +1,4 @@
-"""The backend that takes the place of FastDeploy's ``DSA_ATTN``."""
+"""Replacement for FastDeploy's ``DSA_ATTN`` backend."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastattn.backends.latent import (
 )
 from fastattn.backends.latent_config import INDEX_DIM, LATENT_DIM, ROPE_DIM, IndexerConfig
 
-#: Bytes of a token: 512 e4m3 codes, 4 float32 scales and 64 bfloat16 channels; of an index key, its
-#: codes and its float32 scale.
+#: Bytes per token. A latent token has 512 e4m3 codes, 4 float32 scales and 64 bfloat16 channels. An
+#: index key has its codes and a float32 scale.
 TOKEN_BYTES = LATENT_DIM + LATENT_DIM // 128 * 4 + 2 * ROPE_DIM
 KEY_BYTES = INDEX_DIM + 4
 
@@ -33,9 +33,9 @@ class DSAAttentionMetadata(LatentAttentionMetadata):
     Attributes
     ----------
     rows : list of (TokenMaps, QueryRows)
-        Rows of the step's queries, or of its two micro-batches', and the maps they belong to.
+        Query rows of the step or of its two micro-batches, with the maps that they belong to.
     chosen : dict
-        By layer: the `forward_meta` that it has chosen keys for, and how many of each query.
+        For each layer, the `forward_meta` that it has selected keys for, and the number per query.
     """
 
     rows: list[tuple[TokenMaps, QueryRows]] = dataclass_field(default_factory=list)
@@ -43,17 +43,18 @@ class DSAAttentionMetadata(LatentAttentionMetadata):
 
 
 class DSAAttentionBackend(LatentAttentionBackend):
-    """DeepSeek sparse attention: an indexer chooses a query's keys, attention reads only those.
+    """DeepSeek sparse attention: an indexer selects the keys of a query; attention reads only
+    those.
 
-    A layer's step is :meth:`select`, which writes the index keys and chooses, and then
-    :meth:`forward`, which writes the latents and attends. Both read the cache alone, so a cached
-    prefix or an earlier chunk is what any other key is. Indices are slots of the cache in every
-    step, -1 behind the last.
+    Each step of a layer calls :meth:`select`, which writes the index keys and selects keys, and
+    then :meth:`forward`, which writes the latents and attends. Both read only the cache, so keys of
+    a cached prefix or an earlier chunk are treated like all others. Indices are slots of the cache
+    in every step, with -1 after the last one.
 
     Parameters
     ----------
     scale_rule : {"pow2", "amax"}
-        How scales of the latent cache are chosen: :func:`fastattn.functional.mla_write_cache`.
+        Rule for the scales of the latent cache, as in :func:`fastattn.functional.mla_write_cache`.
         FlashMLA reads "pow2" without loss.
     **kwargs
         See :class:`LatentAttentionBackend`.
@@ -61,8 +62,9 @@ class DSAAttentionBackend(LatentAttentionBackend):
     Raises
     ------
     NotImplementedError
-        If the configuration needs something that is not supported; the message names it. Servers
-        that prefill for others, and pools, are among it: FastDeploy moves no index keys.
+        If the configuration requires something that is not supported. The message names it. Servers
+        that prefill for others, and pools, are not supported, because FastDeploy does not move
+        index keys.
     ValueError
         If the configuration lacks an option, or `scale_rule` is unknown.
     """
@@ -81,7 +83,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
         self._refuse_moves(fd_config)
 
     def _refuse_moves(self, fd_config: Any) -> None:
-        """Refuse what would move blocks without their index keys."""
+        """Refuse options that would move blocks without their index keys."""
         mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
         role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
         pool = read(fd_config, "cache_config.kvcache_storage_backend")
@@ -93,7 +95,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
             ("cache_config.num_cpu_blocks", swapped, bool(swapped)),
         ):
             if moves:
-                self._refuse(f"{what} = {value!r}, which leaves index keys behind,")
+                self._refuse(f"{what} = {value!r}, which does not move index keys,")
 
     def get_kv_cache_shape(  # type: ignore[override]
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -103,12 +105,13 @@ class DSAAttentionBackend(LatentAttentionBackend):
         Returns
         -------
         key : list of int
-            Of the latent cache.
+            Shape of the latent cache.
         value : list of int
-            Empty: there is no value cache.
+            Empty, because there is no value cache.
         index_key : list of int
-            Only if `kv_cache_quant_type` is "uint8", as FastDeploy's runner asks for caches of such
-            models. Its engine, which attaches to caches, unpacks two shapes.
+            Only present if `kv_cache_quant_type` is "uint8", with which FastDeploy's runner asks
+            for the caches of such models. FastDeploy's engine, which attaches to caches, unpacks
+            two shapes.
         """
         size = self.config.block_size
         key, value = [max_num_blocks, 1, size, TOKEN_BYTES], list[int]()
@@ -124,10 +127,10 @@ class DSAAttentionBackend(LatentAttentionBackend):
     def select(
         self, queries: Any, keys: Any, weights: Any, layer_id: int, forward_meta: Any
     ) -> Any:
-        """Write a layer's index keys and choose the keys of each query, for any kind of step.
+        """Write a layer's index keys and select the keys of each query, for any kind of step.
 
-        Every rank of a tensor-parallel group computes the same indices: the order of logits is a
-        total one, and no arithmetic depends on the other ranks.
+        Every rank of a tensor-parallel group computes the same indices: the order of logits is
+        total, and no arithmetic depends on other ranks.
 
         Parameters
         ----------
@@ -136,7 +139,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
         keys : Tensor, shape [T, 128], bfloat16
             Normalised and rotated index keys of the step's tokens.
         weights : Tensor, shape [T, H]
-            Weight of each head. The factor ``(128 H) ** -0.5`` is put in here.
+            Weight of each head. This function multiplies it by ``(128 H) ** -0.5``.
         layer_id : int
         forward_meta : ForwardMeta
             ``caches[2 * layer_id + 1]`` is the layer's cache of index keys.
@@ -144,7 +147,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
         Returns
         -------
         Tensor, shape [T, topk], int32
-            Slots of the layer's caches, in the order of positions, -1 behind the last and for
+            Slots of the layer's caches, in the order of positions; -1 after the last slot and for
             padding tokens.
         """
         heads, topk = self.indexer.heads, self.indexer.topk
@@ -186,7 +189,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
         return slots
 
     def _query_rows(self, maps: TokenMaps, forward_meta: Any) -> QueryRows:
-        """Rows of the step's queries, made with its maps."""
+        """Rows of the step's queries, made together with the step's maps."""
         metadata = self._metadata()
         for made_for, rows in metadata.rows:
             if made_for is maps:
@@ -214,22 +217,22 @@ class DSAAttentionBackend(LatentAttentionBackend):
         Parameters
         ----------
         q : Tensor, shape [T, H, 576] or [T, H * 576], bfloat16
-            Absorbed queries: latent channels of a head, then its rotated ones.
+            Absorbed queries: the latent channels of a head, then its rotated channels.
         k
-            Not used: FastDeploy's models give the step's latents.
+            Not used. FastDeploy's models pass the step's latents here.
         v : Tensor, shape [T, 1, topk] or [T, topk], int32
-            What :meth:`select` returned for the layer.
+            Result of :meth:`select` for the layer.
         qkv
             Not used.
         compressed_kv : Tensor, shape [T, 512], bfloat16
-            Latent channels of the step's tokens, after their norm.
+            Normalised latent channels of the step's tokens.
         k_pe : Tensor, shape [T, 1, 64] or [T, 64], bfloat16
-            Their rotated channels.
+            Rotated channels of the step's tokens.
         layer : object
             FastDeploy's ``Attention`` layer or an :class:`fastattn.backends.AttentionLayer`.
         forward_meta : ForwardMeta
-            The step that :meth:`init_attention_metadata` was called with; ``caches[2 * layer_id]``
-            is the layer's latent cache.
+            The step that was passed to :meth:`init_attention_metadata`; ``caches[2 * layer_id]`` is
+            the layer's latent cache.
 
         Returns
         -------
@@ -239,7 +242,7 @@ class DSAAttentionBackend(LatentAttentionBackend):
         Raises
         ------
         NotImplementedError
-            If the layer needs something that is not supported.
+            If the layer requires something that is not supported.
         ValueError
             If the step lacks a field, or shapes do not match.
         """

@@ -1,19 +1,20 @@
-"""The plug-in that makes FastDeploy 2.x use this package's backends.
+"""The plug-in that makes FastDeploy 2.x use the backends of this package.
 
-FastDeploy calls :func:`register` (by ``fastattn._plugin``, an entry point of
-``fastdeploy.model_register_plugins``) in every process that loads its models or its engine, if the
-environment variable ``FD_PLUGINS`` names ``fastattn``::
+FastDeploy calls :func:`register` in every process that loads its models or its engine, if the
+environment variable ``FD_PLUGINS`` names ``fastattn``. The call goes through ``fastattn._plugin``,
+an entry point of ``fastdeploy.model_register_plugins``::
 
     FD_PLUGINS=fastattn FD_ATTENTION_BACKEND=FLASH_ATTN python -m fastdeploy.entrypoints...
 
 From then on ``APPEND_ATTN``, ``FLASH_ATTN``, ``FLASH_MASK_ATTN``, ``MLA_ATTN`` and ``DSA_ATTN``
-mean the classes of :mod:`fastattn.backends`, and so does ``DECODE_UNIFIED_ATTN`` (FastDeploy's
-append backend with another decode kernel); every other backend stays FastDeploy's.
+mean the classes of :mod:`fastattn.backends`. So does ``DECODE_UNIFIED_ATTN``, FastDeploy's append
+backend with another decode kernel. FastDeploy keeps every other backend.
 
-FastDeploy's platform class has a method that returns the name of a backend's class; the class is
-imported when the first backend is made. :func:`register` replaces that name. Putting the classes
-into FastDeploy's own package instead would import it, with all its compiled operators, in processes
-that ask a backend only for shapes, and would be undone where the package is still being imported.
+FastDeploy's platform class has a method that returns the name of a backend's class, and the class
+is imported when the first backend is made. :func:`register` replaces that name. The alternative, to
+put the classes into FastDeploy's own package, has two faults. It would import that package with all
+its compiled operators in processes that only ask for shapes. It would also be undone if the package
+is still being imported.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ PACKAGE = "fastdeploy.model_executor.layers.attention"
 
 
 def register() -> None:
-    """Make FastDeploy use this package's backends in the current process.
+    """Make FastDeploy use the backends of this package in the current process.
 
-    This uses neither a GPU nor a compiled operator. Options that a backend does not support are
-    refused when the backend is made, which every process does before it serves.
+    This uses neither a GPU nor a compiled operator. Unsupported options are refused when the
+    backend is made; every process does so before it serves.
 
     Raises
     ------
@@ -49,14 +50,14 @@ def register() -> None:
         If FastDeploy cannot be imported, or the compiled operators are missing or were built for
         another Paddle.
     NotImplementedError
-        If FastDeploy runs on another platform than CUDA, or the operators were built without it.
+        If FastDeploy runs on a platform other than CUDA, or the operators were built without CUDA.
     RuntimeError
-        If FastDeploy has chosen its backend already, or has no such hook.
+        If FastDeploy has already chosen its backend, or has no such hook.
 
     Notes
     -----
-    Calling it again does nothing. It affects backends that are made later, including those of draft
-    models, which FastDeploy makes itself.
+    A second call does nothing. The call affects backends that are made later, including backends of
+    draft models, which FastDeploy makes itself.
     """
     platform = _cuda_platform()
     if getattr(getattr(platform, METHOD, None), "fastattn", False):
@@ -101,9 +102,9 @@ def _check_library() -> None:
 
 
 def _check_not_chosen() -> None:
-    """Refuse if FastDeploy has chosen a class already: it caches the class and would keep it."""
+    """Refuse if FastDeploy has already chosen a class, because it would keep the cached class."""
     selecter = sys.modules.get(f"{PACKAGE}.attention_selecter")
-    for name in ("_get_attn_backend", "get_attention_backend"):  # which one differs by version
+    for name in ("_get_attn_backend", "get_attention_backend"):  # the name depends on the version
         info = getattr(getattr(selecter, name, None), "cache_info", None)
         if info is not None and info().currsize > 0:
             raise RuntimeError(
@@ -120,7 +121,7 @@ def _patch(platform: type) -> None:
             "version of FastDeploy is not supported"
         )
 
-    # FastDeploy's own method runs first: it refuses a backend that it does not know.
+    # FastDeploy's own method runs first, because it refuses backends that it does not know.
     def get_attention_backend_cls(cls: type, *args: Any, **kwargs: Any) -> Any:
         return _replacement(original(*args, **kwargs))
 
@@ -129,14 +130,14 @@ def _patch(platform: type) -> None:
 
 
 def _replacement(path: Any) -> Any:
-    """Dotted name of this package's class for one of FastDeploy's; other names are kept."""
+    """Dotted name of this package's class for a class of FastDeploy; other names are kept."""
     package, _, name = str(path).rpartition(".")
     if package != PACKAGE or name not in REPLACED:
         return path
     ours = REPLACED[name]
     backend = getattr(importlib.import_module("fastattn.backends"), ours)
     base = sys.modules.get(f"{PACKAGE}.base_attention_backend")
-    # Its runner makes positions of tokens only for what is an instance of some of its backends.
+    # FastDeploy's runner makes token positions only for instances of some of its backends.
     theirs = (
         getattr(base, "AttentionBackend", None),
         getattr(sys.modules.get(PACKAGE), name, None),

@@ -1,9 +1,10 @@
-"""What FastDeploy's models of latent attention do themselves, and have to do otherwise here.
+"""Replacements for methods of FastDeploy's latent attention models.
 
-FastDeploy's sparse layers choose keys in a class of the model, ``Indexer``: it gathers the keys of
-the step only, takes one query a decoding sequence, waits for lengths, and names rows of the step in
-prefill but slots in decode. :func:`take_indexer` puts :func:`indexer_forward` in place of its
-``forward``, with the model's own projections, norm and rotation. Its other attributes stay.
+FastDeploy's sparse layers select keys in a class of the model, ``Indexer``. It gathers only the
+keys of the step, takes one query per decoding sequence, and waits for lengths. Its results name
+rows of the step in prefill but slots in decode. :func:`take_indexer` replaces its ``forward`` by
+:func:`indexer_forward`, which uses the model's own projections, norm and rotation. Its other
+attributes stay.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ MODELS = "fastdeploy.model_executor.models.deepseek_v3"
 
 
 class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
-    """LayerNorm of index keys with a bias, where FastDeploy has an RMSNorm (release 2.6).
+    """LayerNorm of index keys with a bias, where FastDeploy 2.6 has an RMSNorm.
 
-    Its parameters have the names that a checkpoint has for them, so that FastDeploy loads both.
+    Its parameters have the names in a checkpoint, so FastDeploy loads both.
     """
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
@@ -41,9 +42,10 @@ class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
 
 
 def take_indexer() -> None:
-    """Replace ``forward`` of FastDeploy's ``Indexer``, if its models were imported; once.
+    """Replace ``forward`` of FastDeploy's ``Indexer`` once, if its models were imported.
 
-    Backends call it for every step, since FastDeploy may import its models after it made them.
+    Backends call this in every step, because FastDeploy may import its models after it has made the
+    backends.
     """
     kind = getattr(sys.modules.get(MODELS), "Indexer", None)
     if kind is None or getattr(kind.forward, "fastattn", False):
@@ -76,7 +78,7 @@ def indexer_forward(
     positions: Any = None,
     rotary_emb: Any = None,
 ) -> Any:
-    """Slots of the keys that each query of a layer reads: ``forward`` of FastDeploy's ``Indexer``.
+    """Slots of the keys that each query of a layer reads; replaces ``Indexer.forward``.
 
     Parameters
     ----------
@@ -87,10 +89,10 @@ def indexer_forward(
     hidden_states : Tensor, shape [T, hidden], bfloat16
     qr : Tensor, shape [T, q_lora_rank], bfloat16
     positions : Tensor, shape [T], optional
-        Release 2.6 passes them; later ones have them in `forward_meta`.
+        Passed by release 2.6. Later releases have them in `forward_meta`.
     rotary_emb : object
-        The model's rotation of neighbouring channels. Models whose pairs are a half apart
-        (DeepSeek-V3.2) get that by the order of channels.
+        The model's rotation of neighbouring channels. For models whose pairs are half of the
+        channels apart (DeepSeek-V3.2), the channels are reordered.
 
     Returns
     -------
@@ -99,7 +101,7 @@ def indexer_forward(
     Raises
     ------
     NotImplementedError
-        If keys have an RMSNorm, so that the checkpoint's bias was not loaded.
+        If keys have an RMSNorm, which means that the bias of the checkpoint was not loaded.
     """
     if _is_rms(self.k_norm):
         raise NotImplementedError(
@@ -128,27 +130,27 @@ def indexer_forward(
 
 
 def _neighbours(x: Any) -> Any:
-    """Channels i and D/2 + i of [T, H, D] side by side."""
+    """Put channels i and D/2 + i of [T, H, D] next to each other."""
     tokens, heads, dim = x.shape
     return x.reshape([tokens, heads, 2, dim // 2]).transpose([0, 1, 3, 2]).reshape(x.shape)
 
 
 def _halves(x: Any) -> Any:
-    """The way back from :func:`_neighbours`."""
+    """The inverse of :func:`_neighbours`."""
     tokens, heads, dim = x.shape
     return x.reshape([tokens, heads, dim // 2, 2]).transpose([0, 1, 3, 2]).reshape(x.shape)
 
 
 def refuse_one_token_layers(backend: str) -> None:
-    """Refuse where FastDeploy's MLA layers would give one token of each sequence.
+    """Refuse a FastDeploy whose MLA layers would pass only one token of each sequence.
 
-    Its development branch does so before it calls a backend, on other GPUs than Hopper's and with
-    ``USE_FLASH_MLA``. Prefilled tokens and drafts would be missing.
+    FastDeploy's development branch does so before it calls a backend, on GPUs other than Hopper and
+    with ``USE_FLASH_MLA``. Prefilled tokens and draft tokens would be missing.
 
     Raises
     ------
     NotImplementedError
-        In that case.
+        In these cases.
     """
     layer = getattr(sys.modules.get(MODELS), "DeepseekV3MLAAttention", None)
     code = getattr(getattr(layer, "forward", None), "__code__", None)

@@ -1,4 +1,4 @@
-"""Metadata of a step: a stand-in for FastDeploy's ``ForwardMeta``, and how backends read one."""
+"""Metadata of a step: a stand-in for FastDeploy's ``ForwardMeta``, and functions that read one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastattn.reference.layout import BLOCK_SIZE
 
 
 class ForwardMode(IntEnum):
-    """Kind of a step, as FastDeploy names it."""
+    """Kind of a step, with FastDeploy's names."""
 
     EXTEND = 1
     DECODE = 2
@@ -38,12 +38,12 @@ class ForwardMode(IntEnum):
         return self == ForwardMode.MIXED
 
     def is_native(self) -> bool:
-        """Whether the framework's own operators are to be used."""
+        """Whether the framework's own operators must be used."""
         return self == ForwardMode.NATIVE
 
 
 #: Fields of FastDeploy's ForwardMeta that backends read. :func:`field` and :func:`optional` refuse
-#: any other name: FastDeploy's object answers a misspelt one with None.
+#: any other name, because FastDeploy's object returns None for a misspelt one.
 FIELDS = frozenset(
     {
         "attn_mask",
@@ -71,7 +71,7 @@ FIELDS = frozenset(
 
 
 def optional(forward_meta: Any, name: str) -> Any:
-    """Value of a field, None if it is absent."""
+    """Value of a field; None if it is absent."""
     if name not in FIELDS:
         raise AttributeError(f"forward_meta has no field {name!r}")
     return getattr(forward_meta, name, None)
@@ -83,7 +83,7 @@ def field(forward_meta: Any, name: str) -> Any:
     Raises
     ------
     ValueError
-        If it is None, which is also what FastDeploy's object gives for a field never set.
+        If it is None. FastDeploy's object also returns None for a field that was never set.
     """
     value = optional(forward_meta, name)
     if value is None:
@@ -94,9 +94,9 @@ def field(forward_meta: Any, name: str) -> Any:
 def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     """Block tables, starts, cached and new lengths of a step's sequences, in operators' order.
 
-    Block tables and cached lengths may be those of all slots of the server, of which the first run:
-    the operators leave the others alone. FastDeploy 2.4 with CUDA graphs gives the new lengths of
-    all slots as well, beside the starts of those that run.
+    Block tables and cached lengths may cover all slots of the server, of which the first ones run;
+    the operators ignore the others. With CUDA graphs, FastDeploy 2.4 also passes the new lengths of
+    all slots, but the starts of only the slots that run.
 
     Raises
     ------
@@ -109,17 +109,17 @@ def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     new = getattr(forward_meta, "seq_lens_this_time", None)
     if tables is None or starts is None or cached is None or new is None:
         for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time"):
-            field(forward_meta, name)  # says which
+            field(forward_meta, name)  # names the missing field
     if paddle.in_dynamic_mode() and is_tensor(new) and is_tensor(starts) and is_tensor(tables):
         new = _of_running(new, starts, tables)
     return tables, starts, cached, new
 
 
 def host_lengths(forward_meta: Any) -> tuple[int, int] | None:
-    """(max_seqlen_q, max_seqlen_k) from the host's tensor of lengths, if it holds this step's.
+    """(max_seqlen_q, max_seqlen_k) from the host's tensor of lengths, if it belongs to this step.
 
-    A CUDA graph may be replayed for longer sequences than it was captured with, so there they are
-    unknown.
+    In a CUDA graph they are unknown, because it may be replayed for longer sequences than at
+    capture.
     """
     lengths = optional(forward_meta, "max_len_tensor_cpu")
     if lengths is None or optional(forward_meta, "step_use_cudagraph"):
@@ -134,24 +134,24 @@ def host_lengths(forward_meta: Any) -> tuple[int, int] | None:
     return (int(values[0]), int(values[3])) if values[0] > 0 else None
 
 
-#: New tokens from which a sequence is long: ``kLongSeq`` of custom_ops/heuristics.
+#: Number of new tokens from which on a sequence is long: ``kLongSeq`` of custom_ops/heuristics.
 _LONG_SEQ = 64
 
 
 def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool) -> int:
-    """New tokens of a step's longest sequence, from what the host knows without its lengths.
+    """Estimate the new tokens of a step's longest sequence from what the host knows.
 
-    ``fastattn._direct.step`` has the same rule (custom_ops/heuristics/step_lengths.h). A wrong
-    guess costs time only.
+    ``fastattn._direct.step`` uses the same rule (custom_ops/heuristics/step_lengths.h). A wrong
+    estimate only costs time.
 
     Parameters
     ----------
     tokens : int
-        Tokens of the step, padding included.
+        Number of tokens of the step, including padding.
     seqs : int
-        Sequences that lengths are given for, with tokens or without.
+        Number of sequences with lengths, with or without tokens.
     decode_tokens : int
-        New tokens of a decoding sequence, at most.
+        Maximum number of new tokens of a decoding sequence.
     prefills : bool
         Whether the server says that sequences are in prefill.
     """
@@ -162,14 +162,14 @@ def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool)
 
 
 def _of_running(new: Any, starts: Any, tables: Any) -> Any:
-    """New lengths of the sequences that have a start. Shapes are on the host: nothing waits."""
+    """New lengths of the sequences that have a start. Shapes are on the host, so nothing waits."""
     slots, ends = new.shape[:1], starts.shape[:1]
     if not ends or not 0 < ends[0] <= (slots or [0])[0] or tables.shape[:1] != slots:
-        return new  # as many as there are starts, or wrong: the operator says how
+        return new  # matches the starts, or is wrong: the operator reports that
     return new[: ends[0] - 1]
 
 
-#: What a cascade plan was made for.
+#: Fields that a cascade plan depends on.
 _PLANNED = (
     "block_tables",
     "cu_seqlens_q",
@@ -181,11 +181,11 @@ _PLAN_RECORD = "_fastattn_plan_record"
 
 
 class _Seen(NamedTuple):
-    """Snapshot of a tensor, to tell whether it was written since."""
+    """Snapshot of a tensor that tells whether the tensor was written later."""
 
     tensor: Any
     version: int
-    values: Any  # on the host only: some of Paddle's ways to write leave the version as it is
+    values: Any  # on the host only, because some writes of Paddle do not change the version
 
     @classmethod
     def of(cls, tensor: Any) -> _Seen:
@@ -210,24 +210,24 @@ def _record_plan(forward_meta: Any, plan: Any) -> None:
 
 
 def current_plan(forward_meta: Any) -> Any:
-    """The step's ``cascade_plan``, None if there is none.
+    """The step's ``cascade_plan``, or None.
 
     A plan has its own lengths and blocks, so it is valid for one step only. The first call for a
-    plan (or :meth:`ForwardMeta.for_step`) records the step's fields: which tensors they are, how
-    often they were written and, on the host, their values (``max_len_tensor_cpu`` is always
-    there). Steps of a CUDA graph are not checked: they are written into the captured tensors
-    together with their plan.
+    plan (or :meth:`ForwardMeta.for_step`) records the step's fields: the tensors, their numbers of
+    writes and, on the host, their values (``max_len_tensor_cpu`` is always there). Steps of a CUDA
+    graph are not checked, because they are written into the captured tensors together with their
+    plan.
 
     Raises
     ------
     ValueError
-        If lengths or block tables have changed since, but not the plan or its tensors.
+        If lengths or block tables have changed since then, but the plan and its tensors have not.
     """
     plan = optional(forward_meta, "cascade_plan")
     if plan is None or optional(forward_meta, "step_use_cudagraph"):
         return plan
     if not isinstance(plan, tuple) or not paddle.in_dynamic_mode():
-        return plan  # cascade_attention says what is wrong with it
+        return plan  # cascade_attention reports the error
     known, own, fields = getattr(forward_meta, _PLAN_RECORD, None) or (None, [], {})
     if known is plan and not any(seen.differs(seen.tensor) for seen in own):
         for name, seen in fields.items():
@@ -242,15 +242,15 @@ def current_plan(forward_meta: Any) -> Any:
 
 
 class ForwardMeta:
-    """A step's metadata, for tests and for serving without FastDeploy.
+    """Metadata of a step, for tests and for serving without FastDeploy.
 
-    Like FastDeploy's, it has every attribute, None unless it was set. Backends therefore read it
-    through :func:`field` and :func:`optional`.
+    As in FastDeploy, every attribute exists and is None unless it was set. Backends therefore read
+    it through :func:`field` and :func:`optional`.
 
     Parameters
     ----------
     **fields
-        Attributes by name; :meth:`for_step` makes them from lengths.
+        Attributes by name. :meth:`for_step` makes them from lengths.
     """
 
     def __init__(self, **fields: Any) -> None:
@@ -262,7 +262,7 @@ class ForwardMeta:
         self.__dict__.update(fields)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # the protocols of copy and pickle ask for names of their own
+        if name.startswith("__"):  # the protocols of copy and pickle ask for such names
             raise AttributeError(name)
         setattr(self, name, None)
         return None
@@ -294,31 +294,35 @@ class ForwardMeta:
         Parameters
         ----------
         cached, new : sequence of int
-            Cached tokens and new tokens of each sequence. ``new[b] = 0``: an inactive sequence.
+            Number of cached and of new tokens of each sequence. ``new[b] = 0`` means an inactive
+            sequence.
         block_tables : array of int, shape [B, max_blocks]
-            Physical block of each 64 tokens of a sequence (of a latent cache, of each page); -1
-            where there is none. Two sequences may share a block that both only read.
+            Physical block of each group of 64 tokens of a sequence (of each page, for a latent
+            cache); -1 for no block. Two sequences may share a block that both only read.
         caches : sequence of Tensor
             ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v, k_scales, v_scales}`` for the
             dynamic types.
         rotary_embs : Tensor, optional
             See :func:`fastattn.functional.rope_write_cache_kv`.
         prefill : sequence of bool, optional
-            Whether each sequence is in prefill; by default those with more than one new token.
+            Whether each sequence is in prefill. Default: sequences with more than one new token
+            are.
         num_tokens : int, optional
-            Tokens of ``qkv``, if more than ``sum(new)``: the rest is padding.
+            Number of tokens of ``qkv``, if more than ``sum(new)``; the rest is padding.
         shared_prefix_tokens : int
             Length, a multiple of 64, of a prefix whose blocks all sequences with new tokens share.
-            The backends then read it once for all sequences; by default (0) once for each.
+            The backends then read it once for all sequences. By default (0) they read it once for
+            each.
         place : optional
-            Where the tensors are made; default CPU.
+            Place of the tensors. Default: CPU.
         num_blocks : int, optional
-            Blocks of every cache; by default those of the smallest one in `caches`.
+            Number of blocks of every cache. Default: the blocks of the smallest cache in `caches`.
         max_model_len : int, optional
-            Most tokens of a sequence; by default only the rows of `rotary_embs` count.
+            Maximum number of tokens of a sequence. By default only the rows of `rotary_embs` limit
+            it.
         partial_tables : bool
-            Whether -1 may stand for a block that a sequence needs: one of another rank, where the
-            cache is spread over ranks, or one that no query sees any more, with a window.
+            Whether -1 may replace a block that a sequence needs. This is a block of another rank,
+            if the cache is spread over ranks, or a block before the window that no query sees.
         **fields
             Further attributes.
 
@@ -328,10 +332,10 @@ class ForwardMeta:
             If a number is not an integer.
         ValueError
             If shapes do not match, a number does not fit int32 or is negative, `num_tokens` is less
-            than ``sum(new)``, or sequences do not share the prefix. Of a sequence with new tokens
-            also if its table is too short, a block that it needs is not in the pool, it writes to a
-            block that another entry of the step writes to, or it has more tokens than
-            `max_model_len` or the rows of `rotary_embs`.
+            than ``sum(new)``, or sequences do not share the prefix. Also if a sequence with new
+            tokens has a table that is too short, needs a block that is not in the pool, writes to a
+            block that another entry of the step writes to, or has more tokens than `max_model_len`
+            or the rows of `rotary_embs`.
         """
         op = "ForwardMeta.for_step"
         place = paddle.CPUPlace() if place is None else place
@@ -388,7 +392,7 @@ class ForwardMeta:
 
 
 def _block_tables(op: str, block_tables: Any, batch: int) -> NDArray[np.int32]:
-    """Block tables [batch, max_blocks] of a scheduler, given as an array or as lists."""
+    """Convert a scheduler's block tables, an array or lists, to an array [batch, max_blocks]."""
     if isinstance(block_tables, (list, tuple)):
         lengths = [np.size(row) for row in block_tables]
         other = next((i for i, n in enumerate(lengths) if n != lengths[0]), None)
@@ -403,23 +407,23 @@ def _block_tables(op: str, block_tables: Any, batch: int) -> NDArray[np.int32]:
 
 
 def _most_tokens(op: str, rotary_embs: Any, max_model_len: int | None) -> tuple[int, str] | None:
-    """Most tokens of a sequence and what says so; None where nothing does."""
+    """Maximum number of tokens of a sequence and the source of that limit; None without a limit."""
     limits = []
     if max_model_len is not None:
         limits.append((check_int(op, "max_model_len", max_model_len, 0), "max_model_len"))
     shape = list(rotary_embs.shape) if is_tensor(rotary_embs) else []
-    if 3 <= len(shape) <= 6:  # [2, rows, columns] or [2, 1, rows, 1, columns], or one a sequence
+    if 3 <= len(shape) <= 6:  # [2, rows, columns] or [2, 1, rows, 1, columns], or one per sequence
         rows = int(shape[-2 if len(shape) < 5 else -3])
         limits += [(rows, "the rows of rotary_embs")] if rows >= 0 else []
     return min(limits, default=None)
 
 
 def _pool_of(op: str, caches: Sequence[Any], num_blocks: int | None) -> tuple[int | None, int]:
-    """Blocks of a step's caches, None if they are not known, and tokens of a block."""
+    """Number of blocks of a step's caches (None if unknown), and tokens of a block."""
     shapes = [list(cache.shape) for cache in caches if is_tensor(cache)]
     first = shapes[0] if shapes else []
     size = BLOCK_SIZE
-    if 3 <= len(first) <= 4:  # a latent cache has its own: [pages, tokens, (1,) bytes]
+    if 3 <= len(first) <= 4:  # a latent cache has its own shape: [pages, tokens, (1,) bytes]
         size = int(first[1 if len(first) == 3 or first[2] == 1 else 2])
     if num_blocks is not None:
         return check_int(op, "num_blocks", num_blocks, 0), max(size, 1)
@@ -460,10 +464,10 @@ def _check_sequences(
 
 
 def max_len_tensor(cached: Any, new: Any, encoder: Any) -> Any:
-    """FastDeploy's ``max_len_tensor_cpu``: int32 [9] on the host, of which 0 to 5 are used.
+    """FastDeploy's ``max_len_tensor_cpu``: int32 [9] on the host, of which entries 0 to 5 are used.
 
-    They are the largest number of: new tokens, new tokens of prefill sequences, cached tokens,
-    cached + new, cached + new of decoding sequences, keys.
+    The entries are maxima over the sequences: new tokens, new tokens of prefill sequences, cached
+    tokens, cached + new, cached + new of decoding sequences, keys.
     """
     lengths = np.zeros(9, np.int32)
     active = new > 0

@@ -1,4 +1,4 @@
-"""Rows of an indexer's queries: how a ragged step becomes the batch of its paged operator."""
+"""Rows of an indexer's queries, which turn a ragged step into the batch of its paged operator."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from fastattn import functional
 from fastattn.backends.forward_meta import sequences
 from fastattn.backends.latent import TokenMaps
 
-#: Queries of a sequence that a step with prefill puts into a row together. The kernels score two
-#: at a time; more would only add padding.
+#: Number of queries of a sequence in one row, for steps with prefill. The kernels score two at a
+#: time; more would only add padding.
 TILE = 8
 
 
 class QueryRows(NamedTuple):
-    """A step's queries as rows of `next_n` queries of one sequence each.
+    """A step's queries in rows, each with `next_n` queries of one sequence.
 
     Attributes
     ----------
     lengths : Tensor, shape [rows, next_n], int32
-        Keys that each query sees; 0 for what is no query.
+        Number of keys that each query sees; 0 for an element without a query.
     tables : Tensor, shape [rows, max_blocks], int32
         Blocks of each row's sequence.
     token_of_query : Tensor, shape [rows * next_n], int32, or None
-        Which token each query is; None: query i is token i.
+        Token of each query; None means that query i is token i.
     query_of_token : Tensor, shape [T], int32, or None
-        The way back.
+        The inverse map.
     """
 
     lengths: Any
@@ -42,7 +42,7 @@ def query_rows(forward_meta: Any, maps: TokenMaps, *, tiled: bool) -> QueryRows:
     forward_meta : ForwardMeta
     maps : TokenMaps
     tiled : bool
-        Rows of :data:`TILE` consecutive tokens, for steps with prefill; otherwise of one token.
+        Use rows of :data:`TILE` consecutive tokens, for steps with prefill; otherwise of one token.
     """
     tables, starts, _, _ = sequences(forward_meta)
     made = functional.query_rows(

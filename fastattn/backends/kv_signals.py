@@ -1,8 +1,8 @@
-"""Signals of a prefill server's worker to FastDeploy's process that transfers its caches.
+"""Signals from a prefill server's worker to FastDeploy's cache transfer process.
 
-That process sends a layer's new blocks to the decode server once the worker says that the layer is
-complete. In FastDeploy the operators that write the cache say so; here it is an operator of its
-own, in the same stream, between the write and the attention.
+The transfer process sends a layer's new blocks to the decode server after the worker has signalled
+that the layer is complete. In FastDeploy the operators that write the cache send the signal. Here
+it is a separate operator in the same stream, between the write and the attention.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ SWITCH = "FLAGS_fmt_write_cache_completed_signal"
 
 @dataclass(frozen=True)
 class KvSignals:
-    """What a backend has to know to signal its layers.
+    """State that a backend needs to signal its layers.
 
     Attributes
     ----------
     mode : {"per_chunk", "per_query"}
-        FastDeploy's names: a System V message a layer and chunk, or two integers in shared memory.
+        FastDeploy's names: a System V message per layer and chunk, or two integers in shared
+        memory.
     rank, device : int, str
-        Number of the process on its node, and of its GPU there.
+        Index of the process on its node, and of its GPU there.
     first_layer : int
-        Number of the backend's layer 0 among those of the main model and the draft model.
+        Index of the backend's layer 0 among the layers of the main model and the draft model.
     begins_steps : bool
-        Whether a step begins with this backend; the draft model's goes on with the main model's.
+        Whether a step begins with this backend. The draft model's backend continues the step of the
+        main model.
     key_rule : {"rank", "number", "wide"}
-        How the queue's key is made, see :func:`queue_key`.
+        Rule for the key of the queue, see :func:`queue_key`.
     """
 
     mode: str
@@ -52,9 +54,9 @@ class KvSignals:
 
     @classmethod
     def of(cls, fd_config: Any) -> KvSignals | None:
-        """Signals that a configuration and the process's environment ask for, if any.
+        """The signals that a configuration and the environment of the process request, or None.
 
-        Nobody waits for signals if caches go through a storage.
+        No process waits for signals if caches are transferred through a storage.
         """
         mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
         flag = os.environ.get(SWITCH, "")
@@ -78,14 +80,14 @@ class KvSignals:
 
     @functools.cached_property
     def channel(self) -> str:
-        """The receiver, as the operators name it. FastDeploy's worker sets its queue's number."""
+        """The receiver, as operators name it. FastDeploy's worker sets the number of its queue."""
         if self.mode == "per_chunk":
             return f"queue:{queue_key(self.rank, self.key_rule)}"
         step, layer = shared_names(self.rank, self.device)
         return f"shm:{layer}:{step}"
 
     def begin(self, forward_meta: Any) -> None:
-        """Begin a step: its prefill sequences are those with new tokens of ``seq_lens_encoder``."""
+        """Begin a step. Its prefill sequences have new tokens in ``seq_lens_encoder``."""
         if not self.begins_steps:
             return
         batch = int(field(forward_meta, "seq_lens_this_time").shape[0])
@@ -96,7 +98,7 @@ class KvSignals:
     def send(self, key: Any, value: Any, layer: Any, forward_meta: Any) -> None:
         """Signal a layer whose caches are written.
 
-        Of the two micro-batches of a step with overlap, the last one completes the layer.
+        If a step has two overlapping micro-batches, the last one completes the layer.
         """
         if optional(forward_meta, "tbo_microbatch_id") != 0:
             _send(key, value, self.first_layer + layer.layer_id, self.channel)
@@ -104,16 +106,16 @@ class KvSignals:
 
 @unified
 def _send(key: Any, value: Any, layer_id: int, channel: str) -> None:
-    """The operator's call, which Paddle does not rewrite when it traces a backend."""
+    """Call the operator in a way that Paddle does not rewrite when it traces a backend."""
     _ops.call("send_kv_signal", (key, value), (layer_id, channel))
 
 
 def _key_rule(parallel: Any) -> str:
-    """The rule of the installed FastDeploy.
+    """The key rule of the installed FastDeploy.
 
-    The receiver's half is in its compiled operators, which have two rules under one Python: those
-    of 2.5.0 took C's ``ftok``, of whose number 8 bits count, later builds have a function of their
-    own. A queue that nobody reads would fill up and hold the worker.
+    The receiver is part of FastDeploy's compiled operators, whose rule changed without a change in
+    Python. Version 2.5.0 used C's ``ftok``, which takes 8 bits of the number; later builds use
+    their own function. A queue that nobody reads would fill up and block the worker.
     """
     if not hasattr(parallel, "local_engine_worker_queue_port"):
         return "rank"
@@ -133,7 +135,7 @@ def _operator_libraries() -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=16)
 def _told_by(library: Path) -> str | None:
-    """The rule that a library's strings tell: the newer function has a message of its own."""
+    """The rule according to a library's strings: the newer function has its own message."""
     try:
         with library.open("rb") as file:
             text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -152,28 +154,28 @@ def queue_key(rank: int, rule: str = "wide") -> int:
     ----------
     rank : int
     rule : {"rank", "number", "wide"}
-        "rank": that of FastDeploy 2.4, C's ``ftok("/opt/", 1024 + rank)``, the same for all servers
-        of a node. "number": that of 2.5.0, ``ftok("/opt/", id + rank)``, where id is the server's
-        ``INFERENCE_MSG_QUEUE_ID``. "wide": that of later builds, with 20 bits of such a number.
+        "rank": FastDeploy 2.4, C's ``ftok("/opt/", 1024 + rank)``, the same for all servers of a
+        node. "number": FastDeploy 2.5.0, ``ftok("/opt/", id + rank)`` with the server's
+        ``INFERENCE_MSG_QUEUE_ID`` as id. "wide": later builds, with 20 bits of such a number.
     """
     try:
         place = os.stat("/opt/")
     except OSError:
         return -1
-    # 2.4 takes 1024, of whose sum with the rank C's ftok has the lower 8 bits.
+    # FastDeploy 2.4 adds the rank to 1024, and C's ftok takes the lower 8 bits of the sum.
     number = 1024 if rule == "rank" else int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024"))
     if rule == "wide":
-        # FastDeploy means (id << 4) + rank; C reads id << (4 + rank).
+        # FastDeploy means (id << 4) + rank, but C evaluates it as id << (4 + rank).
         number = number << (4 + rank) & 0xFFFFF
         key = (place.st_dev & 0xF) << 28 | (place.st_ino & 0xFF) << 20 | number
     else:
         number = number + rank & 0xFF
         key = number << 24 | (place.st_dev & 0xFF) << 16 | place.st_ino & 0xFFFF
-    return key - (1 << 32) if key >= 1 << 31 else key  # as C's int
+    return key - (1 << 32) if key >= 1 << 31 else key  # as an int of C
 
 
 def shared_names(rank: int, device: str) -> tuple[str, str]:
-    """Names in shared memory of the step's number and its last complete layer."""
+    """Names in shared memory of the step's number and of its last complete layer."""
     place = f"{rank}.{device}"
     if os.environ.get("ENABLE_EP_DP") == "1":
         place = f"tprank0_dprank{rank}_{os.environ.get('SHM_UUID', '')}"

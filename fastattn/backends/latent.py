@@ -24,7 +24,7 @@ from fastattn.backends.stale_starts import StaleStarts
 
 
 class TokenMaps(NamedTuple):
-    """Where the tokens of a step are.
+    """Sequences, positions and slots of the tokens of a step.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class TokenMaps(NamedTuple):
     positions : Tensor, shape [T], int32
         Position of each token in its sequence; -1 for padding.
     slots : Tensor, shape [T], int32
-        Place of each token in the cache; -1 for padding, and where no block is assigned.
+        Slot of each token in the cache; -1 for padding, and for a token without an assigned block.
     """
 
     batch_ids: Any
@@ -48,9 +48,9 @@ class LatentAttentionMetadata(AttentionMetadata):
     Attributes
     ----------
     host_lengths : (int, int) or None
-        Largest numbers of new tokens and of keys of a sequence; None if unknown on the host.
+        Maximum numbers of new tokens and of keys of a sequence; None if unknown on the host.
     maps : list of (forward_meta, layer_id, TokenMaps)
-        Maps of the step, or of its micro-batches, and the layer that made them.
+        Maps of the step or of its micro-batches, and the layer that made them.
     """
 
     host_lengths: tuple[int, int] | None = None
@@ -58,26 +58,26 @@ class LatentAttentionMetadata(AttentionMetadata):
 
 
 class LatentAttentionBackend(AttentionBackend):
-    """What backends of latent caches share: their configuration, and where tokens are written.
+    """Common base of the backends of latent caches: their configuration and the write of tokens.
 
-    Queries are absorbed ones, so that all heads read the same 576 channels of a token, and any
-    number of heads from 1 to 128 is computed as it is, without padding.
+    Queries are absorbed, so all heads read the same 576 channels of a token. Any number of heads
+    from 1 to 128 is computed without padding.
 
     Parameters
     ----------
     fd_config : object
-        A FastDeploy ``FDConfig``, or :func:`fastattn.backends.make_latent_config`'s stand-in.
+        A FastDeploy ``FDConfig``, or the result of :func:`fastattn.backends.make_latent_config`.
     kv_num_heads : int
-        Not used: a latent cache has one head.
+        Not used, because a latent cache has one head.
     num_heads : int
-        Query heads of this process, 1 to 128.
+        Number of query heads of this process, 1 to 128.
     head_dim, encoder_block_shape_q, decoder_block_shape_q : int
-        Arguments of FastDeploy's backends, not used.
+        Arguments of FastDeploy's backends. Not used.
 
     Raises
     ------
     NotImplementedError
-        If the configuration needs something that is not supported; the message names it.
+        If the configuration requires something that is not supported. The message names it.
     ValueError
         If the configuration lacks an option.
     """
@@ -133,7 +133,7 @@ class LatentAttentionBackend(AttentionBackend):
         return self.attention_metadata
 
     def _queries(self, q: Any, compressed_kv: Any, layer: Any) -> tuple[Any, Any]:
-        """Absorbed queries [T, H, 576], and the latents [T, 512] of as many tokens."""
+        """Absorbed queries [T, H, 576], and the latents [T, 512] of the same tokens."""
         name = type(self).__name__
         for what, tensor in (("q", q), ("compressed_kv", compressed_kv)):
             if tensor is None:
@@ -156,12 +156,12 @@ class LatentAttentionBackend(AttentionBackend):
         return _views.view(q, [shape[0], *whole]), latents
 
     def _rows(self, what: str, tensor: Any, tokens: int, width: int) -> Any:
-        """A tensor as rows of `width` values, one for each of the step's tokens.
+        """View a tensor as rows of `width` values, one for each of the step's tokens.
 
         Raises
         ------
         ValueError
-            If it has other values than those.
+            If it has another number of values.
         """
         shape = None if tensor is None else list(tensor.shape)
         if shape == [tokens, width]:
@@ -175,7 +175,7 @@ class LatentAttentionBackend(AttentionBackend):
     def _write(
         self, latents: Any, k_pe: Any, cache: Any, slots: Any, cache_format: str, rule: str
     ) -> None:
-        """Write the step's tokens; padding tokens have no slot."""
+        """Write the step's tokens. Padding tokens have no slot."""
         functional.mla_write_cache(
             latents,
             self._rows("k_pe", k_pe, latents.shape[0], ROPE_DIM),
@@ -186,28 +186,28 @@ class LatentAttentionBackend(AttentionBackend):
         )
 
     def _most_keys(self, tables: Any) -> int:
-        """Keys of a sequence, at most; not what a server says, which drafts may exceed."""
+        """Maximum number of keys of a sequence; draft tokens may exceed a server's own limit."""
         longest = self.config.max_model_len + self.config.decode_tokens
         return min(longest, tables.shape[1] * self.config.block_size)
 
     def _most_new_tokens(self, tokens: int, starts: Any, forward_meta: Any) -> int:
-        """New tokens of a sequence; too small a number costs time only."""
+        """Number of new tokens of a sequence. Too small a number only costs time."""
         known = self._metadata().host_lengths
         if known is not None:
             return int(known[0])
         return guess_new_tokens(tokens, starts.shape[0] - 1, *self._kind(forward_meta))
 
     def _kind(self, forward_meta: Any) -> tuple[int, bool]:
-        """New tokens of a decoding sequence, and whether the server says that some prefill."""
+        """New tokens of a decoding sequence, and whether the server reports prefill sequences."""
         return self.config.decode_tokens, optional(forward_meta, "exist_prefill") is True
 
     def _maps(
         self, tokens: int, num_blocks: int, layer_id: int, forward_meta: Any, *, begin: bool
     ) -> TokenMaps:
-        """Maps of the step's tokens, made by its first layer for all of them.
+        """Maps of the step's tokens, which the first layer makes for all layers.
 
-        The layer that made them makes them anew when it begins again: a server runs the same step
-        once as it is and once more to capture a CUDA graph, which must contain them.
+        The layer that made them makes them again when it starts again. A server runs the same step
+        once eagerly and once more to capture a CUDA graph, which must contain them.
         """
         known = self._metadata().maps
         for index, (meta, maker, maps) in enumerate(known):
@@ -224,7 +224,7 @@ class LatentAttentionBackend(AttentionBackend):
 def token_maps(forward_meta: Any, tokens: int, num_blocks: int, block_size: int) -> TokenMaps:
     """Sequences, positions and slots of a step's tokens, made on the device.
 
-    Slots are not those of FastDeploy's ``forward_meta.slot_mapping``, where padding tokens take a
+    Slots differ from FastDeploy's ``forward_meta.slot_mapping``, in which padding tokens use a
     block of the last sequence.
     """
     tables, starts, cached, _ = sequences(forward_meta)

@@ -1,4 +1,4 @@
-"""Options that the backends of latent (MLA) caches read, and those that they refuse."""
+"""Options that the backends of latent (MLA) caches read, and options that they refuse."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastattn.backends.config import (
 )
 from fastattn.functional.topk import MAX_K
 
-#: Channels of a token that all heads share: latent ones, and rotated ones.
+#: Channels of a token that all heads share: latent channels and rotated channels.
 LATENT_DIM = 512
 ROPE_DIM = 64
 
 #: Channels of an index key.
 INDEX_DIM = 128
 
-#: Heads of a process, at most.
+#: Maximum number of heads of a process.
 MOST_HEADS = 128
 
 
@@ -36,16 +36,16 @@ class LatentConfig:
     Attributes
     ----------
     max_model_len : int
-        Tokens of the longest sequence.
+        Maximum number of tokens of a sequence.
     decode_tokens : int
-        New tokens of a decoding sequence in a step, at most.
+        Maximum number of new tokens of a decoding sequence in a step.
     block_size : int
-        Tokens of a cache block.
+        Number of tokens of a cache block.
     softmax_scale : float
-        That of a head before absorption, with YaRN's factor.
+        Softmax scale of a head before absorption, including YaRN's factor.
     causal : bool
     cuda_graphs : bool
-        The server replays CUDA graphs of its steps.
+        Whether the server replays CUDA graphs of its steps.
     """
 
     max_model_len: int
@@ -62,9 +62,9 @@ class LatentConfig:
         Raises
         ------
         NotImplementedError
-            If it needs something that the backends do not support; the message names it.
+            If it requires something that the backends do not support. The message names it.
         ValueError
-            If an option is missing, or not a number.
+            If an option is missing or not a number.
         """
         if fd_config is None:
             raise ValueError(f"{backend}: fd_config: expected a configuration, got None")
@@ -86,12 +86,12 @@ class IndexerConfig:
     Attributes
     ----------
     heads : int
-        Heads of its queries, the same on every rank.
+        Number of heads of its queries, the same on every rank.
     topk : int
-        Keys that it chooses for a query.
+        Number of keys that it selects for a query.
     interleaved : bool
-        Whether its rotation pairs neighbouring channels, as GLM's does; DeepSeek-V3.2's pairs
-        channels that are half of the rotated ones apart.
+        Whether its rotation pairs neighbouring channels, as in GLM. DeepSeek-V3.2 pairs channels
+        that are half of the rotated channels apart.
     """
 
     heads: int
@@ -117,7 +117,7 @@ class IndexerConfig:
 
 
 def _softmax_scale(fd_config: Any, backend: str) -> float:
-    """Scale of scores: a head's channels to the power of -0.5, times YaRN's factor squared."""
+    """Scale of scores: the channels of a head to the power of -0.5, times YaRN's factor squared."""
     nope = count_of(fd_config, backend, "model_config.qk_nope_head_dim", None, 1)
     scale = float((nope + ROPE_DIM) ** -0.5)
     factor = _yarn_number(fd_config, backend, "factor", 1.0)

@@ -16,12 +16,12 @@ from fastattn.functional._cache_types import (
 
 
 def cache_type_of(kv_cache_quant_type: str | None) -> str:
-    """Cache type of a config string (``int8``, ``float8_e4m3fn``, ...) or of a type's own name.
+    """Cache type of a config string (``int8``, ``float8_e4m3fn``, ...) or of a type name.
 
     Raises
     ------
     NotImplementedError
-        If it is not supported; the message lists what is.
+        If it is not supported. The message lists the supported types.
     """
     name = "none" if kv_cache_quant_type is None else kv_cache_quant_type
     return check_cache_type("get_kv_cache_shape", name)
@@ -35,8 +35,8 @@ class LayerCache:
     ----------
     key, value : Tensor
     k_scales, v_scales : Tensor or None
-        Dequantisation multipliers: ``[num_blocks, KV, 64]`` for the dynamic types, the layer's own
-        for the static ones.
+        Dequantisation multipliers: ``[num_blocks, KV, 64]`` for dynamic types, the layer's own
+        scales for static types.
     quant_type, fp8_format : str
     """
 
@@ -49,19 +49,20 @@ class LayerCache:
 
     @classmethod
     def of(cls, forward_meta: Any, layer: Any, shard: HeadShard | None = None) -> LayerCache:
-        """Pick a layer's tensors from ``forward_meta.caches``.
+        """Select a layer's tensors from ``forward_meta.caches``.
 
-        Types with one scale a token hold four tensors a layer, ``4 * layer_id + {k, v, k_scales,
-        v_scales}``; every other type holds two, ``2 * layer_id + {k, v}``, and static scales come
-        from the layer (``cache_k_out_scale``, ``cache_v_out_scale``).
+        Types with one scale per token hold four tensors per layer,
+        ``4 * layer_id + {k, v, k_scales, v_scales}``. Every other type holds two,
+        ``2 * layer_id + {k, v}``, and static scales come from the layer (``cache_k_out_scale``,
+        ``cache_v_out_scale``).
 
         Parameters
         ----------
         forward_meta : ForwardMeta
         layer : object
-            Has ``layer_id`` and, unless it is ``"none"``, ``cache_quant_type_str``.
+            Has ``layer_id`` and, unless its type is ``"none"``, ``cache_quant_type_str``.
         shard : HeadShard, optional
-            This process's share of the model's KV heads, to cut global scales; default all.
+            This process's part of the model's KV heads, to cut global scales. Default: all heads.
 
         Raises
         ------
@@ -69,7 +70,7 @@ class LayerCache:
             If the layer's type is not supported.
         ValueError
             If the list is too short or not a multiple of a layer's tensors, a scale is missing or
-            of a wrong length, or the layer has a zero point.
+            has a wrong length, or the layer has a zero point.
         """
         quant_type = getattr(layer, "cache_quant_type_str", "none")
         quant_type = check_cache_type("LayerCache", quant_type)

@@ -1,8 +1,8 @@
-"""Arguments of a layer's two operators that come from the layer, cached between steps.
+"""Arguments that a layer gives to its two operators, cached between steps.
 
-A server calls a backend for every layer of every step, and asking an ``nn.Layer`` for twenty
-attributes, most of them absent, takes longer than an operator's call. Cache tensors are not kept
-here, and layers are not kept alive.
+A server calls a backend for every layer of every step. To ask an ``nn.Layer`` for twenty
+attributes, most of them absent, takes longer than an operator's call. The cache keeps no cache
+tensors and does not keep layers alive.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastattn.functional.rope import rope_write_attrs
 #: Options of an attention whose mask is given as offsets.
 _OFFSETS_ALONE = {"causal": False, "window_size": (-1, -1)}
 
-#: Attributes of a layer that its operators' arguments depend on.
+#: Attributes of a layer that determine the arguments of its operators.
 _READ = (
     "cache_fp8_format",
     "cache_k_center",
@@ -57,41 +57,44 @@ _WRITE_TENSORS = ("q_norm_weight", "k_norm_weight", "qkv_bias", "q_scale", "k_ce
 #: Tensors of a layer that ``paged_attention`` takes.
 _ATTEND_TENSORS = ("sinks", "out_scale", "k_center")
 
-#: Where ``paddle.nn.Layer`` keeps tensors.
+#: Attributes in which ``paddle.nn.Layer`` keeps tensors.
 _HOLDERS = ("_parameters", "_buffers")
 
 
 @dataclass
 class LayerFacts:
-    """Arguments of a layer's operators, and the values that they were made from.
+    """Arguments of a layer's operators, and the values from which they were made.
 
     Attributes
     ----------
     seen : list or None
-        Values of the layer's attributes, kept alive so that their identities stay unique; None if
+        Values of the layer's attributes, kept alive so that their identities stay unique. None if
         the layer computes attributes, which may then change.
     num_caches, first, dynamic : int, int, bool
-        Length of the list of caches, the layer's first entry, and whether scales follow K and V.
+        Length of the list of caches, the layer's first entry, and whether the layer's scale tensors
+        follow K and V.
     k_scales, v_scales : Tensor or None
         Static scales.
     write_tensors, write_attrs : tuple
-        Arguments of the operator ``rope_write_cache_kv``: the layer's tensors, the attributes.
+        Arguments of the operator ``rope_write_cache_kv``: the layer's tensors and the attributes.
     q_quant : str
         How the operator returns Q.
     attend : dict
         Keyword arguments of ``paged_attention``, without the scales.
     attend_tensors, attend_attrs : tuple
-        Arguments of the operator ``paged_attention`` in a plain step, less what a step brings.
+        Arguments of the operator ``paged_attention`` in a plain step, without the arguments of the
+        step itself.
     masked_attrs : tuple
-        `attend_attrs` of a step with offsets, which are its whole mask.
+        `attend_attrs` for a step with offsets, which are its whole mask.
     head_dim : int
     sources : tuple of Tensor or None
-        The layer's scales of K and V if `k_scales` and `v_scales` were made from them: writes to
-        the former must reach the latter.
+        The layer's scales of K and V if `k_scales` and `v_scales` were made from them. Writes to
+        the sources must then reach the scales.
     detached : bool
-        Whether `k_scales` and `v_scales` are those tensors detached.
+        Whether `k_scales` and `v_scales` are detached views of `sources`.
     kinds : list
-        Dtypes and shapes of the layer's scales: ``layer.to(dtype=...)`` changes them in place.
+        Dtypes and shapes of the layer's scales, because ``layer.to(dtype=...)`` changes them in
+        place.
     """
 
     seen: list[Any] | None
@@ -122,7 +125,7 @@ class LayerFacts:
         write: dict[str, Any],
         attend: dict[str, Any],
     ) -> LayerFacts:
-        """Facts from the keyword arguments of a layer's operators and (H, KV, D)."""
+        """Make the facts from the keyword arguments of a layer's operators and (H, KV, D)."""
         dynamic = cache.quant_type in DYNAMIC_TYPES
         given = tuple(
             getattr(layer, name, None) for name in ("cache_k_out_scale", "cache_v_out_scale")
@@ -158,11 +161,11 @@ class LayerFacts:
         )
 
     def hold(self, layer: Any, caches: Any) -> bool:
-        """Whether the layer is unchanged, and so is the length of the list of caches."""
+        """Whether the layer and the length of the list of caches are unchanged."""
         if self.seen is None or len(caches) != self.num_caches:
             return False
         for tensor in caches[self.first : self.first + (4 if self.dynamic else 2)]:
-            if tensor is None:  # LayerCache raises
+            if tensor is None:  # LayerCache raises the error
                 return False
         helper = _ops.helpers()
         if helper is not None:
@@ -172,7 +175,9 @@ class LayerFacts:
 
     @functools.cached_property
     def step_plan(self) -> tuple[Any, ...] | None:
-        """The layer's part of ``fastattn._direct.step``, if that may take its steps."""
+        """The layer's part of ``fastattn._direct.step``, or None if it cannot take the layer's
+        steps.
+        """
         if self.seen is None or self.q_quant != "none":
             return None
         return (
@@ -192,9 +197,10 @@ class LayerFacts:
     def masked_step_plan(
         self, plan: tuple[Any, ...] | None, mask_offsets: Any
     ) -> tuple[Any, ...] | None:
-        """:attr:`step_plan` of a step with offsets, which are the whole mask of the layer.
+        """:attr:`step_plan` for a step with offsets, which are the whole mask of the layer.
 
-        The plan is an argument because SOT translates this method and sees no cached property.
+        The plan is an argument because SOT translates this method and cannot read a cached
+        property.
         """
         if plan is None:
             return None
@@ -203,11 +209,11 @@ class LayerFacts:
 
     @property
     def window(self) -> int:
-        """Keys that a query sees, its own included; 0: all."""
+        """Number of keys that a query sees, including its own; 0 means all."""
         return int(self.attend["window_size"][0]) + 1
 
     def q_descale(self, written: list[Any]) -> Any:
-        """Scales of the operator's Q, None for one that is not quantised."""
+        """Scales of the Q that the writer returned; None if it is not quantised."""
         if self.q_quant == "none":
             return None
         if self.q_quant == "per_tensor":
@@ -230,7 +236,6 @@ class LayerFacts:
 
 
 def _attend_attrs(attend: dict[str, Any], head_dim: int) -> tuple[Any, ...]:
-    """Attributes of the operator ``paged_attention``."""
     return paged_attention_attrs(
         softmax_scale=float(head_dim**-0.5),
         **{name: x for name, x in attend.items() if name not in _ATTEND_TENSORS},
@@ -242,13 +247,13 @@ def _kinds_of(scales: Any) -> list[Any]:
 
 
 class KnownLayers:
-    """Facts of a backend's layers, each for as long as its layer lives."""
+    """Facts of a backend's layers. Each entry lives as long as its layer."""
 
     def __init__(self) -> None:
         self._facts: dict[int, tuple[Any, LayerFacts]] = {}
 
     def get(self, layer: Any) -> LayerFacts | None:
-        """Facts of a layer, if there are any."""
+        """Facts of a layer, or None."""
         known = self._facts.get(id(layer))
         return known[1] if known is not None and known[0]() is layer else None
 
@@ -266,10 +271,10 @@ class KnownLayers:
 
 
 def _seen_of(layer: Any) -> list[Any] | None:
-    """Values of the attributes that a layer's operators depend on.
+    """Values of the attributes that determine the arguments of a layer's operators.
 
     They are read from where Python and ``paddle.nn.Layer`` store them, without running code of the
-    layer's class. None if the class computes one of them, or stores it elsewhere.
+    layer's class. None if the class computes one of them or stores it elsewhere.
     """
     own = getattr(layer, "__dict__", None)
     if own is None or _computes(type(layer)):
@@ -288,7 +293,7 @@ _computing: dict[type, bool] = {}
 
 
 def _computes(kind: type) -> bool:
-    """Whether a class computes attributes: by a property, ``__getattr__`` or the like."""
+    """Whether a class computes attributes: by a property, ``__getattr__`` or similar."""
     known = _computing.get(kind)
     if known is None:
         found = (getattr(kind, name, None) for name in _READ)

@@ -1,4 +1,4 @@
-"""The backend that takes the place of FastDeploy's ``MLA_ATTN``."""
+"""Replacement for FastDeploy's ``MLA_ATTN`` backend."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastattn.backends.latent_config import LATENT_DIM, ROPE_DIM
 
 
 class MLAAttentionBackend(LatentAttentionBackend):
-    """Writes the new tokens into a latent cache, then attends to it, all tokens with absorbed Q.
+    """Write the new tokens into a latent cache, then attend to it with absorbed Q of all tokens.
 
     FastDeploy's class of this name expands the latents of prefilled tokens to K and V of every
-    head, attends to them apart from decoding sequences, and pads heads to 64. Here prefill, chunks,
-    cached prefixes, decode and drafts are one call over the cache where it lies.
+    head, attends to them separately from decoding sequences, and pads heads to 64. Here prefill,
+    chunks, cached prefixes, decode and draft tokens are one call over the cache in place.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -29,12 +29,12 @@ class MLAAttentionBackend(LatentAttentionBackend):
     def get_kv_cache_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
     ) -> tuple[list[int], list[int]]:
-        """Shapes of a layer's cache, bfloat16, and of its value cache, of which there is none.
+        """Shapes of a layer's cache, bfloat16, and of its value cache, which does not exist.
 
         Raises
         ------
         NotImplementedError
-            If `kv_cache_quant_type` is a type of quantised caches.
+            If `kv_cache_quant_type` is a quantised type.
         """
         if kv_cache_quant_type not in (None, "none"):
             self._refuse(f"kv_cache_quant_type = {kv_cache_quant_type!r}")
@@ -43,9 +43,9 @@ class MLAAttentionBackend(LatentAttentionBackend):
     def init_attention_metadata(self, forward_meta: Any) -> None:
         """Prepare a step. Nothing is copied from the device.
 
-        ``forward_meta.max_len_tensor_cpu`` then says that the step has decoding sequences only.
-        FastDeploy's models ask it whether to expand K and V of prefilled tokens: now they give
-        absorbed queries for all tokens.
+        Afterwards ``forward_meta.max_len_tensor_cpu`` says that the step has decoding sequences
+        only. FastDeploy's models read it to decide whether to expand K and V of prefilled tokens.
+        So they pass absorbed queries for all tokens.
         """
         fastdeploy_models.refuse_one_token_layers(type(self).__name__)
         super().init_attention_metadata(forward_meta)
@@ -67,18 +67,18 @@ class MLAAttentionBackend(LatentAttentionBackend):
         Parameters
         ----------
         q : Tensor, shape [T, H * 576] or [T, H, 576], bfloat16
-            Absorbed queries: latent channels of a head, then its rotated ones.
+            Absorbed queries: the latent channels of a head, then its rotated channels.
         k, v, qkv
             Must be None.
         compressed_kv : Tensor, shape [T, 512], bfloat16
-            Latent channels of the step's tokens, after their norm.
+            Normalised latent channels of the step's tokens.
         k_pe : Tensor, shape [T, 1, 64] or [T, 64], bfloat16
-            Their rotated channels.
+            Rotated channels of the step's tokens.
         layer : object
             FastDeploy's ``Attention`` layer or an :class:`fastattn.backends.AttentionLayer`.
         forward_meta : ForwardMeta
-            The step that :meth:`init_attention_metadata` was called with; ``caches[layer_id]`` is
-            the layer's cache.
+            The step that was passed to :meth:`init_attention_metadata`; ``caches[layer_id]`` is the
+            layer's cache.
 
         Returns
         -------
@@ -88,7 +88,7 @@ class MLAAttentionBackend(LatentAttentionBackend):
         Raises
         ------
         NotImplementedError
-            If K and V come expanded, or the layer needs something that is not supported.
+            If K and V are expanded, or the layer requires something that is not supported.
         ValueError
             If the step lacks a field, or shapes do not match.
         """
@@ -123,7 +123,7 @@ class MLAAttentionBackend(LatentAttentionBackend):
 
 
 def _absorbed_only() -> Any:
-    """FastDeploy's ``max_len_tensor_cpu`` of a step without prefill: its entry 2 is not 0."""
+    """FastDeploy's ``max_len_tensor_cpu`` for a step without prefill: its entry 2 is not 0."""
     lengths = np.zeros(9, np.int32)
     lengths[2] = 1
     return paddle.to_tensor(lengths, place=paddle.CPUPlace())

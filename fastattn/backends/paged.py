@@ -1,4 +1,4 @@
-"""Base class of the backends: a layer's step is two operators."""
+"""Base class of the backends: each step of a layer calls two operators."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from fastattn.functional._cache_types import (
 )
 from fastattn.functional._marker import unified
 
-#: What FastDeploy's model runner passes as `decoder_block_shape_q`, but for deterministic mode.
+#: Values that FastDeploy's model runner passes as `decoder_block_shape_q` outside deterministic
+#: mode.
 _BLOCK_SHAPES_Q = (-1, 16)
 
 
@@ -46,11 +47,11 @@ class PagedAttentionMetadata(AttentionMetadata):
     Attributes
     ----------
     host_lengths : (int, int) or None
-        Largest numbers of new tokens and of keys of a sequence; None if unknown on the host.
+        Maximum numbers of new tokens and of keys of a sequence; None if unknown on the host.
     cascade_plan : CascadePlan or None
         Plan of a cascade, if the step's sequences share a prefix.
     mask : (Tensor, Tensor) or None
-        Flat offsets that a layer was given, and the same as [T, 2].
+        Flat offsets that a layer was given, and the same offsets as [T, 2].
     windowed : list of (Tensor, int, int, int, Tensor)
         Masks of layers with a window: the offsets and their version, the window, the layer that
         made the mask, and the mask.
@@ -63,37 +64,37 @@ class PagedAttentionMetadata(AttentionMetadata):
 
 
 class PagedAttentionBackend(AttentionBackend):
-    """Writes the new tokens into the cache, then attends to the whole cache.
+    """Write the new tokens into the cache, then attend to the whole cache.
 
-    Prefill, decoding, speculative and inactive sequences go through the same two operators in one
-    call each. Nothing is dequantised ahead of time, and no partial results are merged unless
+    Prefill, decoding, speculative and inactive sequences use the same two operators, in one call
+    each. Nothing is dequantised in advance. Partial results are merged only if
     ``forward_meta.cascade_plan`` says that the sequences share a prefix.
 
     Parameters
     ----------
     fd_config : object
-        A FastDeploy ``FDConfig``, or :func:`fastattn.backends.make_config`'s stand-in.
+        A FastDeploy ``FDConfig``, or the result of :func:`fastattn.backends.make_config`.
     kv_num_heads, num_heads, head_dim : int
-        Heads of this process, and their size.
+        Numbers of heads of this process, and their size.
     encoder_block_shape_q, decoder_block_shape_q : int
-        Arguments of FastDeploy's backends. The operators choose their own tiles, but see
+        Arguments of FastDeploy's backends. The operators choose their own tiles; but see
         `batch_invariant`.
     q_quant : {"none", "per_tensor", "per_token_head", "auto"}
-        Quantisation of Q for the attention; ``"per_tensor"`` uses ``layer.q_scale``. ``"auto"`` is
+        Quantisation of Q for the attention. ``"per_tensor"`` uses ``layer.q_scale``. ``"auto"`` is
         ``"per_token_head"`` for layers with an e4m3 cache, whose long sequences then run on the FP8
-        tensor cores, and ``"none"`` for others, and for layers with sinks and a `cache_k_center`.
-        The results are those of the attention's `quantize_q`, but need no extra pass over Q.
+        tensor cores. For other layers, and for layers with sinks and a `cache_k_center`, it is
+        ``"none"``. The results equal the attention's `quantize_q`, but need no extra pass over Q.
     batch_invariant : bool, optional
-        A sequence's bits do not depend on the batch: the attention's option of that name. By
-        default it is on in FastDeploy's deterministic mode, which the environment variable
-        ``FD_DETERMINISTIC_MODE`` says, or a `decoder_block_shape_q` that FastDeploy passes in no
-        other mode: one that is neither -1 nor 16.
+        Make the bits of a sequence independent of the batch, with the attention's option of that
+        name. By default it is on in FastDeploy's deterministic mode. The environment variable
+        ``FD_DETERMINISTIC_MODE`` indicates this mode. So does a `decoder_block_shape_q` other than
+        -1 and 16, which FastDeploy passes in no other mode.
 
     Raises
     ------
     NotImplementedError
-        If the configuration needs something that is not supported, or would let a server with
-        another byte order read this one's quantised caches; the message names it.
+        If the configuration requires something that is not supported, or would let a server with
+        another byte order read this server's quantised caches. The message names it.
     ValueError
         If the configuration lacks an option, the numbers of heads do not match it, `q_quant` is
         unknown, or ``FASTATTN_CALIBRATION`` names a file that cannot be read.
@@ -149,19 +150,19 @@ class PagedAttentionBackend(AttentionBackend):
     def get_kv_cache_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
     ) -> tuple[list[int], list[int]]:
-        """Shapes of a layer's caches; V of a quantised one keeps a block's tokens together.
+        """Shapes of a layer's caches. A quantised V keeps the tokens of a block together.
 
-        A block has as many bytes as with FastDeploy's backends, but those of a quantised V lie in
-        another order: it is safe to copy blocks between servers of this package, and between any
-        if the cache is not quantised. The constructor sees to it that FastDeploy's transfer and its
-        shared pools keep to that, or refuses the configuration.
+        A block has as many bytes as with FastDeploy's backends, but a quantised V has another byte
+        order. Blocks may be copied between servers of this package, and between any servers if the
+        cache is not quantised. The constructor makes FastDeploy's transfer and its shared pools
+        keep to that, or refuses the configuration.
 
         Parameters
         ----------
         max_num_blocks : int
         kv_cache_quant_type : str, optional
             FastDeploy's config string (``int8``, ``float8_e4m3fn``, ``block_wise_fp8``) or a cache
-            type; None: not quantised.
+            type. None means not quantised.
 
         Raises
         ------
@@ -180,8 +181,8 @@ class PagedAttentionBackend(AttentionBackend):
     ) -> tuple[list[int], str] | None:
         """Shape and dtype of a layer's two scale tensors; None if its type has none in the cache.
 
-        float32 is the default; bfloat16 tensors of that shape are accepted too. Those of
-        ``block_wise_mxfp4`` are uint8, D / 32 of a token.
+        The dtype is float32; bfloat16 tensors of that shape are accepted too. ``block_wise_mxfp4``
+        has uint8 scales, D / 32 per token.
         """
         quant_type = cache_type_of(kv_cache_quant_type)
         if quant_type not in DYNAMIC_TYPES:
@@ -227,15 +228,15 @@ class PagedAttentionBackend(AttentionBackend):
         Parameters
         ----------
         q, k, v
-            Not used: Q, K and V come fused.
+            Not used, because Q, K and V are fused in `qkv`.
         qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
-            Not rotated yet, unless ``forward_meta.rope_already_applied``. It is not changed.
+            Not yet rotated, unless ``forward_meta.rope_already_applied`` is set. Not changed.
         compressed_kv, k_pe
-            Arguments of MLA backends; must be None.
+            Arguments of MLA backends. Must be None.
         layer : object
             FastDeploy's ``Attention`` layer or an :class:`fastattn.backends.AttentionLayer`.
         forward_meta : ForwardMeta
-            The step that :meth:`init_attention_metadata` was called with.
+            The step that was passed to :meth:`init_attention_metadata`.
 
         Returns
         -------
@@ -245,9 +246,9 @@ class PagedAttentionBackend(AttentionBackend):
         Raises
         ------
         NotImplementedError
-            If the layer needs something that is not supported; the message names it.
+            If the layer requires something that is not supported. The message names it.
         ValueError
-            If the step lacks a field, or caches and scales do not match the layer.
+            If the step lacks a field, or the caches and scales do not match the layer.
         """
         if compressed_kv is not None or k_pe is not None:
             name = "k_pe" if compressed_kv is None else "compressed_kv"
@@ -291,11 +292,11 @@ class PagedAttentionBackend(AttentionBackend):
     def _step(
         self, qkv: Any, layer: Any, forward_meta: Any, metadata: PagedAttentionMetadata
     ) -> Any:
-        """A plain step of a layer that has been seen before, without Python; None: not taken."""
+        """Run a plain step of a known layer outside Python; None if this is not possible."""
         facts = self._known_layers.get(layer)
         if facts is None or _cascade_plan(forward_meta, metadata) is not None:
             return None
-        if self._signals is not None:  # they go between the step's two operators
+        if self._signals is not None:  # signals are sent between the step's two operators
             return None
         run = _ops.step_function()
         if run is None:
@@ -310,7 +311,7 @@ class PagedAttentionBackend(AttentionBackend):
         if plan is None or caches is None:
             return None
         lengths = metadata.host_lengths
-        if lengths is None and self.batch_invariant:  # no guess: see _guess_lengths
+        if lengths is None and self.batch_invariant:  # no estimate is allowed: see _guess_lengths
             tables = optional(forward_meta, "block_tables")
             if tables is None:
                 return None
@@ -340,7 +341,6 @@ class PagedAttentionBackend(AttentionBackend):
         metadata: PagedAttentionMetadata,
         layer_id: int,
     ) -> dict[str, Any]:
-        """Keyword arguments of a step's attention."""
         options = {
             **facts.attend,
             "q_descale": q_descale,
@@ -366,7 +366,7 @@ class PagedAttentionBackend(AttentionBackend):
         options: dict[str, Any],
         plan: Any,
     ) -> Any:
-        """Attention [T, H, D] over the whole cache; `longest` are bounds of lengths."""
+        """Attention [T, H, D] over the whole cache; `longest` holds upper bounds of the lengths."""
         _, cu_seqlens_q, _, seq_lens_this_time = seqs
         if plan is None or not _sees_all(options):
             return functional.paged_attention(query, key, value, *seqs, *longest, **options)
@@ -384,21 +384,20 @@ class PagedAttentionBackend(AttentionBackend):
     def _guess_lengths(
         self, query: Any, seqs: tuple[Any, Any, Any, Any], forward_meta: Any
     ) -> tuple[int, int]:
-        """Bounds of the new tokens and of the keys of a sequence, where the host has no lengths.
+        """Upper bounds of the new tokens and of the keys of a sequence, if the host has no lengths.
 
-        Sequences may be longer: that costs time. A traced step serves steps of other kinds, too, so
-        there any sequence may have all tokens.
+        Longer sequences only cost time. A traced step also serves steps of other kinds, so any of
+        its sequences may have all tokens.
         """
         tokens = _size(query, 0)
         guessed = paddle.in_dynamic_mode() and not in_sot()
-        if guessed and not self.batch_invariant:  # whose bits may follow from too small a bound
+        if guessed and not self.batch_invariant:  # too small a bound could change its bits
             count = seqs[1].shape[0] - 1
             prefills = optional(forward_meta, "exist_prefill") is True
             tokens = guess_new_tokens(tokens, count, self.config.decode_tokens, prefills)
         return tokens, self._most_keys(seqs[0])
 
     def _most_keys(self, block_tables: Any) -> int:
-        """Keys of a sequence, at most."""
         return min(self.config.max_model_len, _size(block_tables, 1) * BLOCK_SIZE)
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
@@ -412,8 +411,8 @@ class PagedAttentionBackend(AttentionBackend):
         types = {"cache_quant_type": cache.quant_type, "fp8_format": cache.fp8_format}
         masks = self._mask_arguments(layer)
         transform = self._key_transform(layer, cache)
-        # The writer rotates Q beside K, and the attention need not. But a sink needs the scores of
-        # K itself, for which the attention takes Q and the centre as they are.
+        # The writer rotates Q along with K, so the attention need not. But a sink needs the scores
+        # of the original K, for which the attention takes the unrotated Q and the centre.
         shifts = transform["k_center"] is not None and masks["sinks"] is not None
         q_quant = self._q_quant_for(cache, shifts)
         write = {
@@ -437,7 +436,7 @@ class PagedAttentionBackend(AttentionBackend):
         return facts
 
     def _q_quant_for(self, cache: LayerCache, shifts: bool) -> str:
-        """`shifts`: the attention needs products of Q with the centre, not of Q's codes."""
+        """`shifts`: the attention needs products of Q itself, not of its codes, with the centre."""
         if self.q_quant == "auto":
             return "per_token_head" if cache.holds_e4m3() and not shifts else "none"
         if self.q_quant != "none" and shifts:
@@ -448,7 +447,7 @@ class PagedAttentionBackend(AttentionBackend):
         return self.q_quant
 
     def _key_transform(self, layer: Any, cache: LayerCache) -> dict[str, Any]:
-        """What is done to K before it is quantised."""
+        """Transformation of K before it is quantised."""
         rotation = getattr(layer, "cache_k_rotation", None)
         center = getattr(layer, "cache_k_center", None)
         if self._calibrated is not None and center is None and rotation in (None, "none"):
@@ -464,28 +463,28 @@ class PagedAttentionBackend(AttentionBackend):
         return self.num_heads, self.kv_num_heads, self.head_dim
 
     def _projection_arguments(self, layer: Any) -> dict[str, Any]:
-        """How Q, K and V come out of the fused projection."""
+        """Arguments that describe how Q, K and V come out of the fused projection."""
         arguments = {
             "qkv_bias": getattr(layer, "qkv_bias", None),
             "rms_norm_eps": getattr(layer, "rms_norm_eps", 1e-6),
             "use_neox_rotary_style": bool(getattr(layer, "use_neox_rotary_style", False)),
             "rotary_dim": self.config.rotary_dim,
         }
-        # A model that normalises before rotating has done so itself when it calls the backend.
+        # A model that normalises before the rotation has already done so when it calls the backend.
         if not getattr(layer, "qk_norm_before_rope", False):
             arguments["q_norm_weight"] = getattr(layer, "q_norm_weight", None)
             arguments["k_norm_weight"] = getattr(layer, "k_norm_weight", None)
         return arguments
 
     def _mask_arguments(self, layer: Any) -> dict[str, Any]:
-        """Which keys a query sees."""
+        """Arguments that determine which keys a query sees."""
         window = self._window_of(layer)
-        left = window - 1 if window > 0 else -1  # FastDeploy's window counts the query's own key
+        left = window - 1 if window > 0 else -1  # FastDeploy's window includes the query's own key
         sinks = getattr(layer, "sinks", None)
         return {"causal": self.config.causal, "window_size": (left, -1), "sinks": sinks}
 
     def _window_of(self, layer: Any) -> int:
-        """Keys that a query of the layer sees, its own included; 0: all."""
+        """Number of keys that a query of the layer sees, including its own; 0 means all."""
         layers = self.config.window_layers
         if not layers:
             return self.config.window_size or int(getattr(layer, "sliding_window", 0) or 0)
@@ -526,12 +525,12 @@ class PagedAttentionBackend(AttentionBackend):
 
 @unified
 def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]:
-    """An operator's call that Paddle does not rewrite when it traces a backend."""
+    """Call an operator in a way that Paddle does not rewrite when it traces a backend."""
     return _ops.call(op, inputs, attrs)
 
 
 def _size(tensor: Any, dimension: int) -> int:
-    """Size of a dimension; a bound beyond any where a traced program does not know it."""
+    """Size of a dimension, or an upper bound of any size if a traced program does not know it."""
     size = tensor.shape[dimension]
     return size if isinstance(size, int) and size >= 0 else ANY_LENGTH
 
@@ -541,7 +540,7 @@ def _dtype_name(qkv: Any) -> str:
 
 
 def _cascade_plan(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
-    """The prepared step's plan, None for its micro-batches: the halves have none of their own."""
+    """The plan of the prepared step; None for its micro-batches, which have no plan."""
     plan = metadata.cascade_plan
     return None if plan is None or optional(forward_meta, "cascade_plan") is not plan else plan
 

@@ -1,10 +1,11 @@
-"""Keeps the bytes of this package's quantised caches from servers that order them otherwise.
+"""Keeps this package's quantised caches from servers that use another byte order.
 
-FastDeploy moves blocks between servers, and into pools that servers share, as bytes: neither its
-transfer nor the names in a pool say in which order a block's codes lie. Blocks without quantisation
-are the same for both. For quantised ones the order becomes part of what FastDeploy's engines
-exchange: the messages in which a prefill and a decode server agree on a request's blocks, and the
-names of blocks in a pool. Servers that differ then fail the request, or miss the pool's block.
+FastDeploy moves blocks between servers, and into pools that servers share, as bytes. Neither its
+transfer nor the names in a pool tell the order of a block's codes. Unquantised blocks are the same
+for both. For quantised blocks this module adds the byte order to two things that FastDeploy's
+engines exchange: the messages in which a prefill and a decode server agree on a request's blocks,
+and the names of blocks in a pool. Servers with different orders then fail the request, or do not
+find the block in the pool.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from fastattn.backends.config import fastdeploy_flag, read
 
 _LOG = logging.getLogger(__name__)
 
-#: Byte order of the quantised caches; a change of docs/formats.md changes it.
+#: Byte order of the quantised caches. A change of docs/formats.md changes this name.
 LAYOUT = "fastattn-1"
 
-#: Field of FastDeploy's messages between servers that names it.
+#: Field with the byte order in FastDeploy's messages between servers.
 FIELD = "kv_cache_layout"
 
 _CONNECTOR = "fastdeploy.splitwise.splitwise_connector"
@@ -32,14 +33,14 @@ _PLAIN = ("bfloat16", "float16", "float32", "bf16", "fp16", "none")
 
 
 def layout() -> str:
-    """Byte order of this process's quantised caches, and what K in them is stored without."""
+    """Byte order of this process's quantised caches, and the transformation of the K in them."""
     return LAYOUT + digest()
 
 
 def guard(fd_config: Any, backend: str) -> None:
-    """Mark this process's messages and names, if its caches are quantised.
+    """Mark this process's messages and names if its caches are quantised.
 
-    That counts in engines. A worker, which loads the same classes, sends no messages and names no
+    This matters in engines. A worker loads the same classes, but sends no messages and names no
     blocks.
 
     Raises
@@ -67,7 +68,7 @@ def guard(fd_config: Any, backend: str) -> None:
 
 
 def _is_quantised(fd_config: Any) -> bool:
-    """Whether caches are quantised: workers have a type, engines what it is stored as."""
+    """Whether caches are quantised. Workers have a type; engines have the storage type."""
     kind = read(fd_config, "quant_config.kv_cache_quant_type")
     if kind is None:
         kind = read(fd_config, "cache_config.cache_dtype", "none")
@@ -110,10 +111,11 @@ def _guard_messages(fd_config: Any, role: str, backend: str) -> None:
 
 
 def _mark_messages(connector: Any) -> None:
-    """Send the layout with every request of one server to another, and refuse requests without.
+    """Send the layout with every request from one server to another, and refuse requests without
+    it.
 
-    A prefill server sends a request ("prefill"); the decode server answers with its blocks, or
-    with an error that fails the request ("cache_sync").
+    A prefill server sends a request ("prefill"). The decode server answers with its blocks, or with
+    an error that fails the request ("cache_sync").
     """
     serialize, deserialize = connector._serialize_message, connector._deserialize_message
 
@@ -134,7 +136,7 @@ def _mark_messages(connector: Any) -> None:
                     info.setdefault("error_msg", _difference("decode", info))
         elif msg_type == "prefill":
             payload = [task for task in payload if _accepts(self, task)]
-            if not payload:  # FastDeploy looks at the first request of a message
+            if not payload:  # FastDeploy reads only the first request of a message
                 msg_type = "refused"
         return msg_type, payload
 
@@ -153,7 +155,7 @@ def _difference(role: str, info: dict[str, Any]) -> str:
 
 
 def _accepts(connector: Any, task: dict[str, Any]) -> bool:
-    """Whether a request's cache may come here; otherwise the prefill server is told why not."""
+    """Whether a request's cache may come here. If not, the prefill server receives the reason."""
     info = task.get("disaggregate_info")
     if info is None or info.get(FIELD) == layout():
         return True
@@ -175,7 +177,7 @@ def _accepts(connector: Any, task: dict[str, Any]) -> bool:
 def _guard_pool(pool: str, backend: str) -> None:
     what = "cache_config.kvcache_storage_backend"
     if pool == "attention_store":
-        # It names blocks itself, below the version in the environment.
+        # The backend names blocks itself, below the version in the environment.
         version = os.environ.get("AS_MODEL_VERSION", "")
         if layout() not in version:
             _refuse(

@@ -1,11 +1,11 @@
 """Static scales of a layer, as FastDeploy keeps them.
 
-``layer.cache_{k,v}_scale`` are quantisation multipliers (``codes = x * scale``) and
-``layer.cache_{k,v}_out_scale`` dequantisation multipliers (``x = codes * scale``). Every operator
-of fastattn takes the latter.
+``layer.cache_{k,v}_scale`` are quantisation multipliers (``codes = x * scale``).
+``layer.cache_{k,v}_out_scale`` are dequantisation multipliers (``x = codes * scale``). All
+operators of fastattn take the latter.
 
-FastDeploy makes the FP8 scales for all heads of the model, also under tensor parallelism, where a
-rank holds only some of the heads: they must be cut to the rank's own.
+FastDeploy makes the FP8 scales for all heads of the model. Under tensor parallelism a rank holds
+only some of the heads, so the scales must be cut to them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import paddle
 
 @dataclass(frozen=True)
 class HeadShard:
-    """Which KV heads of the model this process holds.
+    """The KV heads of the model that this process holds.
 
     Parameters
     ----------
     num_heads : int, optional
-        KV heads of the whole model; None if this process holds all of them.
+        Number of KV heads of the whole model; None if this process holds all of them.
     size, rank : int
-        Tensor-parallel processes, and which of them this is. With more processes than heads each
-        head is held by ``size / num_heads`` of them.
+        Number of tensor-parallel processes, and the rank of this one. With more processes than
+        heads, ``size / num_heads`` processes hold each head.
     """
 
     num_heads: int | None = None
@@ -34,12 +34,12 @@ class HeadShard:
     rank: int = 0
 
     def first_head(self, local_heads: int) -> int:
-        """Index of this process's first head among the model's.
+        """Index of this process's first head in the model.
 
         Raises
         ------
         ValueError
-            If `local_heads` is not the share of one process.
+            If `local_heads` is not the number of heads of one process.
         """
         if self.size < 1 or local_heads < 1:
             raise ValueError(f"{local_heads} KV heads on one of {self.size} tensor parallel ranks")
@@ -63,11 +63,11 @@ def local_scales(
     Parameters
     ----------
     scales : Tensor, shape [1], [heads] or, with `per_channel`, [heads * D]
-        For this process's heads or for all of the model's.
+        For this process's heads or for all heads of the model.
     name : str
-        For messages.
+        Name for messages.
     kv_heads, head_dim : int
-        Heads in this process's cache, and their size.
+        Number of heads in this process's cache, and their size.
 
     Raises
     ------
@@ -80,9 +80,9 @@ def local_scales(
     model_heads = kv_heads if shard.num_heads is None else shard.num_heads
     widths = (1, head_dim) if per_channel else (1,)
     if not scales.stop_gradient and paddle.in_dynamic_mode():
-        # A parameter: the operators list scales among what they write (dynamic types do), and
-        # Paddle refuses that for a tensor that wants a gradient. A traced program has none, and
-        # cannot run what Paddle traces for this.
+        # A parameter. The operators list scales among the tensors that they write (dynamic types
+        # do), and Paddle refuses this for a tensor that requires a gradient. A traced program has
+        # no gradients, and cannot run what Paddle traces for this.
         scales = scales.detach()
     if scales.dtype == paddle.float16:
         scales = scales.astype("float32")
@@ -107,12 +107,12 @@ def local_center(center: Any, *, kv_heads: int, head_dim: int, shard: HeadShard)
     Parameters
     ----------
     center : Tensor, shape [heads, D]
-        ``layer.cache_k_center``, for this process's heads or for all of the model's.
+        ``layer.cache_k_center``, for this process's heads or for all heads of the model.
 
     Raises
     ------
     ValueError
-        If the shape is neither.
+        If the shape matches neither.
     """
     if not center.stop_gradient and paddle.in_dynamic_mode():
         center = center.detach()  # as for scales

@@ -1,10 +1,10 @@
-"""Starts of sequences that no longer run, in the buffer that a CUDA graph was captured with.
+"""Corrects stale starts of sequences in a buffer that a CUDA graph was captured with.
 
-FastDeploy captures a step with the starts (``cu_seqlens_q``) of all its slots. Later it copies
-those of the sequences that run into the front of the same buffer and replays the graph, for which
-the rest is what an earlier step left there. Kernels take starts to be in order: they look a token's
-sequence up among them, and clear what lies between two sequences. A stale start that is smaller
-than the last good one would give a sequence's tokens to a slot that rests.
+FastDeploy captures a step with the starts (``cu_seqlens_q``) of all its slots. Later it copies the
+starts of the running sequences to the front of the same buffer and replays the graph. The rest of
+the buffer still has the starts of an earlier step. Kernels expect starts in ascending order: they
+search a token's sequence among them, and clear the range between two sequences. A stale start that
+is smaller than the last valid one would assign a sequence's tokens to an inactive slot.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from typing import Any
 
 import paddle
 
-#: Start of a slot that does not run: past the tokens of every step.
+#: Start of an inactive slot: past the tokens of every step.
 NOWHERE = 2**30
 
-#: Buffers that are remembered; FastDeploy has one a model.
+#: Number of buffers that are remembered. FastDeploy has one per model.
 _MOST_BUFFERS = 4
 
 
 class StaleStarts:
-    """Puts the starts behind those of a step out of the way, where there may be any.
+    """Overwrites the starts after the starts of a step, if they may be stale.
 
-    That is a write to the buffer only in steps of fewer sequences than a step before them.
+    This writes to the buffer only in steps with fewer sequences than an earlier step.
     """
 
     def __init__(self) -> None:
-        # By address: the longest tensor seen there, and the number of its starts that may be stale.
+        # For each address, the longest tensor seen there, and the number of its starts that may be
+        # stale.
         self._buffers: dict[int, tuple[Any, int]] = {}
 
     def settle(self, starts: Any) -> None:
-        """Make the buffer of a step's starts good for a graph that reads all of it.
+        """Make the buffer of a step's starts valid for a graph that reads all of it.
 
         Parameters
         ----------
@@ -45,8 +46,8 @@ class StaleStarts:
         if whole is None or whole.shape[0] < count:
             if len(self._buffers) >= _MOST_BUFFERS and address not in self._buffers:
                 self._buffers.pop(next(iter(self._buffers)))
-            whole = starts.view([count])  # the same memory, with a shape that stays
+            whole = starts.view([count])  # the same memory, with a constant shape
         elif count < dirty:
             whole[count:dirty] = NOWHERE
-        self._buffers.pop(address, None)  # the one that was used last is forgotten last
+        self._buffers.pop(address, None)  # the most recently used buffer is forgotten last
         self._buffers[address] = (whole, count)

@@ -17,7 +17,7 @@ def make_config(
     tensor_parallel_size: int = 1,
     tensor_parallel_rank: int = 0,
 ) -> SimpleNamespace:
-    """A configuration with the attributes of ``FDConfig`` that the backends read."""
+    """Make a configuration with the attributes of ``FDConfig`` that the backends read."""
     return SimpleNamespace(
         model_config=SimpleNamespace(
             max_model_len=max_model_len,
@@ -47,9 +47,9 @@ def make_latent_config(
     block_size: int = 64,
     draft_tokens: int = 0,
 ) -> SimpleNamespace:
-    """A configuration with the attributes of ``FDConfig`` that backends of latent caches read.
+    """Make a configuration with the attributes of ``FDConfig`` that backends of latent caches read.
 
-    Those of an indexer are for :class:`fastattn.backends.DSAAttentionBackend`.
+    The attributes of an indexer are for :class:`fastattn.backends.DSAAttentionBackend`.
     """
     config = make_config(max_model_len=max_model_len)
     vars(config.model_config).update(
@@ -80,18 +80,18 @@ class AttentionLayer:
     cache_k_out_scale, cache_v_out_scale : Tensor, optional
         Dequantisation multipliers of the static cache types.
     cache_k_rotation : {"none", "hadamard"}, optional
-        How K is rotated before it is quantised, not for e5m2; None: ``"hadamard"`` for
-        ``block_wise_int4`` and ``block_wise_mxfp4``, ``"none"`` for every other.
+        Rotation of K before it is quantised; not for e5m2. None means ``"hadamard"`` for
+        ``block_wise_int4`` and ``block_wise_mxfp4``, and ``"none"`` for every other type.
     cache_k_center : Tensor, shape [KV, D], float32, optional
-        What K is stored without.
+        The constant that is subtracted from K before it is stored.
     q_norm_weight, k_norm_weight : Tensor, optional
         RMSNorm of Q and K heads, after the rotation.
     qk_norm_before_rope : bool
-        The model itself has normalised Q and K; the weights above are not used.
+        Whether the model itself has already normalised Q and K; the norm weights are then not used.
     fp8_output_scale : Tensor, shape [1], float32, optional
         The backend returns e4m3 codes of ``out / fp8_output_scale`` for the next GEMM.
     sliding_window : int
-        Keys that a query sees, its own included; 0: all.
+        Number of keys that a query sees, including its own; 0 means all.
     """
 
     layer_id: int

@@ -1,4 +1,4 @@
-"""The mask of a step that comes as offsets, and what a layer with a window sees of it."""
+"""Masks of a step that are given as offsets, and the part that a layer with a window sees."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import paddle
 
 from fastattn.backends.forward_meta import optional
 
-#: Windowed masks that a step remembers: of two micro-batches and two sizes of windows.
+#: Number of windowed masks that a step remembers: two micro-batches and two window sizes.
 _MOST_WINDOWED = 4
 
 
 def mask_offsets(forward_meta: Any, metadata: Any) -> Any:
-    """Offsets [T, 2] of what `forward` was given, or None.
+    """Offsets [T, 2] of the step that was passed to `forward`, or None.
 
-    Not those of the prepared step: two-batch overlap hands its micro-batches to `forward`.
+    They may differ from the offsets of the prepared step: two-batch overlap passes its
+    micro-batches to `forward`.
     """
     offsets = optional(forward_meta, "attn_mask_offsets")
     if offsets is None or len(offsets.shape) != 1:
@@ -27,13 +28,13 @@ def mask_offsets(forward_meta: Any, metadata: Any) -> Any:
 
 
 def layer_mask(mask: Any, forward_meta: Any, metadata: Any, window: int, layer_id: int) -> Any:
-    """Offsets [T, 2] of the keys that a layer sees, of a step with the offsets `mask`.
+    """Offsets [T, 2] of the keys that a layer sees, for a step with the offsets `mask`.
 
-    Those of a window are made by the first layer of the step that has it, for those behind it.
-    That layer, or one before it, makes them anew: a server runs the same step once as it is and
+    The first layer with a window makes the windowed offsets for later layers. This layer, or an
+    earlier one, makes them again when it starts again. A server runs the same step once eagerly and
     once more to capture a CUDA graph, which must contain them.
     """
-    if not window or mask.shape[0] == 0:  # Paddle 2.6 has no concat of nothing
+    if not window or mask.shape[0] == 0:  # Paddle 2.6 cannot concatenate empty tensors
         return mask
     if not paddle.in_dynamic_mode() or in_sot():
         return last_keys(mask, window)
@@ -54,14 +55,14 @@ def layer_mask(mask: Any, forward_meta: Any, metadata: Any, window: int, layer_i
 def last_keys(mask: Any, window: int) -> Any:
     """Offsets [T, 2] of the last `window` keys of each interval.
 
-    A window counts back from the interval's end, as in FastDeploy: queries of one image, which see
-    all of it, see the same keys in front of it.
+    A window counts back from the end of the interval, as in FastDeploy. So queries of one image,
+    which see all of it, see the same keys before it.
     """
     start, end = mask[:, :1], mask[:, 1:]
     return paddle.concat([paddle.maximum(start, end - window), end], axis=1)
 
 
 def in_sot() -> bool:
-    """Whether Paddle 3 translates the caller by SOT, which is dynamic mode, too."""
+    """Whether Paddle 3 translates the caller by SOT, which also is dynamic mode."""
     base = paddle.base.dygraph.base
     return hasattr(base, "in_sot_simulation_mode") and bool(base.in_sot_simulation_mode())

@@ -1,4 +1,4 @@
-"""What was found for a model's layers, and its files."""
+"""Results of a calibration for a model's layers, and their files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fastattn.calibrate.tensor_files import check_suffix, read_tensors, write_te
 from fastattn.functional._cache_types import STATIC_TYPES
 from fastattn.reference.numerics import Array
 
-#: First thing that a reader looks for. Version 1 had no checksum.
+#: Format name at the start of a file. Version 1 had no checksum.
 FORMAT = "fastattn-calibration-2"
 
-#: What is said about a layer beside its tensors.
+#: Attributes of a layer that are stored besides its tensors.
 _ABOUT = ("cache_quant_type", "cache_k_rotation", "error", "errors")
 
 
 @dataclass
 class LayerCalibration:
-    """What a layer is to be run with.
+    """Settings for a layer.
 
     Attributes
     ----------
@@ -33,12 +33,12 @@ class LayerCalibration:
     cache_k_out_scale, cache_v_out_scale : array of float32, shape [1], [KV] or [KV * D], or None
         Dequantisation multipliers of the static types.
     cache_k_rotation : {"none", "hadamard"} or None
-        None leaves it to the type.
+        None means the default of the type.
     cache_k_center : array of float32, shape [KV, D], or None
     error : float or None
         Relative error of attention outputs; None if there were no queries.
     errors : dict
-        That of every candidate that was tried.
+        Relative error of every candidate that was tried.
     """
 
     cache_quant_type: str
@@ -51,7 +51,7 @@ class LayerCalibration:
 
     @property
     def name(self) -> str:
-        """The candidate: type and transforms."""
+        """Name of the candidate: its type and transforms."""
         parts = [self.cache_quant_type]
         if self.cache_k_center is not None:
             parts.append("center")
@@ -62,7 +62,7 @@ class LayerCalibration:
 
 @dataclass
 class Calibration:
-    """Layers by their number."""
+    """Calibrations of layers, by layer number."""
 
     layers: dict[int, LayerCalibration]
 
@@ -73,13 +73,13 @@ class Calibration:
         ----------
         path : str or Path
         fastdeploy_prefix : str
-            What stands before a layer's number in FastDeploy's names.
+            Prefix of a layer's number in FastDeploy's names.
 
         Raises
         ------
         CalibrationError
-            If the suffix is another one, a layer has what no operator takes, or FastDeploy's file
-            has no place for what was found.
+            If the suffix is unknown, a layer has settings that no operator supports, or
+            FastDeploy's file cannot store the results.
         """
         path = Path(path)
         check_suffix(path)
@@ -117,25 +117,25 @@ class Calibration:
 
     @classmethod
     def read(cls, path: str | Path, *, cache_quant_type: str | None = None) -> Calibration:
-        """Read a file that :meth:`write` wrote, or FastDeploy's ``kv_cache_scale.json``.
+        """Read a file from :meth:`write`, or FastDeploy's ``kv_cache_scale.json``.
 
         Parameters
         ----------
         path : str or Path
         cache_quant_type : {"cache_int8", "cache_fp8"}, optional
-            What FastDeploy's file is for, which it does not tell.
+            Type of FastDeploy's scales, which its file does not name.
 
         Raises
         ------
         CalibrationError
-            If it is something else, is damaged, or says what no layer can be run with.
+            If the file is of another kind or damaged, or has settings that no layer can use.
         """
         path = Path(path)
         if path.suffix == ".json":
             if cache_quant_type not in STATIC_TYPES:
                 raise CalibrationError(
-                    f"{path}: whose scales are these? expected {' or '.join(STATIC_TYPES)}, got "
-                    f"{cache_quant_type}"
+                    f"{path}: cache_quant_type: FastDeploy's file does not name its type; "
+                    f"expected {' or '.join(STATIC_TYPES)}, got {cache_quant_type}"
                 )
             scales = read_scales(path, cache_quant_type)
             layers = {n: LayerCalibration(cache_quant_type, k, v) for n, (k, v) in scales.items()}
@@ -146,20 +146,20 @@ class Calibration:
         return cls(layers)
 
     def apply(self, layer: Any, *, place: Any = None) -> None:
-        """Give a layer its type, scales, rotation and centre.
+        """Set a layer's type, scales, rotation and centre.
 
         Parameters
         ----------
         layer : object
-            With a ``layer_id``: an :class:`fastattn.backends.AttentionLayer`, or FastDeploy's. Make
-            its cache of the type that it has then.
+            An :class:`fastattn.backends.AttentionLayer` or FastDeploy's layer, with a ``layer_id``.
+            Make its cache afterwards, for its new type.
         place : paddle.Place, optional
-            Of the tensors; the current one by default.
+            Place of the tensors. Default: the current place.
 
         Raises
         ------
         CalibrationError
-            If there is no such layer.
+            If the layer was not calibrated.
         """
         import paddle
 
@@ -176,7 +176,7 @@ class Calibration:
 
 def _with_float32(layer: LayerCalibration) -> LayerCalibration:
     tensors: dict[str, Any] = {name: getattr(layer, name) for name in TENSORS}
-    with np.errstate(over="ignore"):  # what is too large is refused: it is not finite
+    with np.errstate(over="ignore"):  # a value that is too large becomes infinite and is refused
         for name, x in tensors.items():
             tensors[name] = None if x is None else np.asarray(x, np.float32)
     return replace(layer, **tensors)
@@ -192,7 +192,7 @@ def _check(path: Path, layers: dict[int, LayerCalibration]) -> None:
 def _layers_of(
     path: Path, tensors: Mapping[str, Array], about: Mapping[str, Any]
 ) -> dict[int, LayerCalibration]:
-    """Layers of a file's arrays and of what it says about them; all of both must have a place."""
+    """Layers from a file's arrays and attributes; every array and attribute must belong to one."""
     if set(about) != {"format", "layers"} or about["format"] != FORMAT:
         raise CalibrationError(
             f"{path}: expected format {FORMAT!r}, got {about.get('format', 'none')!r:.40}"

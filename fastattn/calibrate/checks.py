@@ -1,4 +1,4 @@
-"""What a calibration may say, whichever file it is from."""
+"""Checks of a calibration, for any kind of file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastattn.functional._cache_types import CACHE_QUANT_TYPES, HEAD_DIMS, STATI
 if TYPE_CHECKING:
     from fastattn.calibrate.calibration import LayerCalibration
 
-#: Of a layer's K; None leaves it to the type.
+#: Rotations of a layer's K. None means the default of the type.
 ROTATIONS = (None, "none", "hadamard")
 
 #: Static scales of a layer.
@@ -28,12 +28,12 @@ _NUMBER = re.compile(r"(0|[1-9][0-9]{0,5})\Z")
 
 
 def layer_number(text: Any) -> int:
-    """The layer that a name means, of which there is one spelling only.
+    """The layer number in a name, of which only one spelling is valid.
 
     Raises
     ------
     CalibrationError
-        If it is no number, has zeros in front, or is beyond every model's layers.
+        If it is not a number, has leading zeros, or is beyond the layers of any model.
     """
     if not (isinstance(text, str) and _NUMBER.match(text)):
         raise CalibrationError(f"expected the number of a layer, such as 0 or 12, got {text!r:.40}")
@@ -41,14 +41,13 @@ def layer_number(text: Any) -> int:
 
 
 def check_layers(layers: Mapping[int, LayerCalibration]) -> None:
-    """Refuse what no layer can be run with.
+    """Refuse settings that no layer can use.
 
     Raises
     ------
     CalibrationError
-        If there is no layer, or one of them has an unknown type or rotation, lacks scales that its
-        type needs or has some that it has no use for, or has numbers or shapes that no operator
-        takes.
+        If there is no layer, or one has an unknown type or rotation, lacks scales that its type
+        needs, has scales that it cannot use, or has numbers or shapes that no operator supports.
     """
     if not layers:
         raise CalibrationError("there is no layer")
@@ -112,7 +111,7 @@ def _check_errors(name: str, layer: LayerCalibration) -> None:
 
 
 def check_scales(name: str, count: int, shape: tuple[int, ...], cache_quant_type: str) -> None:
-    """Refuse a number of static scales that KV heads and channels do not have.
+    """Refuse a number of static scales that does not match the KV heads and channels.
 
     Raises
     ------
@@ -128,7 +127,7 @@ def check_scales(name: str, count: int, shape: tuple[int, ...], cache_quant_type
 
 
 def check_head_dim(name: str, head_dim: int) -> None:
-    """Refuse heads that no operator takes.
+    """Refuse head dimensions that no operator supports.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Scales and centres of a layer, and the first type that keeps a bound of the error."""
+"""Scales and centres of a layer, and the first type within an error bound."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastattn.reference.numerics import QMAX, Array, from_codes, group_scale, qu
 
 GRANULARITIES = ("tensor", "head", "channel")
 
-#: What is done to K, in the order in which it is tried: the cheapest first.
+#: Transforms of K in the order in which they are tried: the cheapest first.
 TRANSFORMS = ("none", "center", "hadamard", "center+hadamard")
 
-#: Types that gain by a rotation. Codes with exponents do not: a large channel costs the others
-#: nothing there, and a rotation makes all of them as large.
+#: Types that benefit from a rotation. Codes with exponents do not: a large channel does not affect
+#: the other channels there, and a rotation makes all of them large.
 ROTATED_TYPES = ("cache_int8", "block_wise_int8", *NIBBLE_TYPES)
 
 #: Floor of an amax, so that a channel of zeros has a scale.
@@ -34,7 +34,7 @@ _FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Candidate:
-    """A type and what is done to K."""
+    """A type and a transform of K."""
 
     cache_quant_type: str
     transform: str = "none"
@@ -49,7 +49,7 @@ class Candidate:
 
 
 def candidates(types: Sequence[str], transforms: Sequence[str]) -> list[Candidate]:
-    """Candidates in the order of preference: types first, then transforms that may help them."""
+    """Candidates in order of preference: by type, then by the transforms that may help it."""
     found = []
     for kind in types:
         allowed = ["none"] if kind == "none" else transforms
@@ -66,14 +66,14 @@ def centre_of(key: Array) -> Array:
 def scales_of(x: Array, cache_quant_type: str, granularity: str) -> Array:
     """Static dequantisation multipliers of [T, KV, D], float32 [1], [KV] or [KV * D]."""
     if cache_quant_type != "cache_int8" and granularity == "channel":
-        granularity = "head"  # of e4m3 codes, which have exponents of their own
+        granularity = "head"  # e4m3 codes have their own exponents
     axes = {"tensor": (0, 1, 2), "head": (0, 2), "channel": (0,)}[granularity]
     largest = np.abs(np.asarray(x, np.float64)).max(axis=axes).reshape(-1)
     return (np.maximum(largest, _FLOOR) / QMAX[code_of(cache_quant_type)]).astype(np.float32)
 
 
 def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
-    """Values float64 [T, KV, D] that a cache of this type gives back."""
+    """Values float64 [T, KV, D] after a round trip through a cache of this type."""
     x = np.asarray(x, np.float32)
     if cache_quant_type == "none":
         return x.astype(np.float64)
@@ -88,15 +88,15 @@ def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
 
 
 def attention_error(samples: LayerSamples, key: Array, value: Array, rows: Array) -> float:
-    """Relative error of attention outputs over `key` and `value`: RMS, of the worst query head.
+    """Relative error of attention outputs over `key` and `value`: RMS of the worst query head.
 
     Parameters
     ----------
     samples : LayerSamples
-        With queries; what the exact outputs are made of, in fp64.
+        Samples with queries, which give the exact outputs in fp64.
     key, value : array, shape [T, KV, D]
     rows : array of int
-        Which of the queries.
+        Queries to use.
     """
     assert samples.query is not None
     tokens, _, dim = samples.key.shape
@@ -110,7 +110,7 @@ def attention_error(samples: LayerSamples, key: Array, value: Array, rows: Array
         error = ((outs[1] - outs[0]) ** 2).sum(axis=(0, 2))
     size = (outs[0] ** 2).sum(axis=(0, 2))
     worst = float(np.sqrt(error / np.maximum(size, 1e-30)).max())
-    return math.inf if math.isnan(worst) else worst  # K or scales beyond fp32: no bound is kept
+    return math.inf if math.isnan(worst) else worst  # K or scales beyond fp32 exceed any bound
 
 
 def try_candidate(
@@ -125,7 +125,7 @@ def try_candidate(
     Parameters
     ----------
     scales : (array, array), optional
-        K's and V's static scales, instead of those of the samples.
+        Static scales of K and V, instead of scales from the samples.
     """
     kind, rotation = candidate.cache_quant_type, candidate.rotation
     center = centre_of(samples.key) if candidate.centred else None
@@ -145,7 +145,7 @@ def try_candidate(
 
 
 def sampled_rows(samples: LayerSamples, count: int, seed: int = 0) -> Array | None:
-    """Which queries are tried: `count` at random, all if there are fewer; None without queries."""
+    """Queries to try: `count` random ones, or all if there are fewer; None without queries."""
     if samples.query is None:
         return None
     total = len(samples.query)
@@ -165,36 +165,35 @@ def calibrate_layer(
     seed: int = 0,
     scales: tuple[Array, Array] | None = None,
 ) -> LayerCalibration:
-    """The first candidate whose error is at most `bound`, or the one with the least error.
+    """The first candidate with an error of at most `bound`, or the one with the smallest error.
 
     Parameters
     ----------
     samples : LayerSamples
     types : sequence of str
-        In the order of preference.
+        Types in order of preference.
     bound : float
-        Of the relative error of attention outputs.
+        Upper bound of the relative error of attention outputs.
     transforms : sequence of str
         Some of :data:`TRANSFORMS`, in the order in which they are tried.
     granularity : {"tensor", "head", "channel"}
-        Of static scales; e4m3 codes have scales of heads at most.
+        Granularity of static scales. e4m3 codes have at most one scale per head.
     queries : int
-        How many queries are tried.
+        Number of queries to try.
     seed : int
-        Which ones.
+        Seed for the choice of queries.
     scales : (array, array), optional
-        K's and V's static scales, instead of those of the samples.
+        Static scales of K and V, instead of scales from the samples.
 
     Returns
     -------
     LayerCalibration
-        `errors` holds those of the candidates that were tried.
+        `errors` has the errors of the candidates that were tried.
 
     Raises
     ------
     CalibrationError
-        If there are no queries, but more than one candidate, or no operator has this head
-        dimension.
+        If there are no queries but several candidates, or no operator supports this head dimension.
     """
     check_head_dim("K", samples.key.shape[2])
     rows = sampled_rows(samples, queries, seed)
@@ -224,7 +223,9 @@ def calibrate_layer(
 
 
 def outlier_channels(key: Array, factor: float = 8.0) -> list[tuple[int, int]]:
-    """(head, channel) of K whose largest magnitude is `factor` times the head's median one."""
+    """(head, channel) of K whose largest magnitude is at least `factor` times the median of its
+    head.
+    """
     largest = np.abs(np.asarray(key, np.float64)).max(axis=0)
     typical = np.median(largest, axis=-1, keepdims=True)
     return [(int(h), int(c)) for h, c in np.argwhere(largest > factor * np.maximum(typical, 1e-30))]

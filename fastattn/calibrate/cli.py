@@ -89,7 +89,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read samples of paddle.save, too: pickles, which can run any code",
+        help="also read files of paddle.save; these are pickles, which can run any code",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write .safetensors, .npz or FastDeploy's .json"
@@ -98,7 +98,7 @@ def add_parser(subparsers: Any) -> None:
         "--bound",
         type=_bound,
         default=0.02,
-        help="relative error of attention outputs that a type may have; default 0.02",
+        help="upper bound of the relative error of attention outputs; default 0.02",
     )
     parser.add_argument(
         "--types",
@@ -110,12 +110,12 @@ def add_parser(subparsers: Any) -> None:
         "--transforms",
         type=_list_of(TRANSFORMS),
         metavar="NAME,..",
-        help=f"what may be done to K, default {','.join(TRANSFORMS)}",
+        help=f"transforms of K to try; default {','.join(TRANSFORMS)}",
     )
     parser.add_argument(
         "--granularity",
         choices=GRANULARITIES,
-        help="of static scales; default head, for FastDeploy's int8 channel",
+        help="granularity of static scales; default head, or channel for FastDeploy's int8",
     )
     parser.add_argument(
         "--scales", type=Path, metavar="FILE", help="FastDeploy's kv_cache_scale.json to start from"
@@ -124,7 +124,7 @@ def add_parser(subparsers: Any) -> None:
         "--fastdeploy-prefix",
         default="ernie.layers",
         metavar="NAME",
-        help="what stands before a layer's number in FastDeploy's names; default ernie.layers",
+        help="prefix of a layer's number in FastDeploy's names; default ernie.layers",
     )
     parser.add_argument(
         "--queries", type=_int_from(1), default=64, metavar="N", help="queries a layer; default 64"
@@ -134,7 +134,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _check_output(path: Path) -> None:
-    """Find out before the work that its result could not be written.
+    """Check before the work starts that its result can be written.
 
     Raises
     ------
@@ -147,12 +147,12 @@ def _check_output(path: Path) -> None:
 
 
 def _settle(arguments: argparse.Namespace) -> None:
-    """Fill in defaults that depend on other options.
+    """Set defaults that depend on other options.
 
     Raises
     ------
     CalibrationError
-        If options do not go together.
+        If the options contradict each other.
     """
     fastdeploy = arguments.output is not None and arguments.output.suffix == ".json"
     given = arguments.scales is not None
@@ -165,7 +165,7 @@ def _settle(arguments: argparse.Namespace) -> None:
             f"--scales: expected FastDeploy's kv_cache_scale.json, got {arguments.scales}"
         )
     if given and arguments.granularity is not None:
-        raise CalibrationError("--granularity: those of --scales have theirs")
+        raise CalibrationError("--granularity: scales from --scales have their own")
     if arguments.types is None:
         arguments.types = ["cache_fp8"] if fastdeploy or given else [*STATIC_TYPES, "none"]
     types = arguments.types
@@ -189,7 +189,7 @@ def _settle(arguments: argparse.Namespace) -> None:
 
 
 def calibrate(arguments: argparse.Namespace) -> tuple[Calibration, dict[int, LayerSamples]]:
-    """Read, choose; the result and the samples."""
+    """Read the samples and choose settings; returns the result and the samples."""
     _settle(arguments)
     kind = arguments.types[0]
     start = None
@@ -241,7 +241,8 @@ def _rows(
     return rows
 
 
-#: The error of the first type, untransformed; channels of K that are far larger than most.
+#: "error" is the error of the chosen type, "first" the error of the first type without transforms,
+#: "outliers" the channels of K that are far larger than most.
 _COLUMNS = ("layer", "type", "error", "first", "outliers")
 
 
@@ -261,7 +262,7 @@ def _show(rows: list[tuple[str, ...]]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the subcommand; 1 if a file is wrong, or a layer has no type within the bound."""
+    """Run the subcommand; return 1 if a file is wrong, or a layer has no type within the bound."""
     try:
         calibration, samples = calibrate(arguments)
         _show(_rows(calibration, samples, arguments.bound))

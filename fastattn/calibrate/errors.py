@@ -1,4 +1,4 @@
-"""What the command reports without a traceback."""
+"""Errors that the command reports without a traceback."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 class CalibrationError(ValueError):
-    """A file is not what the command expects, or nothing keeps the bound."""
+    """A file is not as the command expects, or no candidate is within the bound."""
 
 
 @contextlib.contextmanager
 def reading(path: Path, what: str = "cannot be read") -> Iterator[None]:
-    """Turn whatever the parser of a file raises into a CalibrationError that names the file.
+    """Turn any exception of a file parser into a CalibrationError that names the file.
 
-    NumPy, zipfile, its codecs, JSON and safetensors document no complete list of exceptions for
-    damaged files, so only calls of these belong inside.
+    NumPy, zipfile and its codecs, JSON and safetensors do not document all exceptions for damaged
+    files. Only calls of these parsers belong in this context.
     """
     try:
         yield

@@ -1,8 +1,9 @@
-"""FastDeploy's ``kv_cache_scale.json``: static scales by the names of its checkpoints.
+"""FastDeploy's ``kv_cache_scale.json``: static scales with checkpoint names.
 
-A value is the amax of a head (or, for int8, a channel) over 448, whatever the type: FastDeploy
-multiplies by 448 when it loads the file, and divides by the bound of the type's codes. So values
-are dequantisation multipliers of e4m3 codes, and those of int8 codes times 127 / 448.
+For every type, a value is the amax of a head (or of a channel, for int8) divided by 448. FastDeploy
+multiplies it by 448 when it loads the file, and divides by the bound of the type's codes. So values
+are dequantisation multipliers of e4m3 codes; multiplied by 448 / 127 they are multipliers of
+int8 codes.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ _NAME = re.compile(r"(?:^|\.)([0-9]+)\.self_attn\.cache([kv])_matmul\.activation
 
 
 def _factor(cache_quant_type: str) -> float:
-    """Dequantisation multiplier of a value of 1."""
+    """Dequantisation multiplier for a value of 1."""
     return QMAX["e4m3"] / QMAX["int8" if cache_quant_type == "cache_int8" else "e4m3"]
 
 
 def _values(path: Path, name: str, value: Any) -> Array:
     try:
         array = np.asarray(value).reshape(-1)
-    except ValueError:  # lists of different lengths, or too deep
+    except ValueError:  # lists with different lengths, or too deep
         array = np.empty(0, object)
     if array.dtype.kind not in "iuf":
         raise CalibrationError(f"{path}: {name}: expected numbers")
@@ -42,7 +43,7 @@ def _values(path: Path, name: str, value: Any) -> Array:
 
 
 def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Array]]:
-    """(K's, V's) dequantisation multipliers, float32 [1], [KV] or [KV * D], by layer."""
+    """Dequantisation multipliers (K, V) by layer, float32 [1], [KV] or [KV * D]."""
     with reading(path):
         text = path.read_text(encoding="utf-8")
     with reading(path, "no JSON"):
@@ -62,7 +63,7 @@ def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Arr
                 raise CalibrationError(f"{path}: {name:.80}: {error}") from None
             if match[2] in pair:
                 raise CalibrationError(
-                    f"{path}: {name}: layer {match[1]} is there under another prefix, too"
+                    f"{path}: {name}: layer {match[1]} also occurs under another prefix"
                 )
             pair[match[2]] = scales
     if not found:
@@ -78,7 +79,7 @@ def read_scales(path: Path, cache_quant_type: str) -> dict[int, tuple[Array, Arr
 
 
 def write_scales(path: Path, layers: Mapping[int, tuple[str, Array, Array]], prefix: str) -> None:
-    """Write (type, K's, V's multipliers) of every layer; FastDeploy wants one type for all."""
+    """Write the multipliers (type, K, V) of every layer; FastDeploy needs one type for all."""
     kinds = sorted({kind for kind, _, _ in layers.values()})
     if len(kinds) > 1:
         raise CalibrationError(f"{path}: FastDeploy's file is for one type, got {', '.join(kinds)}")

@@ -24,15 +24,15 @@ _EXPECTED = "expected arrays named layers.0.key, layers.0.value, layers.0.query,
 
 @dataclass
 class LayerSamples:
-    """Tokens of one sequence, as a layer's cache and attention get them.
+    """Tokens of one sequence, as a layer's cache and attention receive them.
 
     Attributes
     ----------
     key, value : array of float32, shape [T, KV, D]
-        K after bias, norm and rotation, as it is written; V as it is written. V has 128 channels
-        where K has 192.
+        K after bias, norm and rotation, as it is written to the cache. V as it is written. V has
+        128 channels if K has 192.
     query : array of float32, shape [n, H, D], or None
-        The sequence's last n queries, rotated; n is at most T.
+        The last n queries of the sequence, rotated; n is at most T.
     """
 
     key: Array
@@ -40,12 +40,12 @@ class LayerSamples:
     query: Array | None = None
 
     def check(self, name: str) -> LayerSamples:
-        """These samples, if their shapes fit each other.
+        """Return these samples if their shapes match each other.
 
         Raises
         ------
         CalibrationError
-            If they do not, or a number is not finite.
+            If they do not match, or a number is not finite.
         """
         arrays = {"key": self.key, "value": self.value}
         if self.query is not None:
@@ -78,9 +78,9 @@ class LayerSamples:
 def _as_float32(path: Path, name: str, array: Any) -> Array:
     with reading(path, f"{name}: expected an array of numbers"):
         if hasattr(array, "numpy") and hasattr(array, "astype"):
-            array = array.astype("float32").numpy()  # of Paddle: its arrays have no bfloat16
+            array = array.astype("float32").numpy()  # arrays of Paddle have no bfloat16
         array = np.asarray(array)
-    if array.dtype == np.dtype("V2"):  # what a file makes of NumPy's bfloat16
+    if array.dtype == np.dtype("V2"):  # a file's form of NumPy's bfloat16
         array = array.view(ml_dtypes.bfloat16)
     if array.dtype == object or not (
         np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16
@@ -118,7 +118,7 @@ def _load(path: Path, allow_pickle: bool) -> Mapping[Any, Any]:
         )
     import paddle
 
-    with reading(path, "no dump of Paddle"):
+    with reading(path, "not a dump of Paddle"):
         loaded = paddle.load(str(path))
     if not isinstance(loaded, Mapping):
         raise CalibrationError(f"{path}: {_EXPECTED}, got a {type(loaded).__name__}")
@@ -126,21 +126,21 @@ def _load(path: Path, allow_pickle: bool) -> Mapping[Any, Any]:
 
 
 def read_samples(path: str | Path, *, allow_pickle: bool = False) -> dict[int, LayerSamples]:
-    """Samples of a file, by layer.
+    """Samples in a file, by layer.
 
     Parameters
     ----------
     path : str or Path
-        An ``.npz`` or ``.safetensors`` file, or what ``paddle.save`` wrote of a dict, flat or of
-        dicts, with arrays ``layers.N.key`` and ``layers.N.value``, [T, KV, D], and
-        ``layers.N.query``, [n, H, D], of the layers N. float32, float16 or bfloat16.
+        An ``.npz`` or ``.safetensors`` file, or a ``paddle.save`` file of a flat or nested dict.
+        Each layer N has the arrays ``layers.N.key`` and ``layers.N.value``, [T, KV, D], and
+        ``layers.N.query``, [n, H, D], of float32, float16 or bfloat16.
     allow_pickle : bool
-        Whether to read dumps of Paddle: they are pickles, which can run any code.
+        Whether to read dumps of Paddle, which are pickles and can run any code.
 
     Raises
     ------
     CalibrationError
-        If the file is something else; the message says what is expected.
+        If the file is of another kind. The message says what is expected.
     """
     path = Path(path)
     found: dict[int, dict[str, Array]] = {}

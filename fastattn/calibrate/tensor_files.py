@@ -1,4 +1,4 @@
-"""Named arrays and what is said about them in a file: ``.safetensors`` and ``.npz``."""
+"""Files with named arrays and attributes: ``.safetensors`` and ``.npz``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fastattn.reference.numerics import Array
 
 _SUFFIXES = (".safetensors", ".npz", ".json")
 
-#: Entry of the metadata with everything but the arrays, in JSON. It is one entry because
-#: safetensors writes several in any order, and the same calibration should be the same bytes.
+#: Metadata entry with everything but the arrays, in JSON. There is only one entry, because
+#: safetensors writes several in any order, and equal calibrations should have equal bytes.
 _ENTRY = "fastattn-calibration"
 _CHECKSUM = "sha256"
 
-#: Where version 1, which had no checksum, said what it was.
+#: Entries in which version 1, which had no checksum, stored its format.
 _OLD_ENTRIES = ("__metadata__", "format")
 
-#: dtypes of safetensors that are read; old versions of its own reader do not know bfloat16.
+#: safetensors dtypes that can be read. Old versions of its own reader do not know bfloat16.
 _DTYPES: dict[str, Any] = {
     **{f"F{8 * size}": f"<f{size}" for size in (2, 4, 8)},
     **{f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IU" for size in (1, 2, 4, 8)},
@@ -35,14 +35,14 @@ _DTYPES: dict[str, Any] = {
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says.
+    """Value of a JSON text.
 
     Raises
     ------
     ValueError
-        If it is none, or an object has a name twice.
+        If it is not JSON, or an object has a name twice.
     RecursionError
-        If it is too deep.
+        If it is nested too deeply.
     """
 
     def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def checksum(tensors: Mapping[str, Array], about: Mapping[str, Any]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of arrays, and of what is said about them."""
+    """SHA-256 of the names, dtypes, shapes and bytes of the arrays, and of the attributes."""
     shapes = {name: [x.dtype.name, list(x.shape)] for name, x in tensors.items()}
     rest = {name: value for name, value in about.items() if name != _CHECKSUM}
     digest = hashlib.sha256(json.dumps([rest, shapes], sort_keys=True).encode())
@@ -68,7 +68,7 @@ def checksum(tensors: Mapping[str, Array], about: Mapping[str, Any]) -> str:
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a file of another kind than the calibrator's and FastDeploy's.
+    """Refuse a file that is neither the calibrator's nor FastDeploy's.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def check_suffix(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Array], about: Mapping[str, Any]) -> None:
-    """Write float32 arrays and what is said about them, with a checksum; the suffix decides."""
+    """Write float32 arrays and attributes with a checksum, in the format of the suffix."""
     tensors = {name: np.ascontiguousarray(x, np.float32) for name, x in tensors.items()}
     text = json.dumps({**about, _CHECKSUM: checksum(tensors, about)}, sort_keys=True)
     if path.suffix == ".npz":
@@ -96,12 +96,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Array], about: Mapping[str, 
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """What :func:`write_tensors` wrote: the arrays, and what is said about them.
+    """Read arrays and attributes that :func:`write_tensors` wrote.
 
     Raises
     ------
     CalibrationError
-        If the file is missing, damaged or of another kind, or its checksum is another one.
+        If the file is missing, damaged or of another kind, or its checksum does not match.
     """
     check_suffix(path)
     if path.suffix == ".npz":
@@ -124,12 +124,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     if not isinstance(about, dict) or not isinstance(about.get(_CHECKSUM), str):
         raise CalibrationError(f"{path}: cannot be read: it has no checksum")
     if about.pop(_CHECKSUM) != checksum(tensors, about):
-        raise CalibrationError(f"{path}: damaged: its checksum is not that of its content")
+        raise CalibrationError(f"{path}: damaged: its checksum does not match its content")
     return tensors, about
 
 
 def read_npz(path: Path) -> dict[str, Array]:
-    """All arrays of an ``.npz`` file; none of Python objects, which would be pickles."""
+    """All arrays of an ``.npz`` file. Arrays of Python objects are refused, because they are
+    pickles.
+    """
     found: dict[str, Array] = {}
     with reading(path), zipfile.ZipFile(path) as archive:
         for entry in archive.namelist():
@@ -138,8 +140,8 @@ def read_npz(path: Path) -> dict[str, Array]:
                 continue
             if name in found:
                 raise ValueError(f"{name} is there twice")
-            # NumPy's own reader stops where the header says that an array ends. zipfile has the
-            # CRC of the whole entry, and looks at it only at the entry's end.
+            # NumPy's own reader stops at the end of the array according to its header. zipfile
+            # checks the CRC of the whole entry only at the end of the entry.
             file = io.BytesIO(archive.read(entry))
             found[name] = np.lib.format.read_array(file, allow_pickle=False)
             if file.read(1):
@@ -148,13 +150,13 @@ def read_npz(path: Path) -> dict[str, Array]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """All arrays of plain numbers of a ``.safetensors`` file, and its metadata."""
+    """All arrays of plain numbers in a ``.safetensors`` file, and its metadata."""
     import safetensors
 
     with reading(path):
         data = path.read_bytes()
-        # The package has checked the header and where each array is; its metadata it gives only
-        # to who opens the file a second time.
+        # The package has checked the header and the ranges of the arrays. It gives the metadata
+        # only to a second open of the file.
         entries = safetensors.deserialize(data)
         header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__") or {}

@@ -1,7 +1,7 @@
 """The command line: ``python -m fastattn demo | bench | calibrate | show-config | collect-env``.
 
-A subcommand's module is imported when that subcommand is asked for, so that one that cannot be
-imported (no Paddle, no matplotlib, a broken library) does not take the others with it.
+The module of a subcommand is imported only if that subcommand is requested. So a module that cannot
+be imported (no Paddle, no matplotlib, a broken library) does not affect the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def _requested(argv: Sequence[str]) -> str | None:
-    """The subcommand in `argv`: its first word that is no option."""
+    """The subcommand in `argv`: its first word that is not an option."""
     return next((word for word in argv if not word.startswith("-")), None)
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv : sequence of str, optional
-        Arguments; those of the process by default.
+        Arguments. Default: the arguments of the process.
 
     Returns
     -------

@@ -1,8 +1,8 @@
 """``python -m fastattn collect-env``: one block about this machine to paste into a bug report.
 
-Every fact is found on its own, and one that cannot be found says why: the command is for machines
-on which something is broken, so it never raises, and what could end the process (importing Paddle,
-loading the library) happens in another one.
+The command is for machines on which something is broken, so it never raises. Every fact is found
+separately, and a missing fact has a reason. Steps that could end the process (the import of Paddle,
+the load of the library) run in another process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Environment variables that change what Paddle, CUDA or this package do.
+#: Environment variables that affect Paddle, CUDA or this package.
 _RELEVANT = re.compile(
     r"(FASTATTN|FLAGS|PADDLE|FD|CUDA|NVIDIA|NCCL|GLOO|OMP|KMP|MKL|GOMP|OPENBLAS|CCACHE)_\w+\Z"
     r"|(CC|CXX|CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|MAX_JOBS|PYTHONPATH|PYTHONHOME|VIRTUAL_ENV"
@@ -32,7 +32,7 @@ _DISTRIBUTIONS = (
     *("numpy", "ml_dtypes", "rich", "safetensors", "matplotlib", "setuptools", "pip"),
 )
 
-#: Runs in a process of its own; every answer is a line, so that a crash loses only the rest.
+#: Runs in a separate process. Every answer is one line, so a crash loses only the later answers.
 _PADDLE_PROBE = """
 import json
 def tell(name, find):
@@ -75,7 +75,6 @@ except BaseException as error:
 
 
 def _guarded(find: Callable[[], Any]) -> Any:
-    """Result of `find`, or its error as text."""
     try:
         return find()
     except Exception as error:
@@ -84,7 +83,6 @@ def _guarded(find: Callable[[], Any]) -> Any:
 
 
 def _output(command: Sequence[str], timeout: float = 20.0) -> str:
-    """Output of a command, or its error as text."""
     if shutil.which(command[0]) is None:
         return f"{command[0]}: not found"
     try:
@@ -107,7 +105,7 @@ def _first_line(command: Sequence[str]) -> str:
 
 
 def _probe(code: str, timeout: float = 120.0) -> list[tuple[str, str]]:
-    """Answers of a probe, and how it ended if not well."""
+    """Answers of a probe, and how it ended if it failed."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "FASTATTN_LOG": "0"}
@@ -173,7 +171,7 @@ def system_facts() -> list[tuple[str, Any]]:
 
 def _container() -> str:
     marks = [name for name in ("/.dockerenv", "/run/.containerenv") if Path(name).exists()]
-    return ", ".join(marks) or "no sign of one"
+    return ", ".join(marks) or "not detected"
 
 
 def python_facts() -> list[tuple[str, Any]]:
@@ -188,7 +186,7 @@ def python_facts() -> list[tuple[str, Any]]:
             continue
     return [
         ("Python", f"{sys.version.split()[0]}, {sys.executable}"),
-        ("packages", ", ".join(found) or "none of those that matter"),
+        ("packages", ", ".join(found) or "none of the relevant ones"),
     ]
 
 
@@ -244,7 +242,7 @@ def tool_facts() -> list[tuple[str, Any]]:
 
 
 def environment_facts(environ: Mapping[str, str]) -> list[tuple[str, Any]]:
-    """Relevant environment variables; values of those that sound secret are left out."""
+    """Relevant environment variables. Values whose names suggest a secret are omitted."""
     rows: list[tuple[str, Any]] = []
     for name in sorted(environ):
         if _RELEVANT.match(name):
@@ -277,7 +275,7 @@ def _one_line(value: Any) -> str:
 
 
 def text(facts: Mapping[str, Sequence[tuple[str, Any]]]) -> str:
-    """One fenced block of text."""
+    """A fenced block of text."""
     lines = ["```text", "fastattn collect-env"]
     for section, rows in facts.items():
         lines += ["", f"[{section}]"]

@@ -1,4 +1,4 @@
-"""Files that a command writes after minutes of work: whether it may is found out before."""
+"""Checks, before minutes of work, that a command can write its files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def problem_of_file(path: Path) -> str | None:
-    """Why a file cannot be written, or None. It stays as it is, also where there is none."""
+    """Reason why a file cannot be written, or None. The check does not change the file."""
     try:
         if path.is_dir():
             return "it is a folder"
         if not path.absolute().parent.is_dir():
             return "no such folder"
         there = os.path.lexists(path)
-        # Modes do not tell: of root, of a folder that is mounted read-only, of /proc.
+        # File modes are not sufficient: for root, for a folder mounted read-only, for /proc.
         with path.open("ab"):
             pass
         if not there:
@@ -26,7 +26,7 @@ def problem_of_file(path: Path) -> str | None:
 
 
 def problem_of_folder(path: Path) -> str | None:
-    """Why no file can be written into a folder, or None."""
+    """Reason why no file can be written into a folder, or None."""
     try:
         if not path.is_dir():
             return "no such folder"

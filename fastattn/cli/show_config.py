@@ -1,7 +1,7 @@
 """``python -m fastattn show-config``: what is installed, what is compiled, what would run.
 
-Every part is found on its own and reports its own failure, because the command is for installations
-that are broken. This module imports neither Paddle nor the compiled code at its top.
+The command is for broken installations, so every part is found separately and reports its own
+failure. At import, this module loads neither Paddle nor compiled code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ _DISTRIBUTIONS = ("numpy", "ml_dtypes", "rich", "safetensors")
 
 
 def _reason(error: BaseException) -> str:
-    """One line about an exception."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
@@ -41,7 +40,7 @@ def _version_of(distribution: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of the packages that this one uses."""
+    """Versions of the packages that this package uses."""
     return {
         "fastattn": __version__,
         "python": platform.python_version(),
@@ -51,7 +50,7 @@ def versions() -> dict[str, Any]:
 
 
 def paddle_facts() -> dict[str, Any]:
-    """Version and kind of the imported Paddle; ``error`` if none can be imported."""
+    """Version and kind of the imported Paddle; ``error`` if the import fails."""
     try:
         import paddle
 
@@ -73,7 +72,7 @@ def library_path() -> Path:
 
 
 def build_facts(library: Path) -> dict[str, Any]:
-    """Record of the build beside the library; empty if there is none."""
+    """Build record next to the library; empty if there is none."""
     path = library.parent / "_build_info.py"
     if not path.exists():
         return {}
@@ -84,7 +83,7 @@ def build_facts(library: Path) -> dict[str, Any]:
 
 
 def host_facts() -> dict[str, Any]:
-    """Facts of the compiled module ``_host``; ``error`` if it is missing."""
+    """Facts from the compiled module ``_host``; ``error`` if it is missing."""
     try:
         host = importlib.import_module("fastattn._host")
         return {
@@ -99,7 +98,7 @@ def host_facts() -> dict[str, Any]:
 
 
 def _load_in_child() -> dict[str, Any]:
-    """Load the library in a process of its own: one that crashes must not end this command."""
+    """Load the library in a separate process, because a crash must not end this command."""
     code = (
         "import json, sys\n"
         "try:\n"
@@ -129,7 +128,7 @@ def _load_in_child() -> dict[str, Any]:
 
 
 def library_facts(paddle: dict[str, Any]) -> dict[str, Any]:
-    """Whether the compiled library is there and loads, and the operators that it registers."""
+    """Whether the compiled library exists and loads, and the operators that it registers."""
     path = library_path()
     facts: dict[str, Any] = {"path": str(path), "exists": path.exists()}
     if paddle["error"]:
@@ -140,7 +139,7 @@ def library_facts(paddle: dict[str, Any]) -> dict[str, Any]:
 
 
 def gpus() -> list[dict[str, str]]:
-    """GPUs that ``nvidia-smi`` lists."""
+    """The GPUs that ``nvidia-smi`` lists."""
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
@@ -154,7 +153,7 @@ def gpus() -> list[dict[str, str]]:
 
 
 def _gpu_dispatch(build: dict[str, Any], places: list[str], found: list[dict[str, str]]) -> str:
-    """Kernels of a GPU tensor."""
+    """Kernels for a GPU tensor."""
     if "cuda" not in places:
         return "no CUDA kernel: NotImplementedError"
     archs = build.get("archs") or []
@@ -176,7 +175,7 @@ def dispatch_facts(
     host: dict[str, Any],
     found: list[dict[str, str]],
 ) -> dict[str, dict[str, str]]:
-    """For every operator, what runs for a CPU tensor and for a GPU tensor."""
+    """For every operator, the code that runs for a CPU tensor and for a GPU tensor."""
     places = build.get("operators") or {}
     isa = f" (attention: {host['cpu_isa']})" if host.get("cpu_isa") else ""
     table = {}
@@ -234,7 +233,7 @@ def _print_text(config: dict[str, Any]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the configuration; with ``--check``, status 1 when the library does not load."""
+    """Print the configuration. With ``--check``, the status is 1 if the library does not load."""
     config = collect()
     if arguments.json:
         print(json.dumps(config, indent=2))
@@ -250,6 +249,6 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
-        "--check", action="store_true", help="exit with status 1 when the library does not load"
+        "--check", action="store_true", help="exit with status 1 if the library does not load"
     )
     parser.set_defaults(run=run)

@@ -1,1 +1,1 @@
-"""Operators with the names and argument orders that other packages call."""
+"""Operators with the names and argument orders of other packages."""

@@ -1,4 +1,4 @@
-"""FastDeploy's operators of DeepSeek's indexer; :mod:`fastattn.compat.fastdeploy` has them."""
+"""FastDeploy's operators of DeepSeek's indexer, for :mod:`fastattn.compat.fastdeploy`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastattn._foreign import not_a_tensor
 from fastattn.functional._marker import unified
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 
-#: Channels that share a scale: all of a key.
+#: Number of channels that share a scale: a whole key.
 _QUANT_BLOCK = 128
 
 
@@ -31,9 +31,10 @@ def indexer_k_quant_and_cache(
 ) -> Tensor:
     """Quantise index keys to e4m3 and write them into a paged cache, in place.
 
-    :func:`fastattn.functional.indexer_k_write_cache` under FastDeploy's name. Differences from
-    FastDeploy's operator: there may be fewer slots than keys; a slot past the last block is
-    skipped; blocks may lie apart; a NaN gives a NaN scale; powers of two come from a number's bits.
+    This is :func:`fastattn.functional.indexer_k_write_cache` under FastDeploy's name. Differences
+    from FastDeploy's operator: there may be fewer slots than keys. A slot past the last block is
+    skipped. Blocks may have any stride. A NaN gives a NaN scale. Powers of two are computed from
+    the bits of a number.
 
     Parameters
     ----------
@@ -41,12 +42,12 @@ def indexer_k_quant_and_cache(
     kv_cache : Tensor, shape [num_blocks, block_size, 132], uint8
         A block holds the codes of its tokens, then their float32 scales. Written in place.
     slot_mapping : Tensor, shape [S], int64 or int32
-        S <= T. Negative = skip the token.
+        Slots of the first S keys, S <= T. A key with a negative slot is skipped.
     quant_block_size : int
-        128.
+        Must be 128.
     scale_fmt : {"ue8m0", "", None}
-        "ue8m0": scales are powers of two. Otherwise ``max(amax, 1e-4) / 448``, and codes are
-        ``e4m3(x / scale)``.
+        "ue8m0": scales are powers of two. Otherwise scales are ``max(amax, 1e-4) / 448``, and codes
+        are ``e4m3(x / scale)``.
 
     Returns
     -------
@@ -56,7 +57,7 @@ def indexer_k_quant_and_cache(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or an argument is not a tensor.
     ValueError
         If shapes do not match, or `scale_fmt` is unknown.
     NotImplementedError
@@ -94,10 +95,10 @@ def cp_gather_indexer_k_quant_cache(
 ) -> tuple[Tensor, Tensor]:
     """Gather the index keys of sequences from a paged cache, in place.
 
-    Token j of sequence b goes to row ``cu_seq_lens[b] + j`` of `dst_k` and `dst_scale`.
+    Token j of sequence b goes to row ``cu_seq_lens[b] + j`` of `dst_k` and `dst_scale`. This is
     :func:`fastattn.functional.indexer_k_gather` under FastDeploy's name. Differences from
-    FastDeploy's operator: rows of no sequence stay as they are, and so do those of tokens without a
-    block; the table may have more rows than there are sequences.
+    FastDeploy's operator: rows of no sequence and rows of tokens without a block keep their
+    contents. The table may have more rows than there are sequences.
 
     Parameters
     ----------
@@ -105,8 +106,8 @@ def cp_gather_indexer_k_quant_cache(
     dst_k : Tensor, shape [N, 128], uint8
         e4m3 codes, written in place.
     dst_scale : Tensor, shape [N, 4], uint8 or float32
-        Written in place: row i's scale is the i-th float32 of the tensor's bytes, so that
-        FastDeploy's float32 [N, 4] has its N scales in front. float32 [N] does as well.
+        Written in place. The scale of row i is the i-th float32 of the tensor's bytes. So
+        FastDeploy's float32 [N, 4] has its N scales at the front. float32 [N] is accepted too.
     block_table : Tensor, shape [>= B, max_blocks], int32
     cu_seq_lens : Tensor, shape [B + 1], int32
 
@@ -117,7 +118,7 @@ def cp_gather_indexer_k_quant_cache(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or an argument is not a tensor.
     ValueError
         If shapes do not match, or a result shares memory with an input.
 
@@ -170,26 +171,27 @@ def radix_topk_ragged_transform(
     *,
     block_size: int = 64,
 ) -> Tensor:
-    """The k largest logits of each row, as indices of keys or as slots of a cache, in place.
+    """Select the k largest logits of each row, as indices of keys or as slots of a cache, in place.
 
-    Without `seq_len_decoder` (prefill) row i has ``lengths[i // q_num_heads]`` columns. Its
-    indices, in ascending order, become row i of `output` with ``offsets[i]`` added, -1 behind them.
+    Without `seq_len_decoder` (prefill) row i has ``lengths[i // q_num_heads]`` columns.
+    ``offsets[i]`` is added to its indices, which go to row i of `output` in ascending order,
+    followed by -1.
 
     With `seq_len_decoder` (decode) row i belongs to slot ``s = i // q_num_heads`` of the batch and
-    has ``seq_len_decoder[s]`` columns. Its indices go to the row of the slot's one token: the
-    first one that `batch_id_per_token` gives to slot s, or ``offsets[s]`` without it. With
-    `block_tables` they are slots of the cache, else ``offsets[i]`` is added. A slot with length 0
-    or without a token leaves `output` as it is.
+    has ``seq_len_decoder[s]`` columns. Its indices go to the row of the slot's only token. This is
+    the first token that `batch_id_per_token` assigns to slot s, or token ``offsets[s]`` without it.
+    With `block_tables` they become slots of the cache; otherwise ``offsets[i]`` is added. A slot
+    with length 0 or without a token leaves `output` unchanged.
 
-    Differences from FastDeploy's operator: it selects exactly the k largest by
-    :func:`fastattn.functional.topk_indices`'s total order, whatever is equal or NaN, the same on
-    every rank; slots without a token do not shift or overwrite others' rows; an unassigned block
-    gives -1; any k to 4096.
+    Differences from FastDeploy's operator: it selects exactly the k largest logits, by the total
+    order of :func:`fastattn.functional.topk_indices`. Ties and NaNs give the same result on every
+    rank. Slots without a token do not shift or overwrite the rows of others. An unassigned block
+    gives -1. k may be any number up to 4096.
 
     Parameters
     ----------
     input : Tensor, shape [rows, columns], float32 or bfloat16
-        Logits; any row stride.
+        Logits. Any row stride.
     output : Tensor, shape [>= rows, top_k], int32
         Written in place.
     offsets : Tensor, shape [rows] or, in decode, [B + 1] (``cu_seqlens_q``), int32
@@ -206,7 +208,7 @@ def radix_topk_ragged_transform(
     top_k : int
         1 to 4096.
     q_num_heads : int
-        Rows of a slot; 0 counts as 1.
+        Rows of a slot. 0 counts as 1.
     block_size : int
         Tokens of a block.
 
@@ -218,7 +220,7 @@ def radix_topk_ragged_transform(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a required argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or a required argument is not a tensor.
     ValueError
         If shapes do not match, or `output` shares memory with an input.
 

@@ -1,4 +1,4 @@
-"""FastDeploy's operator of latent caches; :mod:`fastattn.compat.fastdeploy` has it."""
+"""FastDeploy's operator of latent caches, for :mod:`fastattn.compat.fastdeploy`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from fastattn import _ops
 from fastattn.functional._marker import unified
 from fastattn.functional.mla import mla_write_cache
 
-#: What FastDeploy's operator copies as it is; anything else but fp8_ds_mla it takes for these too.
+#: Formats that FastDeploy's operator copies unchanged. It treats any other string but fp8_ds_mla in
+#: the same way.
 _PLAIN = ("auto", "none", "", "bf16", "bfloat16")
 
 
@@ -23,9 +24,10 @@ def dsk_attn_write_cache(
 ) -> Tensor:
     """Write the latent and rotated channels of new tokens into a latent cache, in place.
 
-    :func:`fastattn.functional.mla_write_cache` under FastDeploy's name, with scales of
+    This is :func:`fastattn.functional.mla_write_cache` under FastDeploy's name, with scales of
     ``max(amax / 448, 2 ** -126)``. Differences from FastDeploy's operator: there may be fewer slots
-    than tokens; a slot past the last block is skipped; a NaN stays one; blocks may lie apart.
+    than tokens. A slot past the last block is skipped. A NaN stays a NaN. Blocks may have any
+    stride.
 
     Parameters
     ----------
@@ -33,9 +35,9 @@ def dsk_attn_write_cache(
     kv_pe : Tensor, shape [T, 64] or [T, 1, 64], bfloat16
         Any token stride.
     kv_cache : Tensor, shape [num_blocks, 1, block_size, W]
-        "fp8_ds_mla": W is 656, uint8. Else W is 576, bfloat16. Written in place.
+        "fp8_ds_mla": W is 656, uint8. Otherwise W is 576, bfloat16. Written in place.
     slot_mapping : Tensor, shape [S], int64 or int32
-        S <= T. Negative = skip the token.
+        Slots of the first S tokens, S <= T. A token with a negative slot is skipped.
     scale : any
         Not used.
     cache_quant_type_str : {"fp8_ds_mla", "auto", "none", "", "bf16", "bfloat16"}
@@ -48,11 +50,11 @@ def dsk_attn_write_cache(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or an argument is not a tensor.
     ValueError
         If shapes do not match.
     NotImplementedError
-        If `cache_quant_type_str` is not one of those above.
+        If `cache_quant_type_str` is not one of the listed names.
 
     Examples
     --------

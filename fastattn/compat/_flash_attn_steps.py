@@ -1,9 +1,9 @@
-"""Lengths of flash-attn's calls as ``paged_attention`` takes them, and checks ahead of a write.
+"""Convert the lengths of flash-attn's calls for ``paged_attention``; run checks before a write.
 
-``paged_attention`` counts a sequence's keys from its queries on, and so it has as many keys as
-queries at least. flash-attn aligns both to their ends: a query whose position is before the first
-key sees none with a causal mask, and all without one. Where a sequence may be that short, the whole
-mask is given as intervals.
+``paged_attention`` counts the keys of a sequence from its queries on, so it has at least as many
+keys as queries. flash-attn aligns the ends of both. A query whose position is before the first key
+sees no keys with a causal mask, and all keys without one. If a sequence may be that short, the
+whole mask is passed as intervals.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from fastattn._ops import is_tensor
 from fastattn.compat._paged import capturing, dtype_name, progression
 from fastattn.functional.attention import as_window
 
-#: A window of more keys than any sequence has is none.
+#: A window with more keys than any sequence has means no window.
 _MOST_WINDOW = 2**30
 
 
 class Lengths(NamedTuple):
-    """Lengths of a step's sequences, and its masks.
+    """The lengths and masks of the sequences of a step.
 
     Attributes
     ----------
     cached, new : Tensor, shape [B]
     masks : dict
-        Arguments of ``paged_attention``: `causal`, `window_size` and, perhaps, `mask_offsets`.
+        Arguments of ``paged_attention``: `causal`, `window_size` and optionally `mask_offsets`.
     """
 
     cached: Tensor
@@ -41,7 +41,7 @@ class Lengths(NamedTuple):
 
 
 def on_host(tensor: Tensor) -> NDArray[np.int32] | None:
-    """The tensor's values where the host has them."""
+    """The tensor's values if the host has them."""
     if paddle.in_dynamic_mode() and tensor.place.is_cpu_place():
         return np.asarray(tensor.numpy())
     return None
@@ -56,7 +56,7 @@ def _check_of_each(op: str, name: str, lengths: Tensor, batch: int) -> None:
 
 
 def _check_room(op: str, values: NDArray[Any], fresh: int, room: int) -> None:
-    """Refuse lengths that are none, and those for which the cache has no room."""
+    """Refuse negative lengths, and lengths for which the cache has no room."""
     if values.size == 0:
         return
     least, most = int(values.min()), int(values.max())
@@ -71,9 +71,9 @@ def _check_room(op: str, values: NDArray[Any], fresh: int, room: int) -> None:
 
 
 def _intervals(of: Any, position: Any, keys: Any, masks: dict[str, Any]) -> Any:
-    """Keys [begin, end) that queries at `position` see of `keys`, shape [T, 2].
+    """Keys [begin, end) of `keys` that queries at `position` see, shape [T, 2].
 
-    `of` is the module of both, ``numpy`` or ``paddle``.
+    `of` is the module of both arrays, ``numpy`` or ``paddle``.
     """
     left, right = masks["window_size"]
     if masks["causal"]:
@@ -87,7 +87,7 @@ def _intervals(of: Any, position: Any, keys: Any, masks: dict[str, Any]) -> Any:
 
 
 def _masks(op: str, causal: bool, window_size: Any) -> dict[str, Any]:
-    """Masks as they were given, which are checked: intervals take the place of wrong ones too."""
+    """The given masks, which are checked here because intervals would also replace invalid ones."""
     window = as_window(op, window_size)
     if min(window) < -1:
         raise ValueError(
@@ -108,17 +108,18 @@ def lengths_with_kvcache(
     window_size: Any,
     like: Tensor,
 ) -> tuple[Tensor, Lengths]:
-    """Cached keys of each sequence ahead of the call's own, and the attention's lengths.
+    """Lengths for the attention, and the cached keys of each sequence before the call's new keys.
 
     Parameters
     ----------
     op : str
     cache_seqlens : int, Tensor or None
     sizes : (int, int, int, int)
-        Sequences, and for each: queries, new keys, and the keys that its cache has room for.
+        Number of sequences, then for each sequence: queries, new keys, and room of its cache in
+        keys.
     causal, window_size
     like : Tensor
-        Tells the place.
+        Tells the place of the results.
     """
     batch, queries, fresh, room = sizes
     masks = _masks(op, causal, window_size)
@@ -133,7 +134,7 @@ def lengths_with_kvcache(
         values = on_host(before)
     elif type(cache_seqlens) is int:
         values = np.array([cache_seqlens])
-        _check_room(op, values, fresh, room)  # before it has to fit a tensor
+        _check_room(op, values, fresh, room)  # before the value has to fit a tensor
         before = progression(cache_seqlens, 0, batch, "int32", like)
     else:
         raise not_a_tensor(op, "cache_seqlens", cache_seqlens, "int or a tensor")
@@ -151,7 +152,8 @@ def lengths_with_kvcache(
         whole = paddle.stack([progression(0, 0, batch, "int32", like), before], axis=-1)
         return before, Lengths(cached, new, {**masks, "mask_offsets": whole})
     if type(cache_seqlens) is int and not capturing():
-        # The host has all lengths, so no kernel of Paddle's runs. A graph keeps no copy from there.
+        # The host has all lengths, so no Paddle kernel runs. A graph does not keep a copy from the
+        # host.
         ends = np.full((batch, 1), cache_seqlens + fresh, np.int32)
         position = ends - np.arange(queries, 0, -1)
         offsets = _intervals(np, position, ends, masks).astype(np.int32)
@@ -173,9 +175,10 @@ def lengths_of_varlen(
     window_size: Any,
     single: bool = False,
 ) -> Lengths:
-    """Lengths of sequences whose queries lie one after the other, `starts` being cu_seqlens_q.
+    """Lengths of ragged sequences. `starts` is cu_seqlens_q.
 
-    `single` says that none has more than one query, and that one without keys may be left out.
+    `single` says that no sequence has more than one query, and that a sequence without keys may be
+    left out.
     """
     masks = _masks(op, causal, window_size)
     used, keys = seqused
@@ -192,11 +195,11 @@ def lengths_of_varlen(
             continue
         if not is_tensor(lengths):
             raise not_a_tensor(op, name, lengths)
-        if name != "seq_lens_decoder":  # it may be that of all slots
+        if name != "seq_lens_decoder":  # the tensor may have all slots
             _check_of_each(op, name, lengths, batch)
     if seq_lens_decoder is not None and on_host(seq_lens_decoder) is None:
-        # The caller's word: each sequence has as many keys as queries. The operator takes the fewer
-        # of the new tokens and of what cu_seqlens_q leaves room for.
+        # The caller states that each sequence has at least as many keys as queries. The operator
+        # takes the minimum of the new tokens and the range of cu_seqlens_q.
         return Lengths(seq_lens_decoder, keys if used is None else used, masks)
     queries = starts[1:] - starts[:-1]
     if used is not None:
@@ -207,21 +210,21 @@ def lengths_of_varlen(
         cached = cached if seq_lens_decoder is None else seq_lens_decoder
         return Lengths(cached, queries if used is None else used, masks)
     if single and used is None:
-        return Lengths(cached, keys, masks)  # the operator takes the fewer of keys and queries
+        return Lengths(cached, keys, masks)  # the operator takes the minimum of keys and queries
     order = progression(0, 1, tokens, "int32", starts)
     rows = paddle.searchsorted(starts[1:], order, out_int32=True, right=True)
-    rows = rows.clip(max=batch - 1)  # padding has no sequence
+    rows = rows.clip(max=batch - 1)  # padding belongs to no sequence
     position = (cached - starts[:-1]).gather(rows) + order
     return Lengths(cached, queries, _explicit(position, keys.gather(rows), masks))
 
 
-#: Facts of calls that the attention takes.
+#: Descriptions of calls that passed the attention's checks.
 _TAKEN: set[tuple[Any, ...]] = set()
 _MOST_TAKEN = 4096
 
 
 def _facts(value: Any, aligned: bool) -> Any:
-    """What an operator's checks see of an argument; `aligned`: of an address only its alignment."""
+    """What an operator's checks see of an argument; `aligned`: only the alignment of addresses."""
     if not is_tensor(value):
         return type(value), value
     address = value.data_ptr()
@@ -237,30 +240,30 @@ def _facts(value: Any, aligned: bool) -> Any:
 def check_ahead(
     attend: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], batch: int
 ) -> None:
-    """Raise what ``attend(*arguments, ..., **options)`` would, before anything is written.
+    """Raise the errors of ``attend(*arguments, ..., **options)`` before anything is written.
 
-    An attention over sequences without queries makes all checks, and writes nothing into `out`.
-    Calls that differ in nothing that a check sees are made once.
+    An attention over sequences without queries makes all checks and writes nothing into `out`.
+    Calls that a check cannot distinguish are checked once.
 
     Parameters
     ----------
     attend : callable
         ``paged_attention``.
     arguments : tuple
-        Its positional ones: q, key_cache, value_cache, block_tables, cu_seqlens_q.
+        Its positional arguments: q, key_cache, value_cache, block_tables, cu_seqlens_q.
     options : dict
     batch : int
         Number of sequences.
     """
-    free = options.get("out") is None  # which must not share memory with an input
-    # The writer checks the places of q and the caches. An option's address tells its place.
+    free = options.get("out") is None  # a given `out` must not share memory
+    # The writer checks the places of q and the caches. The address of an option tells its place.
     facts = (
         *(_facts(x, aligned=free) for x in arguments),
         *(_facts(x, aligned=False) for x in options.values()),
     )
     try:
         known = facts in _TAKEN
-    except TypeError:  # what cannot be hashed is no argument's type
+    except TypeError:  # an argument that cannot be hashed has a wrong type
         known = False
     if known:
         return

@@ -1,4 +1,4 @@
-"""FlashInfer's functions beside its wrappers: writing into pages, merging partial results."""
+"""FlashInfer's functions outside its wrappers: they write pages and merge partial results."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def append_paged_kv_cache(
     ----------
     append_key, append_value : Tensor, shape [T, KV, D], bfloat16 or float16
     batch_indices, positions : Tensor, shape [T], int32
-        Sequence of each token, and its position there. A token of sequence -1 is skipped.
+        Sequence of each token, and its position in the sequence. A token of sequence -1 is skipped.
     paged_kv_cache : Tensor or (Tensor, Tensor)
-        See the module's table.
+        See the table of the module.
     kv_indices, kv_indptr : Tensor, int32
         The page table, with room for the new tokens.
     kv_last_page_len : Tensor
@@ -48,8 +48,8 @@ def append_paged_kv_cache(
     Raises
     ------
     NotImplementedError
-        For 8-bit caches, which :func:`fastattn.functional.write_cache_kv` writes, pools with pages
-        of more than 64 tokens, and other caches that are not supported.
+        For 8-bit caches (use :func:`fastattn.functional.write_cache_kv`), pools with pages of more
+        than 64 tokens, and other unsupported caches.
     TypeError, ValueError
         If dtypes or shapes do not match.
 
@@ -78,8 +78,8 @@ def append_paged_kv_cache(
         refuse(op, "paged_kv_cache", "one pool with pages of more than 64 tokens; pass (k, v)")
     tokens = int(append_key.shape[0])
     page_size = blocks.per_page * BLOCK_SIZE
-    # Each token is a sequence of its own whose table is the one block that it goes to. The position
-    # of a token without a sequence is not to be looked up.
+    # Each token is a sequence of its own whose table is its one block. The position of a token
+    # without a sequence must not be looked up.
     positions = positions * (batch_indices >= 0).astype(positions.dtype)
     in_table = kv_indptr.gather(batch_indices.clip(min=0)) + positions // page_size
     block = kv_indices.gather(in_table) * blocks.stride + positions % page_size // BLOCK_SIZE
@@ -97,7 +97,7 @@ def append_paged_kv_cache(
 
 
 def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) -> Tensor:
-    """Keys of each sequence of a page table.
+    """Number of keys of each sequence of a page table.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def get_seq_lens(kv_indptr: Tensor, kv_last_page_len: Tensor, page_size: int) ->
     Returns
     -------
     Tensor, shape [B], int32
-        `kv_last_page_len` for a sequence without pages.
+        Equal to `kv_last_page_len` for a sequence without pages.
 
     Raises
     ------
@@ -135,16 +135,17 @@ def get_batch_indices_positions(
     batch_indices: Tensor | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sequences and positions of new tokens, as :func:`append_paged_kv_cache` takes them.
+    """Sequence and position of each new token, as :func:`append_paged_kv_cache` takes them.
 
     Parameters
     ----------
     append_indptr : Tensor, shape [B + 1], int32
-        First new token of each sequence.
+        Index of the first new token of each sequence.
     seq_lens : Tensor, shape [B], int32
-        Keys of each sequence, the new ones included.
+        Number of keys of each sequence, including the new ones.
     nnz : int
-        Entries of the result; those behind ``append_indptr[-1]`` belong to no sequence.
+        Number of entries of the result. Entries from ``append_indptr[-1]`` on belong to no
+        sequence.
     batch_indices, positions : Tensor, shape [nnz], int32, optional
         Written in place and returned.
 
@@ -153,12 +154,12 @@ def get_batch_indices_positions(
     batch_indices : Tensor, shape [nnz], int32
         -1 for a token of no sequence.
     positions : Tensor, shape [nnz], int32
-        0 for a token of no sequence (FlashInfer: what was there before).
+        0 for a token of no sequence (FlashInfer keeps the previous contents).
 
     Raises
     ------
     TypeError
-        If an argument is not a tensor, a result's dtype is not int32, or `nnz` is no int.
+        If an argument is not a tensor, a result's dtype is not int32, or `nnz` is not an int.
     ValueError
         If `seq_lens`, `batch_indices` or `positions` has another shape, or `nnz` is negative.
 
@@ -176,7 +177,7 @@ def get_batch_indices_positions(
         raise TypeError(f"{op}: nnz: expected int, got {type(nnz).__name__}")
     if nnz < 0:
         raise ValueError(f"{op}: nnz: expected 0 or more, got {nnz}")
-    # A gather beyond its end would take a GPU's context down.
+    # A gather beyond the end of the tensor would destroy the context of a GPU.
     starts, lengths = list(append_indptr.shape), list(seq_lens.shape)
     if len(lengths) != 1 or starts != [lengths[0] + 1]:
         raise ValueError(
@@ -248,7 +249,7 @@ def merge_state_in_place(
     Parameters
     ----------
     v, s : Tensor
-        As `v_a` and `s_a` of :func:`merge_state`, `s` float32. Written in place.
+        As `v_a` and `s_a` of :func:`merge_state`; `s` is float32. Written in place.
     v_other, s_other : Tensor
     mask : None
 
@@ -271,7 +272,7 @@ def merge_state_in_place(
     op = "merge_state_in_place"
     refuse_given(op, mask=mask)
     require_tensors(op, v=v, s=s, v_other=v_other, s_other=s_other)
-    _check_dtype(op, "s", s, "float32")  # before `v` is written
+    _check_dtype(op, "s", s, "float32")  # checked before `v` is written
     _, lse = merge_attn_states(v, _natural(s), v_other, _natural(s_other), output=v)
     s.copy_(lse.transpose([1, 0]) * (1 / LN2), True)
 
@@ -320,5 +321,5 @@ def _check_dtype(op: str, name: str, tensor: Tensor, expected: str) -> None:
 
 
 def _natural(lse: Tensor) -> Tensor:
-    """LSE [T, H] in base 2 as [H, T] in base e."""
+    """Convert an LSE [T, H] in base 2 to [H, T] in base e."""
     return (lse.astype("float32") * LN2).transpose([1, 0])

@@ -1,4 +1,4 @@
-"""What a plan of FlashInfer's wrappers says, on the host: pages, lengths and masks of a step."""
+"""A plan of FlashInfer's wrappers on the host: pages, lengths and masks of a step."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Ints = NDArray[np.int64]
 
 
 class Step(NamedTuple):
-    """Sequences of a step.
+    """The sequences of a step.
 
     Attributes
     ----------
     starts : array of int, shape [B + 1]
-        First query of each sequence, and the number of queries.
+        Index of the first query of each sequence, then the number of queries.
     keys : array of int, shape [B]
-        Keys of each sequence, those of its queries included.
+        Number of keys of each sequence, including the keys of its queries.
     indptr, indices : array of int
         Pages of sequence b: ``indices[indptr[b] : indptr[b + 1]]``.
     offsets : array of int, shape [T, 2], or None
-        Interval of keys that a query sees at most.
+        Interval of keys to which each query is limited.
     explicit : bool
-        Whether `offsets` say all of the mask.
+        Whether `offsets` are the whole mask.
     """
 
     starts: Ints
@@ -44,14 +44,14 @@ class Step(NamedTuple):
 
 
 def _array(op: str, name: str, values: Any) -> NDArray[Any]:
-    """A tensor on any place, or what NumPy makes an array of."""
+    """NumPy array of a tensor on any place, or of any array_like."""
     if is_torch(values):
         raise not_a_tensor(op, name, values)
     return np.asarray(values.numpy() if _ops.is_tensor(values) else values)
 
 
 def on_host(op: str, name: str, values: Any) -> Ints:
-    """Integers of a tensor on any place, or of an array."""
+    """Integers of a tensor on any place, or of an array_like."""
     array = _array(op, name, values)
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise ValueError(f"{op}: {name}: expected integers in one dimension, got {array.shape}")
@@ -74,7 +74,7 @@ def plan_step(
     page_size: int,
     starts: Ints,
 ) -> Step:
-    """Read the page table of a step; `names` are those of its three arguments."""
+    """Read the page table of a step. `names` are the names of its three arguments in messages."""
     indptr, indices, last = (
         on_host(op, name, x) for name, x in zip(names, (indptr, indices, last_page_len))
     )
@@ -102,7 +102,7 @@ def query_starts(op: str, qo_indptr: Any) -> Ints:
 def block_tables(
     step: Step, per_page: int, stride: int, columns: int | None = None
 ) -> NDArray[np.int32]:
-    """Table [B, columns] of the blocks of each sequence; -1 behind its last."""
+    """Table [B, columns] of the blocks of each sequence; -1 after its last block."""
     pages = np.diff(step.indptr)
     width = max(int(pages.max(initial=0)) * per_page, 1) if columns is None else columns
     tables = np.full((len(pages), width), -1, np.int32)
@@ -115,7 +115,7 @@ def block_tables(
 
 
 def dense_block_tables(indptr: ArrayLike, indices: ArrayLike) -> NDArray[np.int32]:
-    """A dense block table of FlashInfer's compressed one, for pages of 64 tokens.
+    """Convert FlashInfer's compressed page table to a dense block table, for pages of 64 tokens.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def dense_block_tables(indptr: ArrayLike, indices: ArrayLike) -> NDArray[np.int3
     Returns
     -------
     array of int32, shape [B, max_blocks]
-        -1 behind the last block of each sequence.
+        -1 after the last block of each sequence.
 
     Raises
     ------
@@ -146,7 +146,7 @@ def dense_block_tables(indptr: ArrayLike, indices: ArrayLike) -> NDArray[np.int3
 
 
 def intervals_of_mask(op: str, step: Step, mask: Any) -> Ints:
-    """Keys ``[first, last + 1)`` that each query sees by a flattened boolean mask."""
+    """Keys ``[first, last + 1)`` that each query sees according to a flattened boolean mask."""
     flat = _array(op, "custom_mask", mask).reshape(-1).astype(bool)
     sizes = step.queries * step.keys
     if flat.size != sizes.sum():
@@ -172,8 +172,8 @@ def intervals_of_mask(op: str, step: Step, mask: Any) -> Ints:
 def explicit_offsets(step: Step, causal: bool, window_left: int) -> Ints:
     """The whole mask as intervals, for steps in which a sequence has more queries than keys.
 
-    ``paged_attention`` counts keys from the queries on: such a sequence would see slots behind its
-    last key, and its queries other positions.
+    ``paged_attention`` counts keys from the queries on. Such a sequence would see slots after its
+    last key, and its queries would have other positions.
     """
     parts = [np.zeros((0, 2), np.int64)]
     for b, (queries, keys) in enumerate(zip(step.queries, step.keys)):
@@ -192,5 +192,5 @@ def explicit_offsets(step: Step, causal: bool, window_left: int) -> Ints:
 
 
 def room_of(pages: int, page_size: int) -> int:
-    """Blocks of a table that holds any sequence of `pages` pages."""
+    """Number of blocks of a table that fits any sequence of `pages` pages."""
     return max(pages * (page_size // BLOCK_SIZE), 1)

@@ -1,4 +1,4 @@
-"""What FlashInfer's decode and prefill wrappers share here: a planned step, and its launch."""
+"""Common base of FlashInfer's decode and prefill wrappers: a planned step, and its launch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def caches_as_blocks(op: str, cache: Any, kv_layout: str) -> Blocks:
 
 
 class PagedWrapper:
-    """What the decode and the prefill wrapper share: a planned step, and its launch."""
+    """Common base of the decode and the prefill wrapper: a planned step, and its launch."""
 
     _name = ""
 
@@ -68,8 +68,8 @@ class PagedWrapper:
             self._batch, self._pages = int(last.shape[0]), int(indices.shape[0])
         self._step: Step | None = None
         self._window = -1
-        self._held: dict[str | int, Tensor] = {}  # block tables by the stride of a page
-        self._longest = 0, 0  # what launches are made for: queries and keys of a sequence
+        self._held: dict[str | int, Tensor] = {}  # block tables by page stride
+        self._longest = 0, 0  # upper bounds for launches: queries and keys of a sequence
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -95,7 +95,9 @@ class PagedWrapper:
         batch_invariant: bool,
         decoded: int = 0,
     ) -> None:
-        """Keep a step; `decoded` are the queries of each sequence where all have as many."""
+        """Keep a step. `decoded` is the number of queries of each sequence if all have the same
+        number.
+        """
         op = f"{self._name}.plan"
         batch = len(step.keys)
         if self._graph:
@@ -125,18 +127,19 @@ class PagedWrapper:
         self._out_dtype = "auto" if o_data_type is None else dtype_name(o_data_type)
         self._batch_invariant = batch_invariant
         self._hold("starts", step.starts)
-        # A sequence without keys is inactive: 0, and -inf.
+        # A sequence without keys is inactive: output 0, LSE -inf.
         self._hold("new", np.where(step.keys > 0, step.queries, 0))
         self._hold("cached", np.maximum(step.keys - step.queries, 0))
         if step.offsets is not None:
             self._hold("offsets", step.offsets)
         per_page = sizes[3] // BLOCK_SIZE
         columns = room_of(self._pages, sizes[3]) if self._graph else None
-        for stride in (per_page, 2 * per_page) if per_page > 1 else (1,):  # of a tuple, of a pool
+        # strides of a tuple and of a pool
+        for stride in (per_page, 2 * per_page) if per_page > 1 else (1,):
             self._hold(stride, block_tables(step, per_page, stride, columns))
 
     def _hold(self, key: str | int, array: Any) -> None:
-        """Put an array on the device; with CUDA graphs where it was before."""
+        """Put an array on the device; with CUDA graphs, at its previous address."""
         tensor = paddle.to_tensor(np.ascontiguousarray(array, np.int32), place=self._like.place)
         held = self._held.get(key)
         if self._graph and held is not None:

@@ -1,4 +1,4 @@
-"""What the shims of other packages' paged attention share: views of caches, refusals."""
+"""Common parts of the shims for paged attention: views of caches, and refusals."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _FORMATS = {"uint8": "e4m3", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2", "in
 
 
 def refuse(op: str, name: str, why: str) -> NoReturn:
-    """Raise NotImplementedError for an argument that no operator here does."""
+    """Raise NotImplementedError for an argument that no operator here supports."""
     raise NotImplementedError(f"{op}: {name}: {why}")
 
 
 def refuse_given(op: str, **arguments: Any) -> None:
-    """Refuse each argument that is given, which means neither None nor False."""
+    """Refuse each argument that is neither None nor False."""
     for name, value in arguments.items():
         if value is not None and value is not False:
             refuse(op, name, "not supported")
@@ -37,27 +37,27 @@ def require_tensors(op: str, **arguments: Any) -> None:
 
 
 def require_given(op: str, **arguments: Any) -> None:
-    """:func:`require_tensors` of those that are not None."""
+    """Call :func:`require_tensors` for the arguments that are not None."""
     require_tensors(op, **{name: value for name, value in arguments.items() if value is not None})
 
 
 def dtype_name(value: Any) -> str:
-    """``paddle.bfloat16``, ``"bfloat16"`` or a tensor's dtype as ``"bfloat16"``."""
+    """The name ``"bfloat16"`` of ``paddle.bfloat16``, of the string, or of a tensor's dtype."""
     return str(value).rpartition(".")[2]
 
 
 class Blocks(NamedTuple):
-    """Caches of another package as :func:`fastattn.functional.paged_attention` takes them.
+    """Caches of another package, as :func:`fastattn.functional.paged_attention` takes them.
 
     Attributes
     ----------
     key, value : Tensor
-        Views of the caller's caches: blocks of 64 tokens. They share the caller's memory.
+        Views of the caller's caches, in blocks of 64 tokens. They share the caller's memory.
     quant_type, fp8_format : str
     per_page : int
         Blocks of a page: page p holds blocks ``p * stride`` to ``p * stride + per_page - 1``.
     stride : int
-        Blocks from one page to the next.
+        Number of blocks from the start of one page to the next.
     """
 
     key: Tensor
@@ -79,7 +79,7 @@ def _check_cache(op: str, name: str, cache: Any, rank: int, text: str) -> None:
 
 
 def _transposed(op: str, name: str, cache: Tensor) -> Tensor:
-    """A view ``[blocks, KV, 64, D]`` of ``[blocks, 64, KV, D]``; never a copy."""
+    """View ``[blocks, KV, 64, D]`` of ``[blocks, 64, KV, D]``, without a copy."""
     if not paddle.in_dynamic_mode():
         refuse(op, name, "a static program would copy a cache of this layout; call in dygraph")
     view = cache.transpose([0, 2, 1, 3])
@@ -89,7 +89,7 @@ def _transposed(op: str, name: str, cache: Tensor) -> Tensor:
 
 
 def check_page_size(op: str, name: str, page_size: int) -> None:
-    """Refuse pages that are not whole blocks of 64 tokens."""
+    """Refuse pages that do not consist of whole blocks of 64 tokens."""
     if page_size < BLOCK_SIZE or page_size % BLOCK_SIZE:
         refuse(
             op,
@@ -100,7 +100,7 @@ def check_page_size(op: str, name: str, page_size: int) -> None:
 
 
 def _paged(op: str, name: str, cache: Tensor) -> Tensor:
-    """``[pages, P, KV, D]`` as ``[pages * P / 64, 64, KV, D]`` over the same memory."""
+    """View ``[pages, P, KV, D]`` as ``[pages * P / 64, 64, KV, D]`` over the same memory."""
     pages, page_size, kv_heads, head_dim = (int(n) for n in cache.shape)
     check_page_size(op, name, page_size)
     if page_size == BLOCK_SIZE:
@@ -113,8 +113,8 @@ def _paged(op: str, name: str, cache: Tensor) -> Tensor:
 def nhd_blocks(op: str, k: Tensor, v: Tensor, names: tuple[str, str]) -> Blocks:
     """Views of caches ``[pages, page_size, KV, D]``.
 
-    V of an 8-bit cache has to have the layout of this package, ``[num_blocks, KV, D, 64]``: its
-    bytes are in another order than in any other package.
+    V of an 8-bit cache must have the layout of this package, ``[num_blocks, KV, D, 64]``. No other
+    package has this byte order.
     """
     for name, cache in zip(names, (k, v)):
         _check_cache(op, name, cache, 4, "[num_blocks, page_size, KV, D]")
@@ -161,7 +161,7 @@ def _packed_value(op: str, name: str, v: Tensor, sizes: tuple[int, int, int]) ->
 
 
 def hnd_blocks(op: str, k: Tensor, v: Tensor, names: tuple[str, str]) -> Blocks:
-    """Caches ``[num_blocks, KV, 64, D]``, which need no view; V in 8 bits as in `nhd_blocks`."""
+    """Caches ``[num_blocks, KV, 64, D]``, which need no view. 8-bit V is as in `nhd_blocks`."""
     for name, cache in zip(names, (k, v)):
         _check_cache(op, name, cache, 4, "[num_blocks, KV, 64, D]")
     pages, kv_heads, page_size, head_dim = (int(n) for n in k.shape)
@@ -193,7 +193,8 @@ def pool_blocks(op: str, name: str, pool: Tensor, layout: str) -> Blocks:
     if not pool.is_contiguous():
         refuse(op, name, f"pages of {page_size} tokens that are not contiguous; use pages of 64")
     per_page = page_size // BLOCK_SIZE
-    # All blocks of the pool. V's begin where K's first page ends, so that both have the same ids.
+    # All blocks of the pool. The blocks of V begin at the end of K's first page, so both have the
+    # same ids.
     count = pages * 2 * per_page
     blocks = pool.reshape([count, BLOCK_SIZE, kv_heads, head_dim])
     key = _transposed(op, name, blocks[: count - per_page])
@@ -201,7 +202,7 @@ def pool_blocks(op: str, name: str, pool: Tensor, layout: str) -> Blocks:
     return Blocks(key, value, "none", "e4m3", per_page, 2 * per_page)
 
 
-#: Tensors of :func:`progression` that CUDA graphs read, by their ids.
+#: Tensors of :func:`progression` that CUDA graphs read, by id.
 _CAPTURED: dict[int, Tensor] = {}
 
 
@@ -212,10 +213,10 @@ def _made(start: float, step: float, count: int, dtype: str, place: str, index: 
 
 
 def progression(start: float, step: float, count: int, dtype: str, like: Tensor) -> Tensor:
-    """``start + step * i`` for i below `count`, on the place of `like`.
+    """The tensor ``start + step * i`` for i below `count`, on the place of `like`.
 
-    Made once: no call writes to it. What a CUDA graph captures, which knows its address alone, is
-    kept for good.
+    It is made once, and no call writes to it. A CUDA graph knows only the address, so a tensor that
+    a graph captures is kept for ever.
     """
     place = like.place
     gpu = place.is_gpu_place()
@@ -232,7 +233,7 @@ def capturing() -> bool:
 
 
 def blocks_of_pages(block_table: Tensor, per_page: int) -> Tensor:
-    """Block table ``[B, n * per_page]`` of a page table ``[B, n]``; -1 stays negative."""
+    """Block table ``[B, n * per_page]`` of a page table ``[B, n]``. -1 stays negative."""
     if per_page == 1:
         return block_table
     offsets = progression(0, 1, per_page, "int32", block_table)

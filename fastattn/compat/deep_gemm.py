@@ -1,15 +1,15 @@
-"""DeepGEMM's logits of an indexer under their own names, with their own positional arguments.
+"""DeepGEMM's indexer logits under their own names and with their own positional arguments.
 
 A program that calls them changes one line::
 
     # import deep_gemm
     from fastattn.compat import deep_gemm
 
-They are :func:`fastattn.functional.mqa_logits` and :func:`fastattn.functional.paged_mqa_logits`:
-every cell that a query does not see is -inf, whatever `clean_logits` is. Any multiple of 8 heads,
-64 or 128 channels, pages of any number of tokens, and a schedule that nobody has to make.
-``fp8_fp4_`` functions take FP8 or MXFP4 queries and keys; the others are their older names, for
-FP8 alone.
+The functions call :func:`fastattn.functional.mqa_logits` and
+:func:`fastattn.functional.paged_mqa_logits`. Every element that a query does not see is -inf,
+whatever `clean_logits` is. They take any multiple of 8 heads, 64 or 128 channels, and pages of any
+number of tokens. No schedule has to be made. ``fp8_fp4_`` functions take FP8 or MXFP4 queries and
+keys; the others are the older names and take only FP8.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def _pair(op: str, name: str, value: Any, what: str) -> tuple[Any, Any]:
 
 
 def _bytes(codes: Any) -> Any:
-    """Codes of MXFP4 pairs, for which other packages have int8 tensors."""
+    """MXFP4 pairs of codes as uint8; other packages use int8 tensors."""
     return codes.view("uint8") if str(getattr(codes, "dtype", "")).endswith(".int8") else codes
 
 
 def _check_indices(op: str, indices: Any, q: Any) -> None:
-    """Refuse indices that say anything but which rows of a step are of one sequence."""
+    """Refuse indices that do anything but tell which rows of a step belong to one sequence."""
     if indices is None:
         return
     if not _ops.is_tensor(indices):
@@ -87,26 +87,28 @@ def fp8_fp4_mqa_logits(
 ) -> Tensor:
     """Score contiguous FP8 or MXFP4 keys with the indexer's queries.
 
-    :func:`fastattn.functional.mqa_logits` under DeepGEMM's name. Differences from DeepGEMM's: as
-    for :func:`fp8_mqa_logits`.
+    This is :func:`fastattn.functional.mqa_logits` under DeepGEMM's name. :func:`fp8_mqa_logits`
+    lists the differences from DeepGEMM.
 
     Parameters
     ----------
     q : tuple of (Tensor, Tensor or None)
         FP8: codes [M, H, D], float8_e4m3fn or uint8, and None. MXFP4: pairs of codes [M, H, D / 2],
-        uint8 or int8, and scales [M, H], int32 (byte b is the exponent of channels 32b and on).
+        uint8 or int8, and scales [M, H], int32 (byte b is the exponent of channels 32b .. 32b +
+        31).
     kv : tuple of Tensor
         FP8: keys [N, D] and float32 scales [N]. MXFP4: keys [N, D / 2] and int32 scales [N].
     weights : Tensor, shape [M, H], float32
-        With the scales of FP8 queries as a factor.
+        Weights that include the scales of FP8 queries.
     cu_seq_len_k_start, cu_seq_len_k_end : Tensor, shape [M], int32
-        Keys that each query sees.
+        Range of keys that each query sees.
     clean_logits : bool
-        Accepted; the logits are always clean.
+        Accepted. The logits are always clean.
     max_seqlen_k : int
-        Above 0: columns of a compressed result, whose column j is key ``start + j``.
+        If above 0, the number of columns of a compressed result, whose column j is key
+        ``start + j``.
     logits_dtype : optional
-        float32.
+        Must be float32.
 
     Returns
     -------
@@ -115,8 +117,8 @@ def fp8_fp4_mqa_logits(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, `q` or `kv` is no pair, or an argument has another
-        type.
+        If a dtype is not one of the listed dtypes, `q` or `kv` is not a pair, or an argument has
+        another type.
     ValueError
         If shapes do not match, or `max_seqlen_k` is negative.
     NotImplementedError
@@ -168,8 +170,8 @@ def fp8_fp4_paged_mqa_logits(
 ) -> Tensor:
     """Score a paged cache of FP8 or MXFP4 index keys with the queries of a decode step.
 
-    :func:`fastattn.functional.paged_mqa_logits` under DeepGEMM's name. Differences from DeepGEMM's:
-    as for :func:`fp8_paged_mqa_logits`.
+    This is :func:`fastattn.functional.paged_mqa_logits` under DeepGEMM's name.
+    :func:`fp8_paged_mqa_logits` lists the differences from DeepGEMM.
 
     Parameters
     ----------
@@ -177,13 +179,14 @@ def fp8_fp4_paged_mqa_logits(
         FP8: codes [B, next_n, H, D], float8_e4m3fn or uint8, and None. MXFP4: pairs of codes
         [B, next_n, H, D / 2], uint8 or int8, and scales [B, next_n, H], int32.
     kv_cache : Tensor, shape [num_pages, page_size, 1, D + 4 or D / 2 + 4], uint8
-        Or without the third dimension. A page has its tokens' codes, then 4 bytes of scales each.
+        The third dimension may be absent. A page holds the codes of its tokens, then 4 bytes of
+        scales per token.
     weights, context_lens, block_table, schedule_meta, max_context_len, clean_logits, logits_dtype
         As for :func:`fp8_paged_mqa_logits`.
     indices : Tensor, shape [B], int32, optional
-        Sequence of each row of a step whose sequences have different numbers of queries: next_n is
-        1, and each row has a length and a line of `block_table` of its own. Those say it all, so
-        the values are not used.
+        Sequence of each row, for a step whose sequences have different numbers of queries. next_n
+        is then 1, and each row has its own length and its own row of `block_table`. These determine
+        the result, so the values are not used.
 
     Returns
     -------
@@ -192,9 +195,11 @@ def fp8_fp4_paged_mqa_logits(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, `q` is no pair, or an argument has another type.
+        If a dtype is not one of the listed dtypes, `q` is not a pair, or an argument has another
+        type.
     ValueError
-        If shapes do not match, pages are too small, or `indices` come with several queries a row.
+        If shapes do not match, pages are too small, or `indices` are given with several queries per
+        row.
     NotImplementedError
         If heads, channels or `logits_dtype` are not supported.
 
@@ -244,11 +249,12 @@ def fp8_mqa_logits(
     max_seqlen_k: int = 0,
     logits_dtype: Any = None,
 ) -> Tensor:
-    """Score contiguous FP8 keys with the indexer's queries: a prompt, or a chunk of one.
+    """Score contiguous FP8 keys with the indexer's queries, for a prompt or a chunk of one.
 
-    :func:`fastattn.functional.mqa_logits` under DeepGEMM's name. Differences from DeepGEMM's: cells
-    outside a row's range are -inf also without `clean_logits` and in the compressed form, which may
-    be cleaned; ranges are clamped to the keys; any multiple of 8 heads; the result is contiguous.
+    This is :func:`fastattn.functional.mqa_logits` under DeepGEMM's name. Differences from DeepGEMM:
+    elements outside a row's range are -inf, even without `clean_logits` and in the compressed form,
+    which may be cleaned. Ranges are clamped to the keys. Any multiple of 8 heads is allowed. The
+    result is contiguous.
 
     Parameters
     ----------
@@ -256,15 +262,16 @@ def fp8_mqa_logits(
     kv : tuple of Tensor
         Keys [N, D], float8_e4m3fn or uint8, and their scales [N], float32.
     weights : Tensor, shape [M, H], float32
-        With the scales of `q` as a factor.
+        Weights that include the scales of `q`.
     cu_seq_len_k_start, cu_seq_len_k_end : Tensor, shape [M], int32
-        Keys that each query sees.
+        Range of keys that each query sees.
     clean_logits : bool
-        Accepted; the logits are always clean.
+        Accepted. The logits are always clean.
     max_seqlen_k : int
-        Above 0: columns of a compressed result, whose column j is key ``start + j``.
+        If above 0, the number of columns of a compressed result, whose column j is key
+        ``start + j``.
     logits_dtype : optional
-        float32.
+        Must be float32.
 
     Returns
     -------
@@ -273,7 +280,8 @@ def fp8_mqa_logits(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, `kv` is no pair, or an argument has another type.
+        If a dtype is not one of the listed dtypes, `kv` is not a pair, or an argument has another
+        type.
     ValueError
         If shapes do not match, or `max_seqlen_k` is negative.
     NotImplementedError
@@ -322,30 +330,33 @@ def fp8_paged_mqa_logits(
 ) -> Tensor:
     """Score a paged cache of FP8 index keys with the queries of a decode step.
 
-    :func:`fastattn.functional.paged_mqa_logits` under DeepGEMM's name. Differences from DeepGEMM's:
-    both forms of `context_lens`, of any strides; cells past a row's own length are -inf, whatever
-    `clean_logits` is; an entry of `block_table` that names no page gives -inf; lengths of 0 are
-    fine; pages of any number of tokens, any multiple of 8 heads; the result is contiguous.
+    This is :func:`fastattn.functional.paged_mqa_logits` under DeepGEMM's name. Differences from
+    DeepGEMM: `context_lens` may have both forms and any strides. Elements past a row's own length
+    are -inf, whatever `clean_logits` is. An unassigned entry of `block_table` gives -inf. Lengths
+    may be 0. Pages of any number of tokens and any multiple of 8 heads are allowed. The result is
+    contiguous.
 
     Parameters
     ----------
     q : Tensor, shape [B, next_n, H, D], float8_e4m3fn or uint8
     kv_cache : Tensor, shape [num_pages, page_size, 1, D + 4], uint8
-        Or [num_pages, page_size, D + 4]. A page has its tokens' codes, then their float32 scales.
+        Or [num_pages, page_size, D + 4]. A page holds the codes of its tokens, then their float32
+        scales.
     weights : Tensor, shape [B * next_n, H], float32
     context_lens : Tensor, shape [B] or [B, next_n], int32
-        1-D: query j sees ``context_lens[b] - next_n + 1 + j`` keys. 2-D: of each query.
+        1-D: query j sees ``context_lens[b] - next_n + 1 + j`` keys. 2-D: number of keys of each
+        query.
     block_table : Tensor, shape [>= B, max_blocks], int32
     schedule_meta : any
-        Not used: the kernels share out their work by themselves.
+        Not used, because the kernels distribute their work themselves.
     max_context_len : int
-        Columns of the result.
+        Number of columns of the result.
     clean_logits : bool
-        Accepted; the logits are always clean.
+        Accepted. The logits are always clean.
     indices : Tensor, shape [B], int32, optional
         As for :func:`fp8_fp4_paged_mqa_logits`.
     logits_dtype : optional
-        float32.
+        Must be float32.
 
     Returns
     -------
@@ -354,9 +365,10 @@ def fp8_paged_mqa_logits(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an argument has another type.
+        If a dtype is not one of the listed dtypes, or an argument has another type.
     ValueError
-        If shapes do not match, pages are too small, or `indices` come with several queries a row.
+        If shapes do not match, pages are too small, or `indices` are given with several queries per
+        row.
     NotImplementedError
         If heads, channels or `logits_dtype` are not supported.
 
@@ -390,10 +402,10 @@ def _schedule(place: str, num_sms: int) -> Tensor:
 def get_paged_mqa_logits_metadata(
     context_lens: Tensor, block_kv: int, num_sms: int, indices: Any = None
 ) -> Tensor:
-    """A schedule for :func:`fp8_paged_mqa_logits`, which does not use it.
+    """Schedule for :func:`fp8_paged_mqa_logits`, which does not use it.
 
-    It has DeepGEMM's shape and dtype, and is the same tensor at every call, so that it costs
-    nothing. Lengths are not read, and may all be 0.
+    It has DeepGEMM's shape and dtype, and is the same tensor in every call, so it costs nothing.
+    Lengths are not read and may all be 0.
 
     Parameters
     ----------
@@ -401,21 +413,21 @@ def get_paged_mqa_logits_metadata(
     block_kv : int
         Tokens of a page.
     num_sms : int
-        Rows of the result, less one.
+        Number of rows of the result, minus one.
     indices : optional
         Not used.
 
     Returns
     -------
     Tensor, shape [num_sms + 1, 2], int32
-        Zeros, not to be written.
+        Zeros. Do not write to this tensor.
 
     Raises
     ------
     TypeError
-        If `context_lens` is no tensor, or an int is none.
+        If `context_lens` is not a tensor, or a number is not an int.
     ValueError
-        If an int is not positive.
+        If a number is not positive.
 
     Examples
     --------
@@ -433,7 +445,7 @@ def get_paged_mqa_logits_metadata(
             raise TypeError(f"{op}: {name}: expected int, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{op}: {name}: expected at least 1, got {value}")
-    if type(context_lens) is not paddle.Tensor:  # of a program
+    if type(context_lens) is not paddle.Tensor:  # in a traced program
         return paddle.zeros([num_sms + 1, 2], "int32")
     place = context_lens.place
     name = f"gpu:{place.gpu_device_id()}" if place.is_gpu_place() else "cpu"
@@ -442,7 +454,7 @@ def get_paged_mqa_logits_metadata(
 
 @functools.lru_cache(maxsize=1)
 def get_num_sms() -> int:
-    """Multiprocessors of the first GPU; 1 where there is none.
+    """Number of multiprocessors of the first GPU; 1 without a GPU.
 
     Examples
     --------

@@ -1,13 +1,14 @@
-"""Some of FastDeploy's operators under their own names, with their own positional arguments.
+"""Some of FastDeploy's operators under their own names and with their own positional arguments.
 
 A program that calls them changes one line::
 
     # from fastdeploy.model_executor.ops.gpu import merge_prefill_decode_output
     from fastattn.compat.fastdeploy import gqa_rope_write_cache, merge_prefill_decode_output
 
-These two read and write caches in FastDeploy's byte layout, which its ``append_attention`` reads.
-The backends of :mod:`fastattn.backends` need neither: they attend to the quantised cache itself.
-The others are those of DeepSeek's indexer and of its latent cache.
+The two operators of this import read and write caches in FastDeploy's byte layout, which its
+``append_attention`` reads. The backends of :mod:`fastattn.backends` need neither, because they
+attend to the quantised cache itself. The other operators belong to DeepSeek's indexer and its
+latent cache.
 """
 
 from __future__ import annotations
@@ -82,63 +83,67 @@ def gqa_rope_write_cache(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """FastDeploy's operator for steps with prefill: rotate, gather K and V, write the cache.
 
-    All new tokens are rotated, then normalised if there are weights. The tokens of sequence b are
-    in `k` and `v` from ``cu_seqlens_k[b]`` on. For a prefill sequence (``seq_lens_encoder[b] > 0``)
-    they are its ``seq_lens_decoder[b]`` cached tokens, dequantised, and then its new tokens, which
-    are also written into the cache. For any other sequence they are its new tokens only, which
+    All new tokens are rotated, then normalised if weights are given. `k` and `v` hold the tokens of
+    sequence b from ``cu_seqlens_k[b]`` on. For a prefill sequence (``seq_lens_encoder[b] > 0``)
+    these are its ``seq_lens_decoder[b]`` cached tokens, dequantised, and then its new tokens, which
+    are also written into the cache. For any other sequence these are only its new tokens, which
     ``append_attention`` writes later. Differences from FastDeploy's operator:
 
     - Each token of V is dequantised with its own dynamic scale, in every group of 16 tokens.
-    - Codes are those of :func:`fastattn.functional.write_cache_kv`: FP8 values are not rounded to
-      integers first, and an all-zero or tiny token gives finite codes and scales. Only the slots of
-      new tokens change; FastDeploy's readers accept a mix of both operators' codes.
-    - ``cache_int8`` scales with one entry a channel are used channel by channel.
-    - float16 and head dimension 64 are supported besides bfloat16 and 128, and norms in neox style.
+    - Codes are the same as from :func:`fastattn.functional.write_cache_kv`: FP8 values are not
+      rounded to integers first, and an all-zero or tiny token gives finite codes and scales. Only
+      the slots of new tokens change. FastDeploy's readers accept a mix of codes from both
+      operators.
+    - ``cache_int8`` scales with one entry per channel are applied per channel.
+    - float16 and head dimension 64 are supported as well as bfloat16 and 128, and norms with neox
+      style.
 
     Parameters
     ----------
     qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
-        It is not changed.
+        Not changed.
     key_cache, value_cache : Tensor, shape [num_blocks, KV, 64, D]
         uint8 in FastDeploy's layout, or the dtype of `qkv` for type ``none``. Written in place.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
     rotary_embs : Tensor, shape [2, 1, max_seq, 1, columns], float32
-        D / 2 columns; for neox D, or D / 4 where half of a head is rotated. With `rope_3d`
-        [S, 2, 1, max_seq, 1, columns]: sequence b takes table b.
+        D / 2 columns. For neox D, or D / 4 if half of a head is rotated. With `rope_3d` [S, 2, 1,
+        max_seq, 1, columns]: sequence b uses table b.
     seq_lens_this_time, seq_lens_encoder, seq_lens_decoder : Tensor, shape [B] or [B, 1], int32
     batch_id_per_token : Tensor, shape [T], int32
-        Sequence of each token; -1 for CUDA-graph padding.
+        Sequence of each token; -1 for the padding of a CUDA graph.
     block_tables : Tensor, shape [B, max_blocks], int32
-        It, `seq_lens_encoder` and `seq_lens_decoder` may have more than B: FastDeploy up to 2.5
-        passes those of all slots.
+        `block_tables`, `seq_lens_encoder` and `seq_lens_decoder` may have more than B rows:
+        FastDeploy up to 2.5 passes the arrays of all slots.
     kv_batch_ids, kv_tile_ids_per_batch, kv_num_blocks : any
     cache_batch_ids, cache_tile_ids_per_batch, cache_num_blocks : any
-        FastDeploy's lists of tiles; not used, may be None.
+        FastDeploy's lists of tiles. Not used; may be None.
     q_norm_weight, k_norm_weight : Tensor, shape [D], optional
         RMSNorm after the rotation.
     cache_k_quant_scales, cache_v_quant_scales : Tensor, optional
         ``block_wise_fp8``: the scales of the cache, [num_blocks, KV, 64], in token order; written
-        in place. Other types: not used, since the dequantisation multipliers define the codes.
+        in place. Other types do not use them, because the dequantisation multipliers define the
+        codes.
     cache_k_dequant_scales, cache_v_dequant_scales : Tensor, optional
-        ``cache_int8``, ``cache_fp8``: [1], [KV] or (int8) [KV * D] dequantisation multipliers of
-        the heads in the cache. Other types: not used.
+        ``cache_int8``, ``cache_fp8``: dequantisation multipliers of the heads in the cache, [1],
+        [KV] or (int8) [KV * D]. Other types do not use them.
     cache_k_zp, cache_v_zp : None
-        Zero points, which no supported type has.
+        Zero points. No supported type has them.
     kv_signal_data : None
-        PD disaggregation is not supported. With ``FLAGS_use_pd_disaggregation_per_chunk``, which
-        passes None here, no signal is sent either: do not use this operator there.
+        PD disaggregation is not supported. ``FLAGS_use_pd_disaggregation_per_chunk`` also passes
+        None here, and no signal is sent: do not use this operator with it.
     kv_token_num : int
-        Tokens of `k` and `v`; those that `cu_seqlens_k` puts outside are left out.
+        Number of tokens of `k` and `v`. Tokens that `cu_seqlens_k` puts beyond it are left out.
     max_seq_len : int
-        Not used: positions past the end of the table use its last position.
+        Not used. Positions past the end of the table use its last position.
     rms_norm_eps : float
     use_neox_rotary_style : bool
     cache_quant_type : {"none", "cache_int8", "cache_fp8", "block_wise_fp8"}
-        Or ``int8`` and ``float8_e4m3fn``, as FastDeploy's configuration names the two static types.
+        Also ``int8`` and ``float8_e4m3fn``, the names of the two static types in FastDeploy's
+        configuration.
     rope_3d : bool
-        Whether `rotary_embs` has a table for each sequence. Older versions of FastDeploy pass
-        (rms_norm_eps, cache_quant_type, rope_3d) by position, which is recognised by a str in the
-        place of `use_neox_rotary_style`.
+        Whether `rotary_embs` has one table per sequence. Older versions of FastDeploy pass
+        (rms_norm_eps, cache_quant_type, rope_3d) by position. A str in the place of
+        `use_neox_rotary_style` indicates this order.
 
     Returns
     -------
@@ -151,10 +156,10 @@ def gqa_rope_write_cache(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a required argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or a required argument is not a tensor.
     ValueError
-        If shapes or places do not match (the dimensions of `rotary_embs` and `rope_3d` among
-        them), scales are missing, or a zero point is given.
+        If shapes or places do not match (including the dimensions of `rotary_embs` and `rope_3d`),
+        scales are missing, or a zero point is given.
     NotImplementedError
         If `cache_quant_type` or the head dimension is not supported, or `kv_signal_data` is given.
 
@@ -226,7 +231,7 @@ def gqa_rope_write_cache(
 
 
 def _check_rope_3d(rope_3d: bool, rotary_embs: Any) -> None:
-    """Refuse a table whose dimensions say the opposite of `rope_3d`: the operator goes by them."""
+    """Refuse a table whose dimensions contradict `rope_3d`; the operator goes by the dimensions."""
     rank = len(rotary_embs.shape) if _ops.is_tensor(rotary_embs) else None
     if rope_3d and rank in (3, 5):
         expected = "a table for each sequence, [S, 2, 1, max_seq, 1, columns], with rope_3d"
@@ -238,7 +243,7 @@ def _check_rope_3d(rope_3d: bool, rotary_embs: Any) -> None:
 
 
 def _static(scales: Any, name: str, key_cache: Any, cache_quant_type: str) -> Any:
-    """Static scales as the operator takes them. It raises itself for those that are not tensors."""
+    """Static scales for the operator, which itself refuses scales that are not tensors."""
     if not _ops.is_tensor(scales) or not _ops.is_tensor(key_cache) or len(key_cache.shape) != 4:
         return scales
     return local_scales(
@@ -263,26 +268,26 @@ def merge_prefill_decode_output(
     head_dim: int,
     max_token: int,
 ) -> Tensor:
-    """Copy the outputs of decoding sequences into those of prefill sequences, in place.
+    """Copy the outputs of decoding sequences into the outputs of prefill sequences, in place.
 
     A sequence is decoding if ``seq_lens_encoder[b] == 0`` and ``seq_lens_decoder[b] > 0``. Its
     tokens are ``cu_seq_q[b] + i`` for i below ``seq_lens_this_time[b]``. Unlike FastDeploy's
-    operator this one copies all of them, even past `max_token`, takes any head dimension, and
-    raises for arguments that it does not support.
+    operator, this one copies all of them, even past `max_token`, takes any head dimension, and
+    raises for unsupported arguments.
 
     Parameters
     ----------
     encoder_res : Tensor, shape [T, head_num * head_dim] or [T, head_num, head_dim]
         float32, float16, bfloat16 or an 8-bit type. Written in place.
     decoder_res : Tensor
-        The shape (T may differ: tokens that one of the two lacks are left out) and dtype of
-        `encoder_res`.
+        The shape and dtype of `encoder_res`. T may differ: tokens that one of the two tensors lacks
+        are left out.
     seq_lens_encoder, seq_lens_decoder, seq_lens_this_time : Tensor, shape [B] or [B, 1], int32
-        The first two may have more than B: those of all slots.
+        The first two may have more than B elements, for all slots.
     cu_seq_q : Tensor, shape [B + 1], int32
     head_num, head_dim : int
     max_token : int
-        Most new tokens of a decoding sequence. Not used.
+        Maximum number of new tokens of a decoding sequence. Not used.
 
     Returns
     -------
@@ -292,7 +297,7 @@ def merge_prefill_decode_output(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a required argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or a required argument is not a tensor.
     ValueError
         If shapes or places do not match, or the results share memory.
 

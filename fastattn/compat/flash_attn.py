@@ -1,11 +1,11 @@
-"""flash-attn's inference functions, as flash-attn 2 and 3 and vLLM's build of them have them.
+"""flash-attn's inference functions, with the arguments of flash-attn 2 and 3 and of vLLM's build.
 
 A program that calls them changes one line::
 
     # from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
     from fastattn.compat.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
 
-Paged caches ``[num_blocks, page_size, KV, D]`` are read where they lie.
+Paged caches ``[num_blocks, page_size, KV, D]`` are read in place.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _check_number(op: str, name: str, value: Any, expected: float, why: str) -> 
 
 
 def _check_common(op: str, causal: Any, softmax_scale: Any) -> None:
-    """Refuse what stands in the place of another argument when positions are mixed up."""
+    """Refuse values that belong to another argument, which indicate mixed-up positions."""
     for name, value in (("causal", causal), ("softmax_scale", softmax_scale)):
         if is_torch(value):
             raise not_a_tensor(op, name, value)
@@ -75,7 +75,7 @@ def _check_common(op: str, causal: Any, softmax_scale: Any) -> None:
 
 
 def _cache_scale(op: str, name: str, descale: Any, cache: Tensor, blocks: Blocks) -> Any:
-    """A descale as the cache's static scales, which do not differ between sequences."""
+    """A descale as static scales of the cache, which are the same for all sequences."""
     if blocks.quant_type == "none":
         if descale is not None:
             raise ValueError(f"{op}: {name}: the cache has 16 bits and takes no scale")
@@ -142,84 +142,85 @@ def flash_attn_varlen_func(
 ) -> Any:
     r"""Attention of ragged sequences over contiguous keys, or over a paged cache.
 
-    Positions are those of flash-attn 2: FlashAttention-3 has the same first seven. vLLM's first
-    seven, ``(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k)``, are told from them
-    by an int in the fourth place. All other arguments go by name, in any of the three packages.
+    Positional arguments are in the order of flash-attn 2. FlashAttention-3 has the same first
+    seven. vLLM's first seven,
+    ``(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k)``, are recognised by an int
+    in the fourth place. All other arguments are passed by name, for any of the three packages.
 
     With `block_table`, `k` and `v` are a paged cache, which is read in place and never copied:
 
-    - 16 bits: ``[num_blocks, page_size, KV, D]`` with pages of 64 tokens and any strides but the
-      last, or contiguous with pages of a multiple of 64 tokens.
+    - 16 bits: ``[num_blocks, page_size, KV, D]``. Pages of 64 tokens may have any strides but the
+      last; pages of a multiple of 64 tokens must be contiguous.
     - 8 bits (uint8 is e4m3, float8_e4m3fn, float8_e5m2, int8): `k` as above with pages of 64. `v`
-      in this package's layout ``[num_blocks, KV, D, 64]`` (docs/formats.md), as
+      has this package's layout ``[num_blocks, KV, D, 64]`` (docs/formats.md), as
       :func:`fastattn.functional.write_cache_kv` writes it.
 
-    Sequence b then has ``seqused_k[b]`` keys (or as many as `cu_seqlens_k` says), which include
-    those of its queries. The last query is at the last key, also where there are fewer keys than
-    queries: a query before the first key sees none with `causal`, and gives 0.
+    Sequence b then has ``seqused_k[b]`` keys (or as many as `cu_seqlens_k` says), including the
+    keys of its queries. The last query is at the last key, even if there are fewer keys than
+    queries. A query before the first key sees no key with `causal`, and its output is 0.
 
     Parameters
     ----------
     q : Tensor, shape [T, H, D], bfloat16, float16, or uint8 / float8_e4m3fn (e4m3 codes)
     k, v : Tensor, shape [sum k, KV, D], or a paged cache
-        As :func:`fastattn.functional.flash_attention` takes them.
+        As for :func:`fastattn.functional.flash_attention`.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
         `cu_seqlens_k` is required for contiguous keys.
     max_seqlen_q, max_seqlen_k : int
-        Upper bounds of the sequences' lengths; they mask nothing.
+        Upper bounds of the sequence lengths. They mask nothing.
     dropout_p : float
-        0.
+        Must be 0.
     softmax_scale : float, optional
-        ``D ** -0.5`` by default.
+        Default: ``D ** -0.5``.
     causal : bool
         Mask the keys after a query's position; the last query sees the last key.
     window_size : (int, int), optional
-        Keys before and after a query's position that stay visible; -1 is unlimited.
+        Number of keys before and after a query's position that stay visible; -1 means unlimited.
     softcap : float
-        Bound of the logits; 0 is none.
+        Bound of the logits; 0 means none.
     alibi_slopes : None
     deterministic : bool
-        Not used: the result always is.
+        Not used, because the result is always deterministic.
     return_attn_probs : bool
-        Return (out, softmax_lse, None) as flash-attn 2 does without dropout.
+        Return (out, softmax_lse, None), as flash-attn 2 does without dropout.
     block_table : Tensor, shape [B, max_pages], int32, optional
     seqused_q, seqused_k : Tensor, shape [B], int32, optional
-        Queries and keys of each sequence. `seqused_k` belongs to `block_table`; `seqused_q` may
-        leave queries out, which give 0.
+        Number of queries and keys of each sequence. `seqused_k` requires `block_table`. `seqused_q`
+        may leave queries out; their output is 0.
     return_softmax_lse : bool
         Return (out, softmax_lse).
     out : Tensor, shape [T, H, D], optional
         Written in place and returned.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional
     k_descale, v_descale : Tensor, float32 or bfloat16, optional
-        Contiguous keys: [1], [KV] or [B, KV]. A paged cache: [1], [KV], or [1, KV]; scales that
+        Contiguous keys: [1], [KV] or [B, KV]. A paged cache: [1], [KV], or [1, KV]. Scales that
         differ between sequences are refused.
     s_aux : Tensor, shape [H], float32 or bfloat16, optional
-        Sinks: a logit for each head that joins the denominator and the LSE.
+        Sinks: a logit for each head that counts in the denominator and in the LSE.
     seq_lens_decoder : Tensor, shape [B], int32, optional
-        An addition to the packages' arguments: ``seqused_k`` minus the queries of each sequence.
-        Given once a step, it saves each layer about ten small kernels, which compute it and the
-        masks of sequences with fewer keys than queries. On a GPU it is taken as it is, and none of
-        it may be negative: every sequence then has as many keys as queries.
+        An addition to the packages' arguments: ``seqused_k`` minus the queries of each sequence. If
+        a step computes it once, each layer saves about ten small kernels, which compute it and the
+        masks of sequences with fewer keys than queries. On a GPU its values are not checked and
+        must not be negative: every sequence then has at least as many keys as queries.
     qv, q_v, attention_chunk, cp_world_size, cp_rank, cp_tot_seqused_k
-        Refused, unless they have their default.
+        Refused, except for their defaults.
     scheduler_metadata, num_splits, pack_gqa, sm_margin, fa_version
-        Not used: the call's shape chooses the kernels.
+        Not used. The shape of the call determines the kernels.
 
     Returns
     -------
     out : Tensor, shape [T, H, D]
         The dtype of `q`; bfloat16 for e4m3 queries.
     softmax_lse : Tensor, shape [H, T], float32
-        Natural logarithm; -inf where a query sees no key (flash-attn 2: +inf).
+        Natural logarithm; -inf for a query that sees no key (flash-attn 2: +inf).
 
     Raises
     ------
     NotImplementedError
-        For what is refused above, a page size that is not a multiple of 64, a cache that would have
-        to be copied, `seqused_q` or `seqused_k` with contiguous keys.
+        For arguments that are refused, a page size that is not a multiple of 64, a cache that would
+        have to be copied, and `seqused_q` or `seqused_k` with contiguous keys.
     TypeError, ValueError
-        As :func:`fastattn.functional.flash_attention` and ``paged_attention``; also for arguments
+        As :func:`fastattn.functional.flash_attention` and ``paged_attention``. Also for arguments
         in the positions of another package.
 
     Examples
@@ -290,7 +291,7 @@ def flash_attn_varlen_func(
             cu_seqlens_k,
             (seqused_q, seqused_k),
             seq_lens_decoder,
-            # A query of no sequence gives 0 and -inf, but leaves a given `out` as it is.
+            # A query of no sequence gives 0 and -inf, but a given `out` is not written for it.
             single=max_seqlen_q == 1 and out is None,
             **masks,
         )
@@ -353,17 +354,18 @@ def flash_attn_with_kvcache(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
 ) -> Any:
-    r"""Attention of a batch's new queries over its caches, to which `k` and `v` are added first.
+    r"""Append `k` and `v` to the caches of a batch, then attend to them with its new queries.
 
-    Positions are those of flash-attn 2. FlashAttention-3 has the same first five; its other
-    arguments go by name. The caches are read and written in place: paged ones as
-    :func:`flash_attn_varlen_func` takes them, and, without a block table, contiguous ones
-    ``[B, S, KV, D]`` with S a multiple of 64. The last query is at the last key, also where there
-    are fewer keys than queries: a query before the first key sees none with `causal`, and gives 0.
+    Positional arguments are in the order of flash-attn 2. FlashAttention-3 has the same first five;
+    its other arguments are passed by name. The caches are read and written in place. Paged caches
+    are as for :func:`flash_attn_varlen_func`. Without a block table the caches are contiguous,
+    ``[B, S, KV, D]`` with S a multiple of 64. The last query is at the last key, even if there are
+    fewer keys than queries. A query before the first key sees no key with `causal`, and its output
+    is 0.
 
-    All arguments are checked before the caches are written. Lengths are checked where the host
-    knows them, as an int or on the CPU. On a GPU they are not read: what a negative one gives is
-    undefined, and a new token that the cache has no room for is left out.
+    All arguments are checked before the caches are written. Lengths are checked if the host knows
+    them: as an int or on the CPU. On a GPU they are not read. A negative length there gives
+    undefined results, and a new token without room in the cache is left out.
 
     Parameters
     ----------
@@ -371,23 +373,24 @@ def flash_attn_with_kvcache(
     k_cache, v_cache : Tensor, shape [num_blocks, page_size, KV, D] or [>= B, S, KV, D]
         V of an 8-bit cache has shape [num_blocks, KV, D, 64] (docs/formats.md).
     k, v : Tensor, shape [B, M, KV, D], bfloat16 or float16, optional
-        New keys and values, written behind the `cache_seqlens` cached ones; quantised where the
+        New keys and values, written after the `cache_seqlens` cached ones, and quantised if the
         cache has 8 bits.
     rotary_cos, rotary_sin : None
-        :func:`fastattn.functional.rope_write_cache_kv` rotates and writes in one kernel.
+        Must be None. :func:`fastattn.functional.rope_write_cache_kv` rotates and writes in one
+        kernel.
     cache_seqlens : int or Tensor, shape [B], int32, optional
-        Keys in the cache, without those of `k`: from 0 to the cache's room, less that of `k`.
-        Default all that it has room for.
+        Number of keys in the cache, without `k`: at least 0, and at most the room of the cache
+        minus the keys of `k`. Default: that maximum.
     cache_batch_idx, cache_leftpad, alibi_slopes : None
     block_table, page_table : Tensor, shape [B, max_pages], int32, optional
-        Two names of one argument.
+        Two names for one argument.
     softmax_scale, causal, window_size, softcap
         As in :func:`flash_attn_varlen_func`.
     return_softmax_lse : bool
     q_descale, k_descale, v_descale, s_aux, out
-        As in :func:`flash_attn_varlen_func`, `out` [B, N, H, D].
+        As in :func:`flash_attn_varlen_func`; `out` has the shape [B, N, H, D].
     qv, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens, attention_chunk
-        Refused, unless they have their default.
+        Refused, except for their defaults.
     rotary_interleaved, num_splits, max_seqlen_q, scheduler_metadata, pack_gqa, sm_margin
         Not used.
 
@@ -395,15 +398,15 @@ def flash_attn_with_kvcache(
     -------
     out : Tensor, shape [B, N, H, D]
     softmax_lse : Tensor, shape [B, H, N], float32
-        Only with `return_softmax_lse`. Natural logarithm; -inf where a query sees no key.
+        Natural logarithm; -inf for a query that sees no key. Only with `return_softmax_lse`.
 
     Raises
     ------
     NotImplementedError
-        For what is refused above, or a cache that would have to be copied.
+        For arguments that are refused, and a cache that would have to be copied.
     TypeError, ValueError
-        As :func:`fastattn.functional.paged_attention` and ``write_cache_kv``; also for lengths that
-        are negative or beyond the cache's room, where the host knows them.
+        As :func:`fastattn.functional.paged_attention` and ``write_cache_kv``. Also for lengths that
+        are negative or beyond the room of the cache, if the host knows them.
 
     Examples
     --------
@@ -504,7 +507,7 @@ def _check_out(op: str, out: Tensor | None, q: Tensor) -> None:
 
 
 def _blocks(op: str, block_table: Any, per_page: int) -> Tensor:
-    """Block table of a page table, whose rank is checked."""
+    """Convert a page table to a block table, and check its rank."""
     require_tensors(op, block_table=block_table)
     if len(block_table.shape) != 2:
         shape = list(block_table.shape)
@@ -513,7 +516,7 @@ def _blocks(op: str, block_table: Any, per_page: int) -> Tensor:
 
 
 def _rows_as_tables(op: str, cache: Tensor, batch: int) -> Tensor:
-    """Block tables of caches [B, S, KV, D], whose rows are pages of their own."""
+    """Block tables of caches [B, S, KV, D], in which each row is a page of its own."""
     rows, tokens = int(cache.shape[0]), int(cache.shape[1])
     if rows < batch:
         raise ValueError(f"{op}: k_cache: expected at least {batch} rows, got {rows}")

@@ -5,11 +5,12 @@ A program that calls them changes one line::
     # import flash_mla
     from fastattn.compat import flash_mla
 
-Differences from FlashMLA: any number of heads from 1 to 128 and any number of indices; an index
-outside the cache is skipped and never read; ``topk_length`` and a second cache go with every
-format, bf16 caches with ``indices`` too; a float32 scale of a cache is not rounded to bf16. There
-is nothing to plan: the metadata object is empty and may serve any call. float16, which
-FlashMLA's dense decode takes, is refused: the kernels read bfloat16 and FP8, and copy no cache.
+Differences from FlashMLA: any number of heads from 1 to 128 and any number of indices is allowed.
+An index outside the cache is skipped and never read. ``topk_length`` and a second cache are allowed
+for every format, and ``indices`` also for bf16 caches. A float32 scale of a cache is not rounded to
+bf16. There is nothing to plan: the metadata object is empty and may be used for any call. float16,
+which FlashMLA's dense decode takes, is refused, because the kernels read bfloat16 and FP8 and no
+cache is copied.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _VALUE_DIM = 512
 
 
 class FlashMLASchedMeta:
-    """What FlashMLA plans ahead of a step; here nothing."""
+    """Stands for FlashMLA's plan of a step; it is empty."""
 
 
 def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
-    """Metadata for :func:`flash_mla_with_kvcache`, whatever the arguments.
+    """Metadata for :func:`flash_mla_with_kvcache`. The arguments do not matter.
 
     Returns
     -------
@@ -74,7 +75,7 @@ def _format(op: str, dim: int, is_fp8: bool) -> str:
 
 
 def _codes(cache: Tensor | None, is_fp8: bool) -> Tensor | None:
-    """Bytes of an FP8 cache that a server keeps as int8."""
+    """The bytes of an FP8 cache that a server keeps as int8."""
     if cache is None or not is_fp8 or not str(getattr(cache, "dtype", "")).endswith(".int8"):
         return cache
     return cache.view("uint8")
@@ -87,7 +88,6 @@ def _require_queries(op: str, s_q: int) -> None:
 
 
 def _of_each_query(op: str, name: str, lengths: Tensor | None, s_q: int) -> Any:
-    """A length a sequence as one a query."""
     if lengths is None or s_q == 1:
         return lengths
     _require_queries(op, s_q)
@@ -96,7 +96,7 @@ def _of_each_query(op: str, name: str, lengths: Tensor | None, s_q: int) -> Any:
 
 
 def _of_each(op: str, name: str, indices: Tensor, batch: int, s_q: int) -> int:
-    """Number of indices a query; -1 is a size that a traced program does not know."""
+    """Number of indices per query; -1 for a size that a traced program does not know."""
     sizes = _rank(op, name, indices, 3)
     for got, want in zip(sizes, (batch, s_q)):
         if -1 not in (got, want) and got != want:
@@ -134,7 +134,8 @@ def _dense(
     if 0 in (batch, s_q):
         return q[..., :_VALUE_DIM], paddle.empty([batch, heads, s_q], "float32")
     if not causal and s_q > 1:
-        # All queries see all tokens, also where there are fewer of those: each is a sequence.
+        # All queries see all tokens, even if there are fewer tokens than queries: each query is a
+        # sequence.
         tables = tables.unsqueeze(1).expand([-1, s_q, -1])
         tables = tables.reshape([-1, blocks]) if blocks >= 0 else tables.flatten(0, 1)
         lengths = lengths.unsqueeze(1).expand([-1, s_q]).reshape([-1])
@@ -142,13 +143,13 @@ def _dense(
         out, lse = _dense(op, q, k_cache, tables, lengths, sinks, softmax_scale, True, is_fp8)
         lse = lse.reshape([-1, s_q, heads]).transpose([0, 2, 1])
         return view(out, [-1, s_q, heads, _VALUE_DIM]), lse
-    # Upstream's lengths include the new tokens, of which those of a shorter sequence are the last.
+    # FlashMLA's lengths include the new tokens. A shorter sequence has only the last of them.
     new = lengths.clip(0, s_q)
     if paddle.in_dynamic_mode():
         ends = progression(s_q, s_q, batch, "int32", lengths)
         last = progression(batch * s_q, 0, 1, "int32", lengths)
     else:
-        # A program may not know the number of sequences.
+        # A traced program may not know the number of sequences.
         ends = paddle.cumsum(paddle.full_like(lengths, s_q), dtype="int32")
         last = ends[-1:]
     starts = paddle.concat([ends - new, last])
@@ -190,58 +191,60 @@ def flash_mla_with_kvcache(
     topk_length: Tensor | None = None,
     extra_topk_length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """FlashMLA's decode: the tokens that `indices` name, or all, over a paged latent cache.
+    """FlashMLA's decode over a paged latent cache: over the tokens in `indices`, or over all
+    tokens.
 
-    :func:`fastattn.functional.mla_sparse_attention` and
+    This is :func:`fastattn.functional.mla_sparse_attention` or
     :func:`fastattn.functional.mla_attention` under FlashMLA's name.
 
     Parameters
     ----------
     q : Tensor, shape [B, s_q, H, 576 or 512], bfloat16
     k_cache : Tensor, shape [num_blocks, block_size, 1, W]
-        With `is_fp8_kvcache` W is 656 (576 channels) or 584 (512 channels, blocks may be padded),
-        uint8, int8 or float8_e4m3fn. Else bfloat16 with W channels; without `indices` 576. float16
-        is refused: convert a cache when it is made.
+        With `is_fp8_kvcache`, W is 656 (576 channels) or 584 (512 channels, blocks may be padded),
+        and the dtype is uint8, int8 or float8_e4m3fn. Otherwise bfloat16 with W channels; 576
+        without `indices`. float16 is refused: convert a cache when it is made.
     block_table : Tensor, shape [B, max_blocks], int32
         Blocks of each sequence. Not used with `indices`.
     cache_seqlens : Tensor, shape [B], int32
-        Tokens of each sequence, the new ones included. Not used with `indices`.
+        Number of tokens of each sequence, including the new ones. Not used with `indices`.
     tile_scheduler_metadata, num_splits : any
         Not used.
     head_dim_v : int
-        512.
+        Must be 512.
     softmax_scale : float, optional
-        Default: channels to the power of -0.5.
+        Default: the number of channels to the power of -0.5.
     causal : bool
-        Query j of s_q sees ``cache_seqlens[b] - s_q + j + 1`` tokens. False with `indices`, which
-        tell what a query sees.
+        Query j of s_q sees ``cache_seqlens[b] - s_q + j + 1`` tokens. Must be False with `indices`,
+        which determine what a query sees.
     is_fp8_kvcache : bool
     indices : Tensor, shape [B, s_q, topk], int32, optional
-        Slots: block times block_size plus the token's place in it. Without them all tokens of a
-        sequence are attended, with `block_table` and `cache_seqlens`.
+        Slots: block times block_size plus the token's place in the block. Without them, queries
+        attend to all tokens of a sequence, through `block_table` and `cache_seqlens`.
     attn_sink : Tensor, shape [H], float32, optional
     extra_k_cache : Tensor, optional
         A second cache in the same softmax, of the same kind.
     extra_indices_in_kvcache : Tensor, shape [B, s_q, extra_topk], int32, optional
     topk_length, extra_topk_length : Tensor, shape [B], int32, optional
-        Indices of each sequence that count.
+        Number of indices of each sequence that count.
 
     Returns
     -------
     out : Tensor, shape [B, s_q, H, 512], bfloat16
     softmax_lse : Tensor, shape [B, H, s_q], float32
-        Natural, without the sink; +inf for a query without a key, whose output is 0.
+        Natural logarithm, without the sink; +inf for a query without a key, whose output is 0.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an argument is not a tensor, or, as in the
-        positions of another package's function of this name, `causal` or `is_fp8_kvcache` no bool.
+        If a dtype is not one of the listed dtypes, or an argument is not a tensor. Also if `causal`
+        or `is_fp8_kvcache` is not a bool, which happens with the argument positions of another
+        package's function of this name.
     ValueError
         If shapes do not match, `head_dim_v` is not 512, `causal` is given with `indices`, or an
-        argument that belongs to `indices` without them.
+        argument that belongs to `indices` is given without them.
     NotImplementedError
-        For a number of heads that is not supported.
+        If the number of heads is not supported.
 
     Examples
     --------
@@ -258,7 +261,7 @@ def flash_mla_with_kvcache(
     """
     op = "flash_mla_with_kvcache"
     for name, value in (("causal", causal), ("is_fp8_kvcache", is_fp8_kvcache)):
-        if not isinstance(value, (bool, int)):  # sgl-kernel has descale_q and descale_k between
+        if not isinstance(value, (bool, int)):  # sgl-kernel has descale_q and descale_k before them
             text = f"expected bool, got {type(value).__name__}"
             text += "; the packages' positions differ from here on, so pass arguments by name"
             _refuse(op, name, text, TypeError)
@@ -310,7 +313,7 @@ def flash_mla_with_kvcache(
         softmax_scale,
         (True, False, True),
     )
-    # No copy of one query's LSE.
+    # The LSE of one query needs no copy.
     lse = view(lse, [batch, heads, 1] if s_q == 1 else [batch, s_q, heads])
     if s_q != 1:
         lse = lse.transpose([0, 2, 1])
@@ -332,9 +335,9 @@ def flash_mla_sparse_fwd(
     attn_sink: Tensor | None = None,
     topk_length: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """FlashMLA's sparse prefill: each query attends the rows of `kv` that its indices name.
+    """FlashMLA's sparse prefill: each query attends to the rows of `kv` that its indices name.
 
-    :func:`fastattn.functional.mla_sparse_attention` under FlashMLA's name.
+    This is :func:`fastattn.functional.mla_sparse_attention` under FlashMLA's name.
 
     Parameters
     ----------
@@ -342,30 +345,30 @@ def flash_mla_sparse_fwd(
     kv : Tensor, shape [s_kv, 1, 576 or 512], bfloat16
         Any row stride.
     indices : Tensor, shape [s_q, 1, topk], int32
-        Rows of `kv`; others are skipped.
+        Rows of `kv`. Indices outside it are skipped.
     sm_scale : float
     d_v : int
-        512.
+        Must be 512.
     attn_sink : Tensor, shape [H], float32, optional
     topk_length : Tensor, shape [s_q], int32, optional
-        Indices of each query that count.
+        Number of indices of each query that count.
 
     Returns
     -------
     out : Tensor, shape [s_q, H, 512], bfloat16
     max_logits : Tensor, shape [s_q, H], float32
-        The largest scaled logit, -inf for a query without a key, NaN where the LSE is.
+        The largest scaled logit; -inf for a query without a key, NaN if the LSE is NaN.
     lse : Tensor, shape [s_q, H], float32
-        Natural, without the sink; +inf for a query without a key, whose output is 0.
+        Natural logarithm, without the sink; +inf for a query without a key, whose output is 0.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or an argument is not a tensor.
     ValueError
         If shapes do not match, or `d_v` is not 512.
     NotImplementedError
-        For a number of heads that is not supported.
+        If the number of heads is not supported.
 
     Examples
     --------

@@ -1,12 +1,12 @@
-"""FlashInfer's paged attention wrappers: its page tables, plans, layouts and conventions.
+"""FlashInfer's paged attention wrappers, with its page tables, plans, layouts and conventions.
 
 A program that uses them changes one line::
 
     # from flashinfer import BatchDecodeWithPagedKVCacheWrapper, merge_state
     from fastattn.compat.flashinfer import BatchDecodeWithPagedKVCacheWrapper, merge_state
 
-LSEs are FlashInfer's: ``[T, H]``, base 2. Caches are read in place: tuples (k, v) or pools with K
-and V in one tensor,
+LSEs have FlashInfer's form: ``[T, H]``, base 2. Caches are read in place. They are tuples (k, v),
+or pools with K and V in one tensor:
 
 ==========  ===========================================  ==========================================
 layout      tuple, each                                  pool
@@ -15,9 +15,9 @@ layout      tuple, each                                  pool
 ``HND``     ``[pages, KV, 64, D]``                       ``[pages, 2, KV, 64, D]``
 ==========  ===========================================  ==========================================
 
-with 16 bits, and P = 64, or a multiple of it where the tensor is contiguous. In 8 bits (uint8 is
-e4m3, float8_e4m3fn, float8_e5m2, int8) pages have 64 tokens, and V this package's layout
-``[pages, KV, D, 64]`` (docs/formats.md), in a tuple. Every other cache is refused.
+The table shows 16-bit caches. P is 64, or a multiple of 64 if the tensor is contiguous. 8-bit
+caches (uint8 is e4m3, float8_e4m3fn, float8_e5m2, int8) are tuples with pages of 64 tokens, and V
+has this package's layout ``[pages, KV, D, 64]`` (docs/formats.md). Every other cache is refused.
 """
 
 from __future__ import annotations
@@ -60,21 +60,21 @@ __all__ = [
 
 
 class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
-    """Decode attention of a batch over a paged cache, planned once a step.
+    """Decode attention of a batch over a paged cache, planned once per step.
 
     Parameters
     ----------
     float_workspace_buffer : Tensor
-        Tells the place; operators allocate what they need.
+        Tells the place. Operators allocate what they need.
     kv_layout : {"NHD", "HND"}
     use_cuda_graph : bool
-        :meth:`plan` then writes into the same memory in every step, for as many sequences as
-        `paged_kv_last_page_len_buffer` and as many pages as `paged_kv_indices_buffer` have room
-        for. Of the three buffers only the sizes are used.
+        :meth:`plan` then writes into the same memory in every step. The sizes of
+        `paged_kv_last_page_len_buffer` and `paged_kv_indices_buffer` limit the numbers of sequences
+        and of pages. Only the sizes of the three buffers are used.
     paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer : Tensor
         Required with `use_cuda_graph`.
     use_tensor_cores, backend
-        Not used: the call's shape chooses the kernels.
+        Not used. The shape of the call determines the kernels.
     jit_args : None
 
     Raises
@@ -146,7 +146,7 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         *,
         window_right: int = 0,
     ) -> None:
-        """Read the page table of a step, on the host; not inside of a CUDA graph.
+        """Read the page table of a step on the host. Do not call this in a CUDA graph.
 
         Parameters
         ----------
@@ -154,36 +154,38 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
             Sequence b has pages ``indices[indptr[b] : indptr[b + 1]]``.
         indices : Tensor, shape [>= indptr[-1]], int32
         last_page_len : Tensor, shape [B], int32
-            Keys in the last page of each sequence, 1 to `page_size`.
+            Number of keys in the last page of each sequence, 1 to `page_size`.
         num_qo_heads, num_kv_heads, head_dim : int
         page_size : int
-            64, or a multiple of it for contiguous NHD caches.
+            64, or a multiple of 64 for contiguous NHD caches.
         pos_encoding_mode : "NONE"
         window_left : int
-            Keys before a query that stay visible; -1 is unlimited.
+            Number of keys before a query that stay visible; -1 means unlimited.
         logits_soft_cap : float, optional
         o_data_type : optional
-            Dtype of the output, by default that of `q`.
+            Dtype of the output. Default: the dtype of `q`.
         sm_scale : float, optional
-            ``head_dim ** -0.5`` by default.
+            Default: ``head_dim ** -0.5``.
         fixed_split_size : int, optional
-            Any value asks for results that do not depend on the batch (``batch_invariant``).
+            Any value requests results that do not depend on the batch (``batch_invariant``).
         q_len_per_req : int
-            Queries of each sequence, the last of its keys; causal where there is more than one.
-            With CUDA graphs at most as many as in the first plan.
+            Number of queries of each sequence. They are the last keys of the sequence. If there is
+            more than one, the mask is causal. With CUDA graphs, at most as many as in the first
+            plan.
         window_right : 0
         q_data_type, kv_data_type, data_type, rope_scale, rope_theta, non_blocking
             Not used.
         block_tables, seq_lens, disable_split_kv
-            Not used: the page table says the same.
+            Not used, because the page table has the same information.
 
         Raises
         ------
         NotImplementedError
-            For rotation inside of attention, `window_right`, and other page sizes.
+            For rotation in the attention, `window_right`, and other page sizes.
         ValueError
             If the page table is inconsistent or does not fit the buffers, or a sequence has fewer
-            keys than queries. One without pages is inactive: it gives 0 and -inf.
+            keys than queries. A sequence without pages is inactive: its output is 0 and its LSE is
+            -inf.
         """
         op = f"{self._name}.plan"
         check_position(op, pos_encoding_mode)
@@ -235,15 +237,15 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         ----------
         q : Tensor, shape [B * q_len_per_req, H, D], bfloat16, float16, or e4m3 codes
         paged_kv_cache : Tensor or (Tensor, Tensor)
-            See the module's table.
+            See the table of the module.
         q_scale, k_scale, v_scale : float, optional
-            Multipliers of the codes. `v_scale` is for 8-bit caches only.
+            Multipliers of the codes. `v_scale` is only for 8-bit caches.
         out : Tensor, optional
             Written in place and returned.
         return_lse : bool
-            Return (out, lse), lse [T, H] in base 2.
+            Return (out, lse). lse has the shape [T, H] and base 2.
         window_left : int, optional
-            The planned value.
+            Must be the planned value.
         sinks : Tensor, shape [H], float32 or bfloat16, optional
         enable_pdl, q_len_per_req
             Not used.
@@ -252,9 +254,9 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
         Raises
         ------
         NotImplementedError
-            For arguments and caches that are not supported.
+            For unsupported arguments and caches.
         ValueError
-            If shapes are not the planned ones.
+            If shapes differ from the plan.
         """
         if window_left is not None and window_left != self._window:
             raise ValueError(
@@ -279,27 +281,28 @@ class BatchDecodeWithPagedKVCacheWrapper(PagedWrapper):
 
 
 class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
-    """Attention of a batch's new queries over a paged cache, planned once a step.
+    """Attention of a batch's new queries over a paged cache, planned once per step.
 
     Parameters
     ----------
     float_workspace_buffer : Tensor
-        Tells the place; operators allocate what they need.
+        Tells the place. Operators allocate what they need.
     kv_layout : {"NHD", "HND"}
     use_cuda_graph : bool
-        :meth:`plan` then writes into the same memory in every step, for as many sequences as
-        `paged_kv_last_page_len_buf`, as many pages as `paged_kv_indices_buf`, and as many queries
-        as in the first plan. Of the buffers only the sizes are used.
+        :meth:`plan` then writes into the same memory in every step. The sizes of
+        `paged_kv_last_page_len_buf` and `paged_kv_indices_buf` limit the numbers of sequences and
+        of pages; the first plan limits the number of queries. Only the sizes of the buffers are
+        used.
     qo_indptr_buf, paged_kv_indptr_buf, paged_kv_indices_buf, paged_kv_last_page_len_buf : Tensor
         Required with `use_cuda_graph`.
     backend
-        Not used: the call's shape chooses the kernels.
+        Not used. The shape of the call determines the kernels.
     custom_mask_buf, mask_indptr_buf, jit_args, jit_kwargs : None
 
     Raises
     ------
     NotImplementedError
-        For an argument that has to be None.
+        For an argument that must be None.
     TypeError, ValueError
         If a buffer is missing, or `kv_layout` is unknown.
 
@@ -387,22 +390,23 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         fixed_split_size: int | None = None,
         disable_split_kv: bool = False,
     ) -> None:
-        """Read the page table of a step, on the host; not inside of a CUDA graph.
+        """Read the page table of a step on the host. Do not call this in a CUDA graph.
 
         Parameters
         ----------
         qo_indptr : Tensor, shape [B + 1], int32
-            First query of each sequence; its queries are its last keys.
+            Index of the first query of each sequence. The queries are the last keys of the
+            sequence.
         paged_kv_indptr : Tensor, shape [B + 1], int32
         paged_kv_indices : Tensor, shape [>= paged_kv_indptr[-1]], int32
         paged_kv_last_page_len : Tensor, shape [B], int32
             As for the decode wrapper.
         num_qo_heads, num_kv_heads, head_dim_qk, page_size : int
         head_dim_vo : int, optional
-            `head_dim_qk`.
+            Must equal `head_dim_qk`.
         custom_mask : Tensor, bool, optional
-            The sequences' masks [queries, keys], flattened, one after the other, in place of
-            `causal`. Each query has to see one interval of keys. It is read on the host.
+            Replaces `causal`: the flattened masks [queries, keys] of all sequences, concatenated.
+            Each query must see one interval of keys. It is read on the host.
         causal : bool
         sm_scale, window_left, logits_soft_cap, o_data_type, pos_encoding_mode, fixed_split_size
             As for the decode wrapper.
@@ -417,8 +421,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         Raises
         ------
         NotImplementedError
-            For what has to be None, rotation inside of attention, other page sizes, a query that
-            sees more than one interval of keys, and masks with `use_cuda_graph`.
+            For an argument that must be None, rotation in the attention, other page sizes, a query
+            that sees more than one interval of keys, and masks with `use_cuda_graph`.
         ValueError
             If the page table is inconsistent or does not fit the buffers.
         """
@@ -485,15 +489,15 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         ----------
         q : Tensor, shape [qo_indptr[-1], H, D], bfloat16, float16, or e4m3 codes
         paged_kv_cache : Tensor or (Tensor, Tensor)
-            See the module's table.
+            See the table of the module.
         q_scale, k_scale, v_scale : float or Tensor, shape [1], optional
-            Multipliers of the codes; tensors only for e4m3 queries and 8-bit caches.
+            Multipliers of the codes. Tensors are only for e4m3 queries and 8-bit caches.
         out : Tensor, optional
-            Written in place and returned; queries of sequences without pages keep its contents.
+            Written in place and returned. Queries of sequences without pages keep its contents.
         return_lse : bool
-            Return (out, lse), lse [T, H] in base 2.
+            Return (out, lse). lse has the shape [T, H] and base 2.
         window_left : int, optional
-            In place of the planned one, for this call.
+            Replaces the planned value for this call.
         sinks : Tensor, shape [H], float32 or bfloat16, optional
         enable_pdl
             Not used.
@@ -503,10 +507,10 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         Raises
         ------
         NotImplementedError
-            For arguments and caches that are not supported, and another `window_left` where a
-            sequence has more queries than keys.
+            For unsupported arguments and caches, and for another `window_left` if a sequence has
+            more queries than keys.
         ValueError
-            If shapes are not the planned ones.
+            If shapes differ from the plan.
         """
         op = f"{self._name}.run"
         if self._step is not None and window_left not in (None, self._window):

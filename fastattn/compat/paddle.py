@@ -1,4 +1,4 @@
-"""Paddle's ``block_multihead_attention`` over this package's operators.
+"""Paddle's ``block_multihead_attention``, built on the operators of this package.
 
 A program that calls it changes one line::
 
@@ -76,85 +76,86 @@ def block_multihead_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Split qkv, add its bias, rotate Q and K, write K and V into the cache, and attend.
 
-    Paddle's arguments, in its order. Differences from its operator:
+    The arguments are Paddle's, in its order. Differences from its operator:
 
-    - Prompts, chunks of prompts, single and several tokens of decoding sequences are one case: the
-      ``seq_lens_this_time[b]`` new tokens follow ``seq_lens_decoder[b]`` cached ones, and attend to
+    - Prompts, chunks of prompts, and one or several tokens of decoding sequences are one case: the
+      ``seq_lens_this_time[b]`` new tokens follow ``seq_lens_decoder[b]`` cached ones and attend to
       both, causally.
-    - Nothing is copied to the host, and `qkv` is left as it is.
-    - `rope_emb` rotates decoding sequences as well, where Paddle computes angles from `rope_theta`.
-    - Codes of an 8-bit cache are this package's (docs/formats.md), in the tensors that Paddle has
-      for them: the two operators do not read each other's. Scales are the dequantisation ones.
-    - It runs on the CPU, too.
+    - Nothing is copied to the host, and `qkv` is not changed.
+    - `rope_emb` also rotates decoding sequences, for which Paddle computes angles from
+      `rope_theta`.
+    - Codes of an 8-bit cache have this package's layout (docs/formats.md), in tensors of Paddle's
+      shape. Neither operator can read the other's codes. Scales are the dequantisation multipliers.
+    - It also runs on the CPU.
 
     Parameters
     ----------
     qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
         Query heads, then key heads, then value heads.
     key_cache, value_cache : Tensor, shape [num_blocks, KV, 64, D]
-        The dtype of `qkv`, or uint8. Written in place; contiguous where they have 8 bits.
+        The dtype of `qkv`, or uint8. Written in place. 8-bit caches must be contiguous.
     seq_lens_encoder : Tensor
         Not used.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B] or [B, 1], int32
-        Cached and new tokens of each sequence.
+        Number of cached and of new tokens of each sequence.
     padding_offsets, cum_offsets, cu_seqlens_k : Tensor, optional
         Not used.
     cu_seqlens_q : Tensor, shape [B + 1] or [B + 1, 1], int32
-        First token of each sequence in `qkv`.
+        Index of the first token of each sequence in `qkv`.
     block_tables : Tensor, shape [B, max_blocks], int32
     pre_key_cache, pre_value_cache : None
     cache_k_quant_scales, cache_v_quant_scales : Tensor, optional
-        Not used: ``1 / dequant`` is their meaning.
+        Not used; they mean ``1 / dequant``.
     cache_k_dequant_scales, cache_v_dequant_scales : Tensor, shape [KV] or [1], float32, optional
-        Multipliers of int8 codes; required for, and only for, uint8 caches.
+        Multipliers of int8 codes. Required for uint8 caches, and refused for others.
     qkv_out_scale : None
-        Refused, and with it an int32 `qkv`.
+        Must be None. An int32 `qkv` is refused as well.
     qkv_bias : Tensor, shape [(H + 2 KV) * D], optional
     out_shift, out_smooth : None
     max_enc_len_this_time, max_dec_len_this_time : Tensor, shape [1], int32, on the CPU, optional
-        Most new tokens of any sequence (0: each has one, where there are no more tokens than
-        sequences), and most cached tokens. They choose kernels, and must not be too small. Without
-        them the number of tokens and the room of a block table are taken: leave them out where
-        sequences decode several tokens at once.
+        Maximum number of new tokens and of cached tokens of a sequence. 0 new tokens means one per
+        sequence, if there are not more tokens than sequences. The values choose kernels and must
+        not be too small. Without them, the number of tokens and the room of a block table are used.
+        Leave them out if sequences decode several tokens at once.
     rope_emb : Tensor, shape [2, 1, max_seq, 1, D / 2], or [.., D] for neox, float32, optional
         Without it nothing is rotated.
     mask, tgt_mask : None
     max_seq_len : int
-        Used while a program with any number of tokens is traced.
+        Used during the trace of a program with any number of tokens.
     block_size : int
-        64.
+        Must be 64.
     use_neox_style : bool
-        Rotate channels (i, i + D / 2); else (2i, 2i + 1).
+        Rotate channels (i, i + D / 2); otherwise (2i, 2i + 1).
     use_dynamic_cachekv_quant : bool
-        False. The types ``block_wise_int8`` and ``block_wise_fp8`` of
+        Must be False. The types ``block_wise_int8`` and ``block_wise_fp8`` of
         :func:`fastattn.functional.paged_attention` have dynamic scales.
     quant_round_type : int
-        0 (ties to even) for 8-bit caches.
+        Must be 0 (ties to even) for 8-bit caches.
     quant_max_bound, quant_min_bound : float
         127 and -127 for 8-bit caches; 448 and -448 for an e4m3 output.
     out_scale : float
-        With 448 as the bound: store the output as e4m3 codes of ``448 * out_scale * out``. Not
-        positive: no quantisation.
+        With a bound of 448: store the output as e4m3 codes of ``448 * out_scale * out``. A value
+        that is not positive means no quantisation.
     compute_dtype : {"default", "fp16", "bf16"}
-        The dtype of `qkv`.
+        Must match the dtype of `qkv`.
     rope_theta : float
         Not used.
 
     Returns
     -------
     out : Tensor, shape [T, H * D]
-        uint8 (e4m3 codes) with `out_scale`. 0 for tokens of no sequence.
+        uint8 (e4m3 codes) if `out_scale` is given. 0 for tokens of no sequence.
     qkv, key_cache, value_cache : Tensor
-        The arguments.
+        The arguments themselves.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a required argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or a required argument is not a tensor.
     ValueError
         If shapes do not match, or scales are missing or superfluous.
     NotImplementedError
-        For what has to be None or has one value only, as above.
+        For an argument that must be None or has only one supported value.
 
     Examples
     --------
@@ -213,7 +214,7 @@ def block_multihead_attention(
         _flat(seq_lens_decoder),
         _flat(seq_lens_this_time),
     )
-    # What they refuse is refused before the cache is written.
+    # Arguments that they refuse are refused before the cache is written.
     longest = _longest(qkv, block_tables, max_enc_len_this_time, max_dec_len_this_time, max_seq_len)
     output_scale = _output_scale(qkv, out_scale, quant_max_bound, quant_min_bound)
     q, _ = rope_write_cache_kv(
@@ -241,12 +242,12 @@ def block_multihead_attention(
 
 
 def _flat(tensor: Any) -> Any:
-    """[B, 1] as [B]."""
+    """View [B, 1] as [B]."""
     return tensor if tensor is None or len(tensor.shape) == 1 else view(tensor, [-1])
 
 
 def _sizes(qkv: Tensor, key_cache: Tensor, block_size: int) -> tuple[int, int, int]:
-    """Query heads, KV heads and channels of a head."""
+    """Numbers of query heads, KV heads and channels of a head."""
     if len(key_cache.shape) != 4:
         raise ValueError(
             f"{_OP}: key_cache: expected shape [num_blocks, KV, 64, D], got {list(key_cache.shape)}"
@@ -285,7 +286,7 @@ def _check_rounding(quant_round_type: int, upper: float, lower: float) -> None:
 
 
 def _packed(value_cache: Tensor, sizes: list[int]) -> Tensor:
-    """An 8-bit value cache in this package's shape, over the same bytes."""
+    """View an 8-bit value cache in this package's shape, over the same bytes."""
     blocks, kv_heads, head_dim = sizes
     wanted = [blocks, kv_heads, head_dim, BLOCK_SIZE]
     if list(value_cache.shape) == wanted:
@@ -312,7 +313,8 @@ def _output_scale(qkv: Tensor, out_scale: float, upper: float, lower: float) -> 
     if not paddle.in_dynamic_mode():
         refuse(_OP, "out_scale", "not supported in a static program")
     with np.errstate(over="ignore", under="ignore"):
-        scale = float(np.float32(1.0 / (_E4M3_MAX * float(out_scale))))  # what the operator gets
+        # the value that the operator gets
+        scale = float(np.float32(1.0 / (_E4M3_MAX * float(out_scale))))
     if not 0 < scale < math.inf:
         raise ValueError(
             f"{_OP}: out_scale: expected a number whose multiple by {_E4M3_MAX:g} has a reciprocal "
@@ -324,13 +326,13 @@ def _output_scale(qkv: Tensor, out_scale: float, upper: float, lower: float) -> 
 def _longest(
     qkv: Tensor, block_tables: Tensor, encoder: Any, decoder: Any, max_seq_len: int
 ) -> tuple[int, int]:
-    """Upper bounds of a sequence's new tokens and keys, without asking the device."""
+    """Upper bounds of the new tokens and of the keys of a sequence, without reading the device."""
     if len(block_tables.shape) != 2:
         raise ValueError(
             f"{_OP}: block_tables: expected shape [B, max_blocks], got {list(block_tables.shape)}"
         )
     tokens, room = int(qkv.shape[0]), int(block_tables.shape[1]) * BLOCK_SIZE
-    if tokens < 0 or room < 0:  # a program of any number of tokens
+    if tokens < 0 or room < 0:  # a program with any number of tokens
         if max_seq_len < 1:
             refuse(_OP, "max_seq_len", "required where a program does not know its tokens")
         return max_seq_len, max_seq_len if room < 0 else room
@@ -338,7 +340,8 @@ def _longest(
         return tokens, room
     queries = tokens
     if encoder is not None:
-        # More tokens than sequences: some decode several tokens, which Paddle does not know.
+        # More tokens than sequences: some sequences decode several tokens, which Paddle's arguments
+        # cannot express.
         several = tokens > int(block_tables.shape[0])
         prompt = _host_int("max_enc_len_this_time", encoder)
         queries = min(tokens, prompt) if prompt > 0 else (tokens if several else min(tokens, 1))

@@ -12,7 +12,9 @@ from fastattn.backends.config import BLOCK_SIZE
 
 
 def block_keys(tokens: Sequence[int]) -> list[bytes]:
-    """Key of every full block of a sequence; it covers the block's tokens and all before them."""
+    """Key of every full block of a sequence. It covers the tokens of the block and all tokens
+    before.
+    """
     keys: list[bytes] = []
     parent = b""
     for end in range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE):
@@ -23,11 +25,12 @@ def block_keys(tokens: Sequence[int]) -> list[bytes]:
 
 
 class BlockPool:
-    """Blocks with reference counts, and an index of full ones by content.
+    """Cache blocks with reference counts, and an index of full ones by content.
 
-    A block is free, or in use (one reference a request), or idle: nobody uses it, but it holds a
-    published prefix and serves as free when nothing else is left, the least recently used first.
-    Only full blocks are published, and those are never written again, so sharing copies nothing.
+    A block is free, in use (one reference per request) or idle. No request uses an idle block, but
+    it holds a published prefix. If no block is free, the least recently used idle block is taken.
+    Only full blocks are published, and published blocks are never written again, so sharing copies
+    nothing.
 
     Parameters
     ----------
@@ -44,16 +47,16 @@ class BlockPool:
 
     @property
     def available(self) -> int:
-        """Blocks that :meth:`allocate` can still give."""
+        """Number of blocks that :meth:`allocate` can still give."""
         return len(self._free) + len(self._idle)
 
     @property
     def in_use(self) -> int:
-        """Blocks that some request holds."""
+        """Number of blocks that some request holds."""
         return self.num_blocks - self.available
 
     def references(self, block: int) -> int:
-        """Requests that hold a block."""
+        """Number of requests that hold a block."""
         return self._references[block]
 
     def allocate(self) -> int:
@@ -93,7 +96,7 @@ class BlockPool:
             self._key_of[block] = key
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Release one request's blocks; the end of a prefix is evicted before its beginning."""
+        """Release one request's blocks. The end of a prefix is evicted before its beginning."""
         for block in reversed(blocks):
             if self._references[block] <= 0:
                 raise ValueError(f"block {block} is not in use")

@@ -1,6 +1,6 @@
 """``python -m fastattn demo``.
 
-Nothing here imports Paddle before the first line is shown: that import takes seconds.
+Paddle is imported only after the first line of output, because its import takes seconds.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: ``fastattn.functional`` has the same names and brings Paddle with them.
+#: The same names as in ``fastattn.functional``, whose import would import Paddle.
 CACHE_QUANT_TYPES = (
     *("none", "cache_int8", "cache_fp8"),
     *("block_wise_int8", "block_wise_fp8", "block_wise_int4", "block_wise_mxfp4"),
 )
 
-#: What K's rotation is compared with, by type: rows of their own.
+#: Rotations of K to compare with, by type. Each gets its own row.
 _OTHER_ROTATIONS = {"block_wise_int4": ("none",), "block_wise_mxfp4": ("none",)}
 
 DEFAULT_PROMPT = "The following statement "
 DEFAULT_NEW_TOKENS = 200
 
-#: The model's attention: grouped queries, or latents with keys that an indexer chooses.
+#: Kinds of attention: grouped queries, or latents with keys that an indexer selects.
 ATTENTIONS = ("gqa", "mla-sparse")
 
-#: Prompts of other users at the same time; their common prefix is computed once.
+#: Prompts of other users that run at the same time. Their common prefix is computed once.
 _PREAMBLE = (
     "The value of an expression is computed when the statement is executed, and the names that it "
     "uses are looked up in the namespace of the enclosing function. "
@@ -46,7 +46,7 @@ _OTHER_PROMPTS = (
 )
 _OTHER_NEW_TOKENS = 80
 
-#: Prefill tokens that take as long as one decoded token.
+#: Number of prefill tokens that take as long as one decoded token.
 _GENERATED_WEIGHT = 12
 
 
@@ -55,24 +55,26 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
         help="serve a tiny GPT with every cache type",
-        description="Serve a tiny GPT, which comes with the package or is trained here, from a "
-        "paged cache of every type and compare them; or one with latent attention (MLA) and an "
-        "indexer, and compare dense with sparse attention.",
+        description=(
+            "Serve a tiny GPT from a paged cache of every type and compare the types. The model "
+            "comes with the package or is trained here. Or serve a model with latent attention "
+            "(MLA) and an indexer, and compare dense with sparse attention."
+        ),
     )
     parser.add_argument(
         "--attention",
         choices=ATTENTIONS,
         default="gqa",
-        help="mla-sparse: latent attention over keys that an indexer chooses; default gqa",
+        help="mla-sparse: latent attention over keys that an indexer selects; default gqa",
     )
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text to continue")
     parser.add_argument(
         "--cache-quant-type",
         choices=("all", *CACHE_QUANT_TYPES),
         default="all",
-        help="gqa: compare this type only (with none, the base); default all",
+        help="gqa: compare only this type with the base type none; default all",
     )
-    parser.add_argument("--json", metavar="FILE", help="write a report there; - is stdout")
+    parser.add_argument("--json", metavar="FILE", help="write a report to this file; - is stdout")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--max-new-tokens", type=_positive, default=DEFAULT_NEW_TOKENS, metavar="N")
     parser.add_argument(
@@ -83,11 +85,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--train",
         action="store_true",
-        help="serve a model that this machine trains, which takes minutes; it is kept in the cache "
-        "folder, where the next --train finds it",
+        help=(
+            "train a model on this machine, which takes minutes, and serve it; the model is "
+            "kept in the cache folder for the next --train"
+        ),
     )
     parser.add_argument(
-        "--retrain", action="store_true", help="as --train, even if a trained model is kept"
+        "--retrain",
+        action="store_true",
+        help="as --train, but train again even if a trained model exists",
     )
     parser.set_defaults(run=run)
 
@@ -121,19 +127,20 @@ def _temperature(text: str) -> float:
 
 
 def _calm_threads() -> None:
-    """Let threads that wait sleep instead of spin, unless the user has said otherwise.
+    """Make waiting threads sleep instead of spin, unless the user has chosen otherwise.
 
-    The demo's products are small, and libraries that spin at the end of each leave other programs
-    no core: with both cores of a machine taken the demo took 100 to 120 s, and 25 s so.
+    The demo's matrix products are small, and libraries that spin after each leave no core to other
+    programs. With both cores of a machine in use, the demo took 100 to 120 s with spinning threads
+    and 25 s with sleeping ones.
     """
     if "numpy" in sys.modules:
-        return  # the libraries have read these by now
+        return  # the libraries have already read these variables
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; returns the exit status."""
+    """Run the demo; return the exit status."""
     _calm_threads()
     from fastattn.cli.outputs import problem_of_file
     from fastattn.demo.report import Console
@@ -238,7 +245,7 @@ def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
 
 
 def _find_model(args: argparse.Namespace, corpus: Any, kind: Any) -> tuple[Any, dict[str, Any]]:
-    """Existing weights, or None, and a note on their origin."""
+    """Existing weights or None, and a note on their origin."""
     from fastattn import env
     from fastattn.demo import shipped, train
 
@@ -252,7 +259,7 @@ def _find_model(args: argparse.Namespace, corpus: Any, kind: Any) -> tuple[Any, 
 
 
 def _train(console: Any, corpus: Any, kind: Any) -> tuple[Any, dict[str, Any]]:
-    """Weights trained now and kept in the cache folder, and a note on their origin."""
+    """Train weights and keep them in the cache folder; also a note on their origin."""
     from fastattn import env
     from fastattn.demo import train
 
@@ -281,7 +288,7 @@ def _train(console: Any, corpus: Any, kind: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _jobs(args: argparse.Namespace, context: int) -> list[tuple[str, int]]:
-    """Prompts and the number of tokens that each is continued with, the user's first."""
+    """Prompts and the number of tokens to generate for each. The user's prompt is first."""
     jobs = [(args.prompt, args.max_new_tokens)]
     jobs += [(prompt, min(_OTHER_NEW_TOKENS, args.max_new_tokens)) for prompt in _OTHER_PROMPTS]
     return [(prompt, min(new, context + 1 - len(prompt))) for prompt, new in jobs]
@@ -295,7 +302,7 @@ def _compare(
     weights: Any,
     place: Any,
 ) -> tuple[list[Any], dict[str, int]]:
-    """A result per cache type, and the statistics of the last one's serving."""
+    """A result per cache type, and the serving statistics of the last type."""
     from dataclasses import asdict
 
     from fastattn.demo import evaluate, text
@@ -352,7 +359,7 @@ def _compare_latent(
     weights: Any,
     place: Any,
 ) -> tuple[list[Any], dict[str, int]]:
-    """A result per variant of the latent model, and the statistics of the last one's serving."""
+    """A result per variant of the latent model, and the serving statistics of the last variant."""
     from dataclasses import asdict
 
     from fastattn.demo import evaluate, latent_evaluate, text
@@ -405,7 +412,7 @@ def _compare_latent(
 
 
 class _Counter:
-    """Adds up the tokens of steps for a progress bar, which also tells the phase."""
+    """Sums the tokens of steps for a progress bar, which also shows the phase."""
 
     def __init__(self, update: Callable[[int, str], None], total: int) -> None:
         self._update = update

@@ -1,4 +1,4 @@
-"""Serving: a model, a paged cache of one type, and a scheduler, through an attention backend."""
+"""Serving of a model through an attention backend: a paged cache of one type, and a scheduler."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Statistics:
     """Counters of an engine."""
 
     steps: int = 0
-    mixed_steps: int = 0  # with prefill and decoding requests
+    mixed_steps: int = 0  # steps with prefill and decoding requests
     tokens: int = 0
     largest_batch: int = 0
     peak_blocks: int = 0
@@ -39,18 +39,18 @@ class Statistics:
 
 
 class Server:
-    """Steps of requests: what every engine has, whatever its attention and its caches are.
+    """Common base of engines for any attention and cache: steps of requests.
 
     Parameters
     ----------
     model : Trunk
     num_blocks : int
-        Blocks of 64 tokens in the cache.
+        Number of blocks of 64 tokens in the cache.
     max_seqs, token_budget, chunk, reuse_prefixes
         See :class:`fastattn.demo.scheduler.Scheduler`.
     place : optional
-        Where the cache is and the attention runs; default the model's. Moving between the two is
-        the engine's job.
+        Place of the cache and the attention. Default: the place of the model. The engine moves
+        tensors between the two.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class Server:
             chunk=chunk,
             reuse_prefixes=reuse_prefixes,
         )
-        self._cache_bytes = 0  # of all layers
+        self._cache_bytes = 0  # for all layers
         self._max_blocks = -(-model.config.context // BLOCK_SIZE)
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of a token in the caches of all layers, scales included."""
+        """Bytes per token in the caches of all layers, including scales."""
         return self._cache_bytes / (self.scheduler.pool.num_blocks * BLOCK_SIZE)
 
     def submit(self, request: Request) -> Request:
@@ -100,13 +100,13 @@ class Server:
         return request
 
     def run(self, progress: Callable[[int], None] | None = None) -> None:
-        """Step until every request is done; `progress` gets the number of tokens of each step."""
+        """Step until every request is done; `progress` receives each step's number of tokens."""
         while tokens := self.step():
             if progress is not None:
                 progress(tokens)
 
     def step(self) -> int:
-        """Run one step; returns its number of tokens, 0 when there was nothing to do."""
+        """Run one step and return its number of tokens; 0 if there was nothing to do."""
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return 0
@@ -167,13 +167,13 @@ class Engine(Server):
     model : Model
     cache_quant_type : str
     scales : sequence of (k, v), optional
-        Per layer, for the static types.
+        Scales per layer, for the static types.
     num_blocks : int
-        Blocks of 64 tokens in the cache.
+        Number of blocks of 64 tokens in the cache.
     backend_class : type
         One of the classes of :mod:`fastattn.backends`.
     k_rotation : {"none", "hadamard"}, optional
-        How K is rotated before it is quantised; by default as the type has it.
+        Rotation of K before it is quantised. Default: the rotation of the type.
     **options
         See :class:`Server`.
     """
@@ -206,7 +206,6 @@ class Engine(Server):
         self._rotary = self._tensor(rotary_table(config))
 
     def _forward(self, scheduled: list[ScheduledTokens]) -> Array:
-        """Logits of all tokens of a step, fp32 ``[T, vocabulary]``."""
         tokens = [t for run in scheduled for t in run.tokens]
         meta = ForwardMeta.for_step(
             cached=[run.start for run in scheduled],

@@ -1,4 +1,4 @@
-"""Comparison of cache types: bytes, perplexity, logit error, tokens a second."""
+"""Comparison of cache types: bytes, perplexity, logit error, tokens per second."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from fastattn.demo.text import encode
 from fastattn.functional._cache_types import STATIC_TYPES
 from fastattn.reference.numerics import Array, amax, dynamic_scale
 
-#: Windows of text for static scales, and for perplexity.
+#: Number of text windows for static scales, and for perplexity.
 CALIBRATION_WINDOWS = 16
 HELD_OUT_WINDOWS = 40
 
 _CALIBRATION_BATCH = 4
 
-#: Of the steps whose time is measured, one in so many is checked on the device.
+#: Number of timed steps per check on the device.
 _STEPS_A_CHECK = 8
 
 Progress = Callable[[int], None]
@@ -53,7 +53,7 @@ class Served:
 
 
 def windows(text: str, length: int, count: int) -> Array:
-    """`count` evenly spaced windows of `length` + 1 tokens (fewer if the text is short)."""
+    """`count` evenly spaced windows of `length` + 1 tokens, or fewer if the text is short."""
     tokens = encode(text)
     if len(tokens) < length + 1:
         raise ValueError(f"expected a text of more than {length} tokens, got {len(tokens)}")
@@ -63,7 +63,7 @@ def windows(text: str, length: int, count: int) -> Array:
 
 
 def calibration_tokens(config: Config, text: str, cache_quant_type: str) -> int:
-    """Tokens that :func:`static_scales` runs the model over."""
+    """Number of tokens that :func:`static_scales` runs the model over."""
     if cache_quant_type not in STATIC_TYPES:
         return 0
     return windows(text, config.context, CALIBRATION_WINDOWS)[:, :-1].size
@@ -77,7 +77,7 @@ def static_scales(
     *,
     progress: Progress | None = None,
 ) -> list[LayerScales] | None:
-    """Scales of a static type, from the largest K and V of a text: per head (FP8), per channel.
+    """Scales of a static type from the largest K and V in a text: per head (FP8) or per channel.
 
     Parameters
     ----------
@@ -86,19 +86,19 @@ def static_scales(
     text : str
     cache_quant_type : str
     progress : callable, optional
-        Gets the number of tokens of every forward pass.
+        Receives the number of tokens of every forward pass.
 
     Returns
     -------
     list of (k, v), fp32 ``[KV]`` or ``[KV * D]``
-        One pair a layer; None for a type that has no static scales.
+        One pair per layer; None for a type without static scales.
     """
     if cache_quant_type not in STATIC_TYPES:
         return None
     tokens = windows(text, config.context, CALIBRATION_WINDOWS)[:, :-1]
     per_channel = cache_quant_type == "cache_int8"
     code = "int8" if per_channel else "e4m3"
-    axes = (0, 2) if per_channel else (0, 2, 3)  # of [B, KV, T, D]
+    axes = (0, 2) if per_channel else (0, 2, 3)  # axes of [B, KV, T, D]
     largest: list[LayerScales] = []
     for start in range(0, len(tokens), _CALIBRATION_BATCH):
         batch = tokens[start : start + _CALIBRATION_BATCH]
@@ -119,9 +119,9 @@ def perplexity(
     held_out: Array,
     run: Callable[[Weights, Any, Array], Any] = forward,
 ) -> float:
-    """Perplexity of windows ``[n, T + 1]`` with plain dense attention in fp32: no cache at all.
+    """Perplexity of windows ``[n, T + 1]`` with plain dense fp32 attention, without a cache.
 
-    `run` is the model's ``forward`` in NumPy.
+    `run` is the model's NumPy ``forward``.
     """
     losses = [
         cross_entropy(run(weights, config, window[None, :-1]).logits, window[1:])[0]
@@ -147,7 +147,7 @@ def score(
 
 
 def scoring_options(config: Sizes) -> dict[str, Any]:
-    """Options of an engine that :func:`score_with` takes."""
+    """Engine options for :func:`score_with`."""
     max_seqs = 4
     return {
         "num_blocks": max_seqs * (-(-config.context // BLOCK_SIZE)),
@@ -161,7 +161,7 @@ def scoring_options(config: Sizes) -> dict[str, Any]:
 def score_with(
     engine: Server, held_out: Array, progress: Progress | None = None
 ) -> tuple[Score, list[Request]]:
-    """Logits and perplexity of windows ``[n, T + 1]``, and the requests that they were."""
+    """Logits and perplexity of windows ``[n, T + 1]``, and their requests."""
     requests = [
         engine.submit(Request(list(window[:-1]), max_new_tokens=0, keep_logits=True))
         for window in held_out
@@ -184,9 +184,9 @@ def serve(
     progress: Progress | None = None,
     k_rotation: str | None = None,
 ) -> Served:
-    """Serve jobs (prompt, new tokens) as one changing batch.
+    """Serve jobs (prompt, number of new tokens) as one changing batch.
 
-    `progress` gets the number of tokens that every step has generated.
+    `progress` receives the number of tokens that every step has generated.
     """
     engine = Engine(
         model, cache_quant_type, scales=scales, place=place, max_seqs=4, k_rotation=k_rotation
@@ -241,5 +241,5 @@ def warm_up_with(engine: Server) -> None:
 
 
 def largest_difference(logits: Array, base: Array) -> float:
-    """Largest absolute difference of two logit arrays."""
+    """Largest absolute difference between two logit arrays."""
     return float(np.max(np.abs(logits - base)))

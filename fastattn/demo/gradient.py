@@ -1,10 +1,11 @@
 """Loss and gradients of the demo's model, in NumPy.
 
-Written out by hand because the BLAS inside a CPU build of Paddle can be several times slower than
-NumPy's: a matrix product of this model ran at 34 against 230 GFLOP/s on two cores of an AMD EPYC
-(defaults of both; Paddle uses one thread). A test holds it to Paddle's own gradients.
+The gradients are written by hand, because the BLAS in a CPU build of Paddle can be several times
+slower than NumPy's. A matrix product of this model ran at 34 GFLOP/s in Paddle and 230 in NumPy on
+two cores of an AMD EPYC (with the defaults of both; Paddle uses one thread). A test compares them
+with Paddle's own gradients.
 
-Arrays are fp32; N = B * T tokens, G = heads / kv_heads queries a KV head.
+Arrays are fp32. N = B * T tokens; G = heads / kv_heads queries per KV head.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ import numpy as np
 from fastattn.demo.model import NORM_EPS, Config, Sizes, Weights, rotary_angles
 from fastattn.reference.numerics import Array
 
-#: What a score is moved by where a query does not see the key.
+#: Number added to a score if the query does not see the key.
 MASKED = np.float32(-1e30)
 
 
 class Norm(NamedTuple):
-    """What the backward pass of a norm needs."""
+    """Values of a norm for the backward pass."""
 
     normed: Array  # [N, hidden], before the weight
     inverse: Array  # [N, 1]
 
 
 class Mlp(NamedTuple):
-    """Activations of a layer's SwiGLU that the backward pass needs."""
+    """Activations of a layer's SwiGLU for the backward pass."""
 
     norm: Norm
     input: Array  # [N, hidden]
@@ -40,11 +41,11 @@ class Mlp(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Activations of a layer that the backward pass needs."""
+    """Activations of a layer for the backward pass."""
 
     attention_norm: Norm
     attention_in: Array  # [N, hidden]
-    attention: Any  # the kind's own
+    attention: Any  # specific to the kind of attention
     flat_out: Array  # [N, H * D]
     mlp: Mlp
 
@@ -58,16 +59,16 @@ class Trace(NamedTuple):
     logits: Array  # [N, vocabulary]
 
 
-#: Attention of layer i over its input [N, hidden]: what its backward pass needs, and the output
-#: [N, H * D] in front of the last product.
+#: Attention of layer i over its input [N, hidden]. It returns the values for the backward pass, and
+#: the output [N, H * D] before the last product.
 Attend = Callable[[int, Array], tuple[Any, Array]]
-#: The way back, from the gradient of that output: gradient of the input; those of the weights go
-#: into the last argument.
+#: The backward pass, from the gradient of that output to the gradient of the input. The gradients
+#: of the weights go into the last argument.
 AttendBack = Callable[[int, Layer, Array, Weights], Array]
 
 
 class _Heads(NamedTuple):
-    """What the backward pass of an attention needs."""
+    """Values of an attention for the backward pass."""
 
     q: Array  # [B, KV, G * T, D], rotated and scaled by 1 / sqrt(D)
     k: Array  # [B, KV, T, D], rotated
@@ -106,7 +107,7 @@ def causal_softmax(scores: Array) -> Array:
 
 
 def softmax(scores: Array) -> Array:
-    """In place, over the last dimension."""
+    """Softmax over the last dimension, in place."""
     scores -= scores.max(-1, keepdims=True)
     np.exp(scores, out=scores)
     scores /= scores.sum(-1, keepdims=True)
@@ -144,18 +145,18 @@ def heads_last(x: Array, heads: int, length: int) -> Array:
 
 
 def mlp_forward(i: int, weights: Weights, x: Array) -> tuple[Array, Mlp]:
-    """Residual stream behind layer i's SwiGLU."""
+    """Residual stream after layer i's SwiGLU."""
     entry, norm = rms_norm(x, weights[f"{i}.mlp_norm"])
     gate_up = entry @ weights[f"{i}.gate_up"]
     width = gate_up.shape[1] // 2
     gate, up = gate_up[:, :width], gate_up[:, width:]
-    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the right 0
+    with np.errstate(over="ignore"):  # exp(-gate) = inf gives the correct 0
         sigmoid = 1 / (1 + np.exp(-gate))
     return x + (gate * sigmoid * up) @ weights[f"{i}.down"], Mlp(norm, entry, gate, sigmoid, up)
 
 
 def mlp_backward(i: int, weights: Weights, saved: Mlp, dx: Array, gradients: Weights) -> Array:
-    """Gradient of the residual stream before it; those of its weights go into `gradients`."""
+    """Gradient of the residual stream before layer i's SwiGLU; adds its weights' to `gradients`."""
     activated = saved.gate * saved.sigmoid
     gradients[f"{i}.down"] = (activated * saved.up).T @ dx
     d = dx @ weights[f"{i}.down"].T
@@ -203,7 +204,7 @@ def run_back(
 ) -> tuple[float, Weights]:
     """Mean cross entropy of predicting `targets` ``[B, T]``, and the gradients of all weights.
 
-    The layers of `trace` are used up.
+    This consumes the layers of `trace`.
     """
     loss, dlogits = cross_entropy(trace.logits, targets.reshape(-1))
     gradients: Weights = {"embedding": dlogits.T @ trace.hidden}

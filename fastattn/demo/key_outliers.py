@@ -13,10 +13,11 @@ from fastattn.reference.numerics import Array
 
 
 def with_large_keys(weights: Weights, config: Config, factor: float, pair: int = 5) -> Weights:
-    """The same function of its input, with two channels of every K head `factor` times as large.
+    """Weights of the same function, in which two channels of every K head are `factor` times
+    larger.
 
-    They are the two of a rotated pair, and Q has them as much smaller, so that scores stay what
-    they are but for roundings.
+    The two channels form a rotated pair. Q has them smaller by the same factor, so scores are the
+    same except for rounding.
     """
     changed = dict(weights)
     channels = np.array([2 * pair, 2 * pair + 1])
@@ -30,9 +31,10 @@ def with_large_keys(weights: Weights, config: Config, factor: float, pair: int =
 
 
 def samples_of(weights: Weights, config: Config, tokens: Array) -> dict[int, LayerSamples]:
-    """Q, K and V of every layer over windows of text, int64 [windows, T], one behind the other.
+    """Q, K and V of every layer over concatenated windows of text, int64 [windows, T].
 
-    Queries are there for a single window only: those of several do not see one sequence.
+    Queries are returned only for a single window, because queries of several windows do not see one
+    sequence.
     """
     batch, length = tokens.shape
     samples = {}

@@ -19,7 +19,7 @@ from fastattn.reference.numerics import Array
 
 
 class Kind(NamedTuple):
-    """What belongs to one ``--attention``.
+    """The components of one ``--attention``.
 
     Attributes
     ----------
@@ -27,11 +27,11 @@ class Kind(NamedTuple):
     model : type
         Takes a configuration, weights and a place.
     forward : callable
-        The model in NumPy, with dense attention: takes weights, a configuration and tokens.
+        The model in NumPy with dense attention. Takes weights, a configuration and tokens.
     train : callable
-        Takes a corpus, a configuration, a schedule and optionally a progress.
+        Takes a corpus, a configuration, a schedule and optionally a progress callback.
     files : Files
-        Of the shipped model.
+        Files of the shipped model.
     """
 
     config: Any

@@ -1,4 +1,4 @@
-"""Serving of the latent model: 656-byte caches, and keys that an indexer chooses for each query."""
+"""Serving of the latent model, with 656-byte caches and keys that an indexer selects per query."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _INDEX_KEY_BYTES = 132
 
 @dataclass(frozen=True)
 class Attention:
-    """What a query sees, and what the latent cache is stored in.
+    """The keys that a query sees, and the format of the latent cache.
 
     Attributes
     ----------
     keys : {"dense", "window", "sparse"}
-        All keys up to it; the last ones; or the last ones and those that the indexer chooses.
+        All keys up to the query, the last keys, or the last keys and keys that the indexer selects.
     cache_format : {"bf16", "fp8_656"}
     window, topk : int
-        Last keys, and keys before them that the indexer chooses.
+        Number of last keys, and of keys before them that the indexer selects.
     """
 
     keys: str
@@ -46,14 +46,14 @@ class Attention:
 
 
 class _Group(NamedTuple):
-    """Tokens of a step that are scored in one call: those that decode, or the chunks."""
+    """Tokens of a step that one call scores: of decoding sequences, or of chunks."""
 
     tokens: slice
     decodes: bool
     positions: Any  # int64 [T]
     batch_ids: Any  # int32 [T]
     block_tables: Any  # int32 [B, max_blocks]
-    before_window: Any  # int32 [T]: keys before the window
+    before_window: Any  # int32 [T]: number of keys before the window
     starts: Any  # int32 [T]: first gathered key of the token's sequence
     ends: Any  # int32 [T]
     cu_seqlens_k: Any  # int32 [B + 1]
@@ -64,7 +64,7 @@ class _Group(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """Tensors of a step, beside the cache, that all layers share."""
+    """Tensors of a step, next to the cache, that all layers share."""
 
     positions: Array  # int64 [T], NumPy
     slots: Any  # int64 [T]
@@ -81,24 +81,24 @@ class LatentEngine(Server):
     """Serves requests of the latent model.
 
     A step writes the latents and index keys of its new tokens, then attends. Decoding sequences are
-    scored with their pages where they lie; the index keys of chunks are gathered first, the cached
-    ones among them.
+    scored directly from their pages. The index keys of chunks, including cached ones, are gathered
+    first.
 
     Parameters
     ----------
     model : LatentModel
     attention : Attention
     num_blocks : int
-        Blocks of 64 tokens in the caches.
+        Number of blocks of 64 tokens in the caches.
     keep_choices : bool
-        Keep what the indexer has chosen, in :attr:`choices`.
+        Whether to keep the indexer's selections in :attr:`choices`.
     **options
         See :class:`~fastattn.demo.engine.Server`.
 
     Attributes
     ----------
     choices : list of (request, position, layer, indices)
-        Positions in the sequence that the indexer chose for a query, -1 behind the last.
+        Positions in the sequence that the indexer selected for a query; -1 after the last one.
     """
 
     model: LatentModel
@@ -130,7 +130,7 @@ class LatentEngine(Server):
         self._cos_sin = self._tensor(cos_sin_table(model.config))
 
     def _forward(self, scheduled: list[ScheduledTokens]) -> Array:
-        # Decoding sequences first, so that both groups are contiguous.
+        # Decoding sequences come first, so that both groups are contiguous.
         order = sorted(range(len(scheduled)), key=lambda i: scheduled[i].count > 1)
         runs = [scheduled[i] for i in order]
         step = self._prepare(runs)
@@ -150,7 +150,8 @@ class LatentEngine(Server):
         positions = np.concatenate([np.arange(r.start, r.start + r.count) for r in runs])
         owners = np.repeat(np.arange(len(runs)), counts)
         blocks = tables[owners, positions // BLOCK_SIZE].astype(np.int64)
-        decoding = sum(count == 1 for count in counts)  # sequences, and so tokens
+        # number of sequences, which have one token each
+        decoding = sum(count == 1 for count in counts)
         return _Step(
             positions=positions,
             slots=self._tensor(blocks * BLOCK_SIZE + positions % BLOCK_SIZE),
@@ -203,7 +204,7 @@ class LatentEngine(Server):
     def _attend(
         self, layer: int, inputs: AttentionInputs, step: _Step, runs: list[ScheduledTokens]
     ) -> Any:
-        """Output of a layer's attention, fp32 ``[T, H, 512]``, beside the model."""
+        """Output of a layer's attention, fp32 ``[T, H, 512]``, on the model's place."""
         cache = self.caches[layer]
         cache_format = self.attention.cache_format
         F.mla_write_cache(
@@ -236,7 +237,7 @@ class LatentEngine(Server):
     def _sparse(
         self, layer: int, inputs: AttentionInputs, group: _Group, runs: list[ScheduledTokens]
     ) -> Any:
-        """The same for the tokens of a group, over the keys that each of them sees."""
+        """Attention of a group's tokens over the keys that each token sees."""
         cache, config = self.caches[layer], self.model.config
         keys: dict[str, Any] = {"indices": group.window, "topk_length": group.window_lengths}
         if self.attention.keys == "sparse":
@@ -244,7 +245,7 @@ class LatentEngine(Server):
             if self.keep_choices:
                 self._keep(layer, indices, group, runs)
             slots, lengths = F.topk_to_slots(indices, group.block_tables, group.batch_ids)
-            # The window is a second cache in one softmax; no key is in both lists.
+            # The window is a second cache in the same softmax. No key is in both lists.
             keys = {
                 "indices": slots,
                 "topk_length": lengths,
@@ -303,9 +304,9 @@ class LatentEngine(Server):
             self.choices.append((request, position, layer, row))
 
     def _send(self, x: Any) -> Any:
-        """In bfloat16, beside the cache."""
+        """Convert to bfloat16 on the cache's place."""
         return self._move(to_bfloat16(x), self.place)
 
     def _receive(self, out: Any) -> Any:
-        """In fp32, beside the model."""
+        """Convert to fp32 on the model's place."""
         return self._move(out, self.model.place).astype("float32")

@@ -1,4 +1,4 @@
-"""Comparison of what a query of the latent model sees: bytes, perplexity, recall of the indexer."""
+"""Comparison of the latent model's attention variants: bytes, perplexity, recall of the indexer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fastattn.reference.numerics import Array
 
 
 def variants(config: LatentConfig) -> list[Attention]:
-    """The rows of the table: all keys, as many recent ones, and chosen ones in either format."""
+    """Rows of the table: all keys, the same number of recent keys, and selected keys in both
+    formats.
+    """
     window, topk = config.window, config.topk
     return [
         Attention("dense", "bf16"),
@@ -28,7 +30,7 @@ def variants(config: LatentConfig) -> list[Attention]:
 def dense_attention(
     weights: Weights, config: LatentConfig, held_out: Array, progress: Progress | None = None
 ) -> Array:
-    """What each query gives to each key in dense attention in fp32, without a cache.
+    """Weights of each query for each key in dense fp32 attention, without a cache.
 
     Parameters
     ----------
@@ -36,12 +38,12 @@ def dense_attention(
     config : LatentConfig
     held_out : array of int64, shape [n, T + 1]
     progress : callable, optional
-        Gets the number of tokens of every window.
+        Receives the number of tokens of every window.
 
     Returns
     -------
     array of float32, shape [n, layers, T, T]
-        The mean of all heads.
+        Mean over all heads.
     """
     attention = []
     for window in held_out:
@@ -67,13 +69,13 @@ def score(
     place: Any = None,
     progress: Progress | None = None,
 ) -> tuple[Score, Array | None]:
-    """Perplexity of windows ``[n, T + 1]`` through the paged cache, and what the indexer chose.
+    """Perplexity of windows ``[n, T + 1]`` through the paged cache, and the indexer's selections.
 
     Returns
     -------
     score : Score
     choices : array of int32, shape [windows, layers, T, topk]
-        Positions; -1: none. None without an indexer.
+        Positions; -1 means none. None without an indexer.
     """
     config = model.config
     sparse = attention.keys == "sparse"
@@ -92,15 +94,15 @@ def score(
 
 
 def fidelity(weights: Array, attention: Attention, choices: Array | None) -> Fidelity:
-    """How much of the dense attention a variant's queries see.
+    """Fraction of the dense attention that a variant's queries see.
 
     Parameters
     ----------
     weights : array, shape [windows, layers, T, T]
-        Of :func:`dense_attention`.
+        From :func:`dense_attention`.
     attention : Attention
     choices : array, optional
-        Of :func:`score`.
+        From :func:`score`.
     """
     length = weights.shape[-1]
     if attention.keys == "dense":
@@ -108,7 +110,7 @@ def fidelity(weights: Array, attention: Attention, choices: Array | None) -> Fid
     positions = np.arange(length)
     before = positions <= positions[:, None] - attention.window
     visible = np.broadcast_to(np.tri(length, dtype=bool) & ~before, weights.shape)
-    queries = slice(attention.window + attention.topk, None)  # those that do not see all keys
+    queries = slice(attention.window + attention.topk, None)  # queries that do not see all keys
     if choices is None:
         return Fidelity(None, float(_covered(weights, visible)[:, :, queries].mean()))
     chosen = _members(choices, length)
@@ -125,17 +127,17 @@ def _covered(weights: Array, visible: Array) -> Array:
 
 
 def _members(indices: Array, length: int) -> Array:
-    """Whether a position is among a query's indices, bool ``[..., T]``; -1 is none."""
+    """Whether a position is in a query's indices, bool ``[..., T]``; -1 means no position."""
     result = np.zeros((*indices.shape[:-1], length + 1), bool)
     np.put_along_axis(result, np.where(indices < 0, length, indices), True, axis=-1)
     return result[..., :length]
 
 
 def rms_difference(logits: Array, base: Array) -> float:
-    """Root of the mean square of the difference of two logit arrays."""
+    """Root mean square difference of two logit arrays."""
     return float(np.sqrt(np.mean(np.square(logits - base, dtype=np.float64))))
 
 
 def most_keys(attention: Attention, config: LatentConfig) -> int:
-    """Keys that a query sees at most."""
+    """Maximum number of keys that a query sees."""
     return config.context if attention.keys == "dense" else attention.window + attention.topk

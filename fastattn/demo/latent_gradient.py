@@ -1,10 +1,10 @@
 """Loss and gradients of the latent model and of its indexer, in NumPy.
 
-The attention is dense and not absorbed: a head has its own K and V, made from the latent. The
-indexer is distilled from it: its softmax over the keys before the window shall be the attention
-that all heads together give to those keys.
+The attention is dense and not absorbed: each head has its own K and V, made from the latent. The
+indexer is distilled from it. Its softmax over the keys before the window approximates the attention
+that all heads together give to these keys.
 
-Arrays are fp32; N = B * T tokens.
+Arrays are fp32. N = B * T tokens.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from fastattn.reference.numerics import Array
 
 
 class LatentHeads(NamedTuple):
-    """What the backward pass of a layer's attention and its indexer need."""
+    """Values of a layer's attention and its indexer for the backward pass."""
 
     query_norm: Norm
-    query_in: Array  # [N, query_rank], behind its norm
+    query_in: Array  # [N, query_rank], after its norm
     latent_norm: Norm
-    latent: Array  # [N, 512], behind its norm
+    latent: Array  # [N, 512], after its norm
     q: Array  # [B, H, T, nope + 64], rotated and scaled
     k: Array  # [B, H, T, nope + 64], rotated
     v: Array  # [B, H, T, value]
@@ -48,7 +48,7 @@ class LatentHeads(NamedTuple):
 
 
 def turned(x: Array, turn: Array) -> Array:
-    """Rotate the last 64 channels of ``[B, T, heads, C]``, which are copied."""
+    """Rotate the last 64 channels of a copy of ``[B, T, heads, C]``."""
     x = np.array(x)
     rope = np.ascontiguousarray(x[..., -ROPE_DIM:]).view(np.complex64) * turn
     x[..., -ROPE_DIM:] = rope.view(np.float32)
@@ -62,7 +62,7 @@ def _heads_first(x: Array) -> Array:
 def _project(
     i: int, weights: Weights, config: LatentConfig, x: Array, shape: tuple[int, int], turn: Array
 ) -> tuple[tuple[Norm, Array, Norm, Array], Array, Array, Array]:
-    """Normed inputs, and Q, K and V of a layer's heads, ``[B, H, T, C]``."""
+    """Normalised inputs, and Q, K and V of a layer's heads, ``[B, H, T, C]``."""
     batch, length = shape
     query_in, query_norm = rms_norm(x @ weights[f"{i}.query_down"], weights[f"{i}.query_norm"])
     down = x @ weights[f"{i}.latent_down"]
@@ -98,7 +98,7 @@ def loss_and_gradients(
 ) -> tuple[float, Weights]:
     """Mean cross entropy of predicting `targets` ``[B, T]`` from `tokens` ``[B, T]``.
 
-    The indexer has no gradient: the attention is dense.
+    The indexer has no gradient here, because the attention is dense.
     """
     turn_back = rotation(config, tokens.shape[1]).conj()
 
@@ -193,7 +193,7 @@ def distil(weights: Weights, config: LatentConfig, tokens: Array) -> tuple[float
     """Mean Kullback-Leibler divergence of the indexers from the attention, and its gradients.
 
     The mean is over layers and over the queries that have keys before their window. Only the
-    indexers' weights have gradients.
+    weights of the indexers have gradients.
     """
     batch, length = tokens.shape
     turn = rotation(config, length)

@@ -1,7 +1,7 @@
-"""The demo's model with latent attention (MLA) and a lightning indexer, as DeepSeek-V3.2 has them.
+"""The demo's model with latent attention (MLA) and a lightning indexer, as in DeepSeek-V3.2.
 
-The sizes of what a cache holds are the real ones, 512 latent and 64 rotated channels a token and
-128 channels of an index key; everything else is small.
+The sizes of the cache contents are the real ones: 512 latent and 64 rotated channels per token, and
+128 channels of an index key. All other sizes are small.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import paddle
 from fastattn.demo.model import Sizes, Trunk, Weights, rms_norm, rotary_angles, rotate
 from fastattn.reference.numerics import Array
 
-#: Channels of an index key; the operators take no others.
+#: Channels of an index key. The operators support no other number.
 INDEX_DIM = 128
 LATENT_DIM = 512
 ROPE_DIM = 64
@@ -29,13 +29,13 @@ class LatentConfig(Sizes):
     Attributes
     ----------
     nope_dim, value_dim : int
-        Channels of a head of Q and K that are not rotated, and of V, before absorption.
+        Channels of a head before absorption: of Q and K without rotation, and of V.
     query_rank : int
-        Channels that queries, those of the indexer too, are projected from.
+        Channels from which queries, including the indexer's, are projected.
     window : int
-        Last keys up to a query, itself included, that it always sees.
+        Number of last keys that a query always sees, including itself.
     topk : int
-        Keys before the window that the indexer chooses.
+        Number of keys before the window that the indexer selects.
     """
 
     nope_dim: int = 32
@@ -47,12 +47,12 @@ class LatentConfig(Sizes):
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head, and of an index head, that are rotated."""
+        """Number of rotated channels of a head and of an index head."""
         return ROPE_DIM
 
     @property
     def softmax_scale(self) -> float:
-        """That of a head before absorption."""
+        """Softmax scale of a head before absorption."""
         return 1 / math.sqrt(self.nope_dim + ROPE_DIM)
 
     @property
@@ -61,7 +61,7 @@ class LatentConfig(Sizes):
         return 1 / math.sqrt(INDEX_DIM * self.index_heads)
 
     def attention_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the weights of layer i's attention."""
+        """Names and shapes of the weights of layer i's attention."""
         return {
             f"{i}.query_down": (self.hidden, self.query_rank),
             f"{i}.query_norm": (self.query_rank,),
@@ -75,7 +75,7 @@ class LatentConfig(Sizes):
         }
 
     def indexer_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the weights of layer i's indexer."""
+        """Names and shapes of the weights of layer i's indexer."""
         return {
             f"{i}.index_query": (self.query_rank, self.index_heads * INDEX_DIM),
             f"{i}.index_key": (self.hidden, INDEX_DIM),
@@ -91,16 +91,16 @@ def cos_sin_table(config: LatentConfig) -> Array:
 
 
 class AttentionInputs(NamedTuple):
-    """What a layer's attention takes of T tokens, fp32.
+    """Inputs of a layer's attention for T tokens, fp32.
 
     Attributes
     ----------
     q : Tensor, shape [T, H, 576]
-        Absorbed: 512 channels that meet the latent, then 64 rotated ones.
+        Absorbed: 512 channels for the latent, then 64 rotated channels.
     latent, rope : Tensor, shapes [T, 512] and [T, 64]
-        What the cache holds; `rope` is rotated.
+        Contents of the cache; `rope` is rotated.
     index_q : Tensor, shape [T, heads of the indexer, 128]
-        Not rotated: the operator that quantises it rotates it.
+        Not rotated, because the operator that quantises it also rotates it.
     index_key : Tensor, shape [T, 128]
         Rotated.
     index_weight : Tensor, shape [T, heads of the indexer]
@@ -115,17 +115,17 @@ class AttentionInputs(NamedTuple):
 
 
 class LatentModel(Trunk):
-    """The model on a Paddle place, fp32, in the absorbed form that latent caches want.
+    """The model on a Paddle place, fp32, in the absorbed form for latent caches.
 
-    A head's K and V never exist: its query is multiplied by the key projection instead, and its
-    output, 512 channels, by the value projection.
+    The K and V of a head are never computed. Its query is multiplied by the key projection instead,
+    and its output, 512 channels, by the value projection.
 
     Parameters
     ----------
     config : LatentConfig
     weights : dict of arrays
     place : optional
-        Default CPU.
+        Default: CPU.
     """
 
     config: LatentConfig

@@ -1,4 +1,4 @@
-"""Training of the latent model: the dense attention first, then the indexer from it."""
+"""Training of the latent model: first the dense attention, then the indexer from it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from fastattn.reference.numerics import Array
 
 @dataclass(frozen=True)
 class LatentSchedule:
-    """How to train: the model as :class:`~fastattn.demo.train.Schedule` says, then its indexer.
+    """Training schedule: the model as in :class:`~fastattn.demo.train.Schedule`, then its indexer.
 
-    The indexer sees whole contexts only: in short windows hardly a key is before the window.
+    The indexer is trained on whole contexts only, because short windows have few keys before the
+    window.
     """
 
     model: Schedule = field(default_factory=Schedule)
@@ -26,7 +27,7 @@ class LatentSchedule:
 
     @property
     def steps(self) -> int:
-        """Steps of both."""
+        """Number of steps of both parts."""
         return self.model.steps + self.indexer.steps
 
 
@@ -44,7 +45,7 @@ def train(
 ) -> Weights:
     """Train from scratch; the same arguments give the same weights on the same machine.
 
-    The loss that `progress` gets is the cross entropy, then the indexer's divergence.
+    `progress` receives the cross entropy, then the indexer's divergence.
     """
     weights = initial_weights(config, schedule.model.seed)
 

@@ -1,7 +1,7 @@
 """The demo's model: a GPT with RMSNorm, interleaved RoPE, grouped queries and SwiGLU.
 
-Weights are a dictionary of fp32 arrays (``weight_shapes`` names them). :class:`Model` is the model
-in Paddle, in pieces that leave the attention to whoever calls them.
+Weights are a dictionary of fp32 arrays (see ``weight_shapes``). :class:`Model` is the model in
+Paddle, in parts that leave the attention to the caller.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Sizes:
-    """What models of any attention have; `context` is the longest sequence that they see.
+    """Sizes of models with any attention. `context` is the length of the longest sequence.
 
-    A model is a class of its own, which adds the sizes of its attention.
+    Each model has a subclass, which adds the sizes of its attention.
     """
 
     layers: int = 4
@@ -40,11 +40,11 @@ class Sizes:
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that are rotated."""
+        """Number of rotated channels of a head."""
         raise NotImplementedError
 
     def attention_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the weights of layer i's attention."""
+        """Names and shapes of the weights of layer i's attention."""
         raise NotImplementedError
 
 
@@ -57,16 +57,16 @@ class Config(Sizes):
 
     @property
     def qkv_width(self) -> int:
-        """Columns of the fused projection."""
+        """Number of columns of the fused projection."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that are rotated: all."""
+        """Number of rotated channels of a head: all."""
         return self.head_dim
 
     def attention_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
-        """Name and shape of the weights of layer i's attention."""
+        """Names and shapes of the weights of layer i's attention."""
         return {
             f"{i}.qkv": (self.hidden, self.qkv_width),
             f"{i}.attention_out": (self.heads * self.head_dim, self.hidden),
@@ -74,7 +74,7 @@ class Config(Sizes):
 
 
 def weight_shapes(config: Sizes) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight; matrices are ``[in, out]``, the embedding is tied."""
+    """Names and shapes of all weights. Matrices are ``[in, out]``; the embedding is tied."""
     shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocabulary, config.hidden)}
     for i in range(config.layers):
         shapes[f"{i}.attention_norm"] = (config.hidden,)
@@ -87,7 +87,7 @@ def weight_shapes(config: Sizes) -> dict[str, tuple[int, ...]]:
 
 
 def initial_weights(config: Sizes, seed: int = 0) -> Weights:
-    """Random weights; what is added to the residual stream starts smaller."""
+    """Random weights. Matrices that add to the residual stream start smaller."""
     rng = np.random.default_rng(seed)
     weights: Weights = {}
     for name, shape in weight_shapes(config).items():
@@ -114,14 +114,14 @@ def rotary_table(config: Config) -> Array:
 
 
 class Trunk:
-    """All of a model but its attention, on a Paddle place, fp32.
+    """All of a model except its attention, on a Paddle place, fp32.
 
     Parameters
     ----------
     config : Sizes
     weights : dict of arrays
     place : optional
-        Default CPU.
+        Default: CPU.
     """
 
     def __init__(self, config: Sizes, weights: Weights, place: Any = None) -> None:
@@ -130,11 +130,11 @@ class Trunk:
         self.weights = {k: paddle.to_tensor(v, place=self.place) for k, v in weights.items()}
 
     def tensor(self, array: Array) -> Any:
-        """A tensor beside the weights."""
+        """A tensor on the place of the weights."""
         return paddle.to_tensor(np.ascontiguousarray(array), place=self.place)
 
     def embed(self, tokens: Array) -> Any:
-        """``[..., hidden]`` of int64 tokens ``[...]``."""
+        """Embeddings ``[..., hidden]`` of int64 tokens ``[...]``."""
         return F.embedding(self.tensor(tokens), self.weights["embedding"])
 
     def finish(self, layer: int, x: Any, attention: Any) -> Any:
@@ -145,7 +145,7 @@ class Trunk:
         return x + paddle.matmul(F.silu(gate) * up, self.weights[f"{layer}.down"])
 
     def logits(self, x: Any) -> Any:
-        """``[..., vocabulary]`` of the residual stream."""
+        """Logits ``[..., vocabulary]`` of the residual stream."""
         normed = rms_norm(x, self.weights["norm"])
         return paddle.matmul(normed, self.weights["embedding"], transpose_y=True)
 
@@ -167,8 +167,8 @@ class Model(Trunk):
         ----------
         tokens : array of int64, shape [B, T]
         bfloat16 : bool
-            Round what goes into and comes out of the attention as serving does: the projection, Q
-            and K after the rotation, and the output.
+            Round the inputs and outputs of the attention as serving does: the projection, Q and K
+            after the rotation, and the output.
 
         Returns
         -------
@@ -200,7 +200,7 @@ class Model(Trunk):
 
 
 def to_bfloat16(x: Any) -> Any:
-    """Round an fp32 tensor to bfloat16, to nearest: Paddle 2.6 truncates on the CPU."""
+    """Round an fp32 tensor to the nearest bfloat16, because Paddle 2.6 truncates on the CPU."""
     if x.place.is_gpu_place():
         return x.astype("bfloat16")
     bits = x.numpy().astype(numerics.bfloat16).view(np.uint16)
@@ -208,7 +208,7 @@ def to_bfloat16(x: Any) -> Any:
 
 
 def rms_norm(x: Any, weight: Any) -> Any:
-    """`x` divided by the root of its last dimension's mean square, times `weight`."""
+    """`x` divided by the root mean square of its last dimension, times `weight`."""
     return x * paddle.rsqrt((x * x).mean(axis=-1, keepdim=True) + NORM_EPS) * weight
 
 

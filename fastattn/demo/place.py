@@ -17,7 +17,7 @@ _PROBE_SECONDS = 120
 
 
 class Places(NamedTuple):
-    """Places of the dense layers and of the cache with its attention, and a note for the user."""
+    """Places of the dense layers, and of the cache with its attention, and a note for the user."""
 
     model: Any
     cache: Any
@@ -25,7 +25,7 @@ class Places(NamedTuple):
 
 
 class DeviceError(ValueError):
-    """The device that was asked for cannot be used; the message says why."""
+    """The requested device cannot be used. The message says why."""
 
 
 def choose(device: str) -> Places:
@@ -58,10 +58,10 @@ def choose(device: str) -> Places:
 
 
 def _paddle_kernel_problem() -> str:
-    """Why Paddle cannot add and multiply on the GPU; empty if it can.
+    """Reason why Paddle cannot add and multiply on the GPU; empty if it can.
 
-    Asked in another process: a kernel that was not built for the GPU at hand leaves the CUDA
-    context of its process unusable.
+    The test runs in another process, because a kernel that was not built for this GPU leaves the
+    CUDA context of its process unusable.
     """
     try:
         result = subprocess.run(

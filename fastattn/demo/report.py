@@ -1,4 +1,4 @@
-"""Output of the demo: progress, text, a table, and the same as JSON."""
+"""Output of the demo: progress, text, a table, and a JSON report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
-#: Version of the JSON report; it grows when a key changes its meaning or goes away.
+#: Version of the JSON report. It increases when a key changes its meaning or is removed.
 SCHEMA = 1
 
 _PLAIN_SECONDS = 10.0  # between two lines of progress without a terminal
@@ -23,15 +23,15 @@ class TypeResult:
     Attributes
     ----------
     bytes_per_token : float
-        In the caches of all layers, scales included.
+        In the caches of all layers, including scales.
     perplexity : float
-        A byte of held-out text, through the paged cache.
+        Per byte of held-out text, through the paged cache.
     perplexity_ratio, max_logit_error : float
-        Against ``none``.
+        Relative to ``none``.
     tokens_per_second : float
-        Generated, all requests together.
+        Generated tokens of all requests together.
     text : str
-        What the user's prompt was continued with.
+        Continuation of the user's prompt.
     """
 
     cache_quant_type: str
@@ -53,11 +53,11 @@ class TypeResult:
 
     @property
     def title(self) -> str:
-        """Of its text."""
+        """Title of its text."""
         return f"cache type {self.cache_quant_type}"
 
     def cells(self) -> tuple[str, ...]:
-        """Of its row, as text."""
+        """Cells of its row, as text."""
         return (
             self.cache_quant_type,
             f"{self.bytes_per_token:.0f}",
@@ -75,26 +75,26 @@ class LatentResult:
     Attributes
     ----------
     keys : str
-        What a query sees: ``dense``, ``window`` or ``sparse``.
+        Keys that a query sees: ``dense``, ``window`` or ``sparse``.
     most_keys : int
-        Keys that a query sees at most.
+        Maximum number of keys that a query sees.
     cache_format : str
     bytes_per_token : float
-        In the caches of all layers: latents, and what the indexer keeps.
+        In the caches of all layers: latents, and the keys of the indexer.
     perplexity : float
-        A byte of held-out text, through the paged cache.
+        Per byte of held-out text, through the paged cache.
     perplexity_ratio, rms_logit_error : float
-        Against the first row.
+        Relative to the first row.
     recall : float, optional
-        Share of the keys that the dense attention weighs most, before the window, which the indexer
-        has chosen.
+        Fraction of the keys before the window with the largest dense attention that the indexer has
+        selected.
     attention_seen : float
-        Share of the dense attention that falls on keys which the query sees. It and the recall are
-        means over layers and queries of contexts longer than `most_keys`.
+        Fraction of the dense attention on keys that the query sees. This and the recall are means
+        over layers and over queries with contexts longer than `most_keys`.
     tokens_per_second : float
-        Generated, all requests together.
+        Generated tokens of all requests together.
     text : str
-        What the user's prompt was continued with.
+        Continuation of the user's prompt.
     """
 
     keys: str
@@ -124,11 +124,11 @@ class LatentResult:
 
     @property
     def title(self) -> str:
-        """Of its text."""
+        """Title of its text."""
         return f"{self.keys} attention, {self.cache_format} cache"
 
     def cells(self) -> tuple[str, ...]:
-        """Of its row, as text."""
+        """Cells of its row, as text."""
         return (
             self.keys,
             str(self.most_keys),
@@ -154,9 +154,9 @@ def as_json(
     serving: dict[str, int],
     results: Sequence[Any],
 ) -> dict[str, Any]:
-    """Report as a dictionary of plain values.
+    """The report as a dictionary of plain values.
 
-    The rows are under ``cache_types`` with grouped queries, under ``variants`` with latent
+    The key of the rows is ``cache_types`` for grouped queries and ``variants`` for latent
     attention.
     """
     rows = "cache_types" if attention == "gqa" else "variants"
@@ -174,7 +174,7 @@ def as_json(
 
 
 class Console:
-    """Writes to a stream: with rich on a terminal that has it, else plain lines.
+    """Writes to a stream: with rich on a terminal if it is installed, otherwise plain lines.
 
     Parameters
     ----------
@@ -206,7 +206,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """Bar (or lines) of a job; call the result with (done, note)."""
+        """Bar (or lines) of a job. Call the result with (done, note)."""
         if self._rich is None:
             yield _PlainProgress(self, title, total)
             return
@@ -229,7 +229,7 @@ class Console:
             bar.update(task, completed=total)
 
     def table(self, results: Sequence[Any]) -> None:
-        """Show the comparison: rows of one kind."""
+        """Show the comparison. All rows are of one kind."""
         headers = results[0].HEADERS
         rows = [result.cells() for result in results]
         self.line()
@@ -253,7 +253,7 @@ class Console:
 
 
 class _PlainProgress:
-    """A line at the start, every few seconds, and at the end."""
+    """Prints a line at the start, every few seconds, and at the end."""
 
     def __init__(self, console: Console, title: str, total: int) -> None:
         self._console, self._title, self._total = console, title, total

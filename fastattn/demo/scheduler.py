@@ -1,4 +1,4 @@
-"""Which tokens run in a step: decoding requests and prefill chunks, under a token budget."""
+"""Choice of the tokens of a step: decoding requests and prefill chunks, within a token budget."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastattn.reference.numerics import Array
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 is greedy."""
+    """Rule for the next token. Temperature 0 is greedy."""
 
     temperature: float = 0.7
     top_k: int = 20
@@ -25,18 +25,18 @@ class Sampling:
 
 @dataclass(eq=False)
 class Request:
-    """A sequence being served.
+    """A sequence that is served.
 
     Attributes
     ----------
     tokens : list of int
-        Prompt and what was generated so far.
+        Prompt and generated tokens.
     computed : int
-        Tokens of it whose K and V are in the cache.
+        Number of its tokens whose K and V are in the cache.
     reused : int
-        Tokens that were found there when the request was first admitted.
+        Number of tokens that were in the cache when the request was first admitted.
     logits : list of array
-        Logits of every token, kept if `keep_logits`.
+        Logits of every token, kept if `keep_logits` is set.
     """
 
     prompt: Sequence[int]
@@ -59,7 +59,7 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Tokens that have not run yet; 1 for a request that decodes."""
+        """Number of tokens that have not run yet; 1 for a decoding request."""
         return len(self.tokens) - self.computed
 
     @property
@@ -86,7 +86,7 @@ class Request:
 
 @dataclass(frozen=True)
 class ScheduledTokens:
-    """Tokens of a request that run in this step: `count` of them, from `start` on."""
+    """Tokens of a request in this step: `count` tokens from `start` on."""
 
     request: Request
     start: int
@@ -99,29 +99,29 @@ class ScheduledTokens:
 
     @property
     def is_prefill(self) -> bool:
-        """Whether they belong to a prompt, or to tokens that a preempted request runs again."""
+        """Whether they belong to a prompt, or to tokens that a preempted request computes again."""
         return self.count > 1 or self.start < len(self.request.prompt)
 
     @property
     def is_last(self) -> bool:
-        """Whether the request's next token can be sampled after them."""
+        """Whether the request's next token can be sampled after this step."""
         return self.start + self.count == len(self.request.tokens)
 
 
 class Scheduler:
-    """First come, first served; the youngest request makes room when blocks run out.
+    """First come, first served. The youngest request is preempted if no block is free.
 
     Parameters
     ----------
     pool : BlockPool
     max_seqs : int
-        Requests running at once.
+        Maximum number of running requests.
     token_budget : int
-        Tokens of a step.
+        Maximum number of tokens of a step.
     chunk : int
-        Tokens of a prompt that run in one step.
+        Maximum number of tokens of a prompt in one step.
     reuse_prefixes : bool
-        Look for a new request's first blocks among those that others have filled.
+        Whether to search for a new request's first blocks in those that others have filled.
     """
 
     def __init__(
@@ -163,9 +163,9 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> list[ScheduledTokens]:
-        """Tokens of the next step, with blocks for all of them; empty when all is done."""
+        """Tokens of the next step, with blocks for all of them; empty if all requests are done."""
         scheduled: dict[Request, ScheduledTokens] = {}
-        for decoding in (True, False):  # a long prompt must not stall the others' next tokens
+        for decoding in (True, False):  # a long prompt must not delay the next tokens of others
             for request in list(self.running):
                 if (request.pending == 1) == decoding and request in self.running:
                     self._plan(request, scheduled)
@@ -173,7 +173,7 @@ class Scheduler:
         return [scheduled[request] for request in self.running if request in scheduled]
 
     def commit(self, run: ScheduledTokens) -> None:
-        """Note that tokens have run: the request's full blocks can be shared from now on."""
+        """Record that tokens have run. The request's full blocks can be shared from now on."""
         request = run.request
         request.computed = run.start + run.count
         if not self.reuse_prefixes:
@@ -185,7 +185,7 @@ class Scheduler:
             self.pool.publish(block, key)
 
     def finish(self, request: Request) -> None:
-        """Take a request out and give its blocks back."""
+        """Remove a request and release its blocks."""
         self.running.remove(request)
         self._release(request)
 

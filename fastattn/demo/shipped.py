@@ -1,10 +1,10 @@
-"""The trained models that the package ships, each with a recipe that tells how it was made.
+"""The trained models in the package, each with a recipe that describes how it was made.
 
-``model.npz`` and ``recipe.json`` are those of grouped queries, ``mla_sparse.npz`` and
-``mla_sparse.json`` those of latent attention.
+``model.npz`` and ``recipe.json`` belong to the model with grouped queries, ``mla_sparse.npz`` and
+``mla_sparse.json`` to the model with latent attention.
 
-Matrices are int8 with one fp32 scale a channel, vectors fp32. scripts/make_demo_model.py writes
-the files; docs/demo.md has what int8 costs beside 16 bits.
+Matrices are int8 with one fp32 scale per channel; vectors are fp32. scripts/make_demo_model.py
+writes the files. docs/demo.md compares int8 with 16 bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECIPE_FILE = Path(__file__).with_name("recipe.json")
 
 
 class Files(NamedTuple):
-    """Of a model."""
+    """Files of a model."""
 
     model: Path
     recipe: Path
@@ -39,10 +39,10 @@ _LARGEST = 127
 
 
 def pack(weights: Weights) -> dict[str, Array]:
-    """Arrays to store: int8 ``name`` and fp32 ``name.scale`` of a matrix, a vector as it is.
+    """Arrays to store: int8 ``name`` and fp32 ``name.scale`` for a matrix; a vector is unchanged.
 
-    A scale belongs to a column ``[1, out]`` of a matrix ``[in, out]``, and to a row
-    ``[vocabulary, 1]`` of the embedding, whose rows are the columns of the tied output layer.
+    A matrix ``[in, out]`` has one scale per column, ``[1, out]``. The embedding has one per row,
+    ``[vocabulary, 1]``, because its rows are the columns of the tied output layer.
     """
     arrays: dict[str, Array] = {}
     for name, weight in weights.items():
@@ -57,7 +57,7 @@ def pack(weights: Weights) -> dict[str, Array]:
 
 
 def unpack(arrays: dict[str, Array]) -> Weights:
-    """fp32 weights of the arrays that :func:`pack` gave."""
+    """fp32 weights from the arrays of :func:`pack`."""
     return {
         name: array.astype(np.float32) * arrays[name + _SCALE] if array.ndim == 2 else array
         for name, array in arrays.items()
@@ -66,12 +66,12 @@ def unpack(arrays: dict[str, Array]) -> Weights:
 
 
 def default_files() -> Files:
-    """Those of the model with grouped queries."""
+    """Files of the model with grouped queries."""
     return Files(MODEL_FILE, RECIPE_FILE)
 
 
 def save(weights: Weights, recipe: dict[str, Any], files: Files | None = None) -> None:
-    """Write both files; the recipe gets the digest of the other one."""
+    """Write both files. The recipe contains the digest of the other file."""
     files = files or default_files()
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **pack(weights))  # type: ignore[arg-type]
@@ -81,7 +81,7 @@ def save(weights: Weights, recipe: dict[str, Any], files: Files | None = None) -
 
 
 def recipe(files: Files | None = None) -> dict[str, Any]:
-    """How a shipped model was made: sizes, schedule, text, versions and perplexities.
+    """Origin of a shipped model: sizes, schedule, text, versions and perplexities.
 
     Raises
     ------
@@ -94,7 +94,7 @@ def recipe(files: Files | None = None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(_damaged(path, str(error))) from None
     if not isinstance(found, dict):
-        raise ValueError(_damaged(path, "it holds no object"))
+        raise ValueError(_damaged(path, "it is not an object"))
     return found
 
 
@@ -104,14 +104,14 @@ def load(config: Sizes, files: Files | None = None) -> Weights:
     Parameters
     ----------
     config : Config or LatentConfig
-        Sizes that the weights have to fit.
+        Sizes that the weights must have.
     files : Files, optional
-        Default: those of the model with grouped queries.
+        Default: the files of the model with grouped queries.
 
     Raises
     ------
     ValueError
-        If the file is missing, is not the one that the recipe tells of, or has other sizes.
+        If the file is missing, does not match its recipe, or has other sizes.
     """
     files = files or default_files()
     path, expected = files.model, recipe(files).get("model_sha256")
@@ -129,7 +129,7 @@ def load(config: Sizes, files: Files | None = None) -> Weights:
         raise ValueError(_damaged(path, str(error))) from None
     shapes = {name: weight.shape for name, weight in weights.items()}
     if shapes != weight_shapes(config):
-        raise ValueError(_damaged(path, f"its sizes are not those of {config}"))
+        raise ValueError(_damaged(path, f"its sizes do not match {config}"))
     return weights
 
 

@@ -1,8 +1,8 @@
-"""English text that every Python installation carries: the prose of its language reference.
+"""English text in every Python installation: the prose of its language reference.
 
-The text differs from release to release, while the demo's model was trained on that of one of
-them. So ``held_out.txt`` names the paragraphs to measure with, by digest: a Python that has them
-all measures with the same text as the recipe, and none measures with text of the training.
+The text differs between releases, but the demo's model was trained on the text of one release. So
+``held_out.txt`` lists the paragraphs for measurements, by digest. A Python with all of these
+paragraphs measures with the same text as the recipe, and no Python measures with training text.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from fastattn.reference.numerics import Array
 #: Bytes 0 to 127 are the tokens.
 VOCABULARY = 128
 
-#: Digests of the paragraphs that no training sees, one a line, in the order of the held-out text.
+#: Digests of the paragraphs that are never trained on, one per line, in the order of the held-out
+#: text.
 HELD_OUT_FILE = Path(__file__).with_name("held_out.txt")
 
-#: Held-out text and training text share no run of this many characters.
+#: Held-out text and training text do not share a run of this many characters.
 LONGEST_SHARED_RUN = 40
 
 _HELD_OUT_EVERY = 6
 _MIN_HELD_OUT = 2000
 _MIN_CHARACTERS = 60
-_MIN_PROSE = 0.88  # letters and blanks; below it a paragraph is code, grammar or a table
+# fraction of letters and blanks; a paragraph below it is code, grammar or a table
+_MIN_PROSE = 0.88
 _ASCII = {  # typographic characters by code point
     0x2018: "'",
     0x2019: "'",
@@ -44,14 +46,14 @@ _ASCII = {  # typographic characters by code point
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text to train on and text to measure with, which have no long run of characters in common.
+    """Text for training and text for measurements, without a long run of characters in common.
 
     Attributes
     ----------
     train, held_out : str
-        Paragraphs, one a line.
+        Paragraphs, one per line.
     complete : bool
-        Whether the running Python has every paragraph that ``held_out.txt`` names.
+        Whether the running Python has every paragraph that ``held_out.txt`` lists.
     """
 
     train: str
@@ -66,13 +68,13 @@ def digest(text: str) -> str:
 
 @cache
 def held_out_digests() -> tuple[str, ...]:
-    """Digests in ``held_out.txt``."""
+    """The digests in ``held_out.txt``."""
     lines = HELD_OUT_FILE.read_text(encoding="ascii").splitlines()
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 
 def encode(text: str) -> Array:
-    """Tokens (int64) of a text; a character outside ASCII becomes ``?``."""
+    """Tokens (int64) of a text. A character outside ASCII becomes ``?``."""
     data = text.translate(_ASCII).encode("ascii", "replace")
     return np.frombuffer(data, np.uint8).astype(np.int64)
 
@@ -97,7 +99,7 @@ def paragraphs(source: str) -> list[str]:
 
 
 def choose_held_out(releases: Sequence[Iterable[str]]) -> list[str]:
-    """Digests of every sixth paragraph that all releases have, in the order of the first one.
+    """Digests of every sixth paragraph that all releases have, in the order of the first release.
 
     Parameters
     ----------
@@ -110,14 +112,14 @@ def choose_held_out(releases: Sequence[Iterable[str]]) -> list[str]:
 
 
 def split(lines: Iterable[str], held_out: Sequence[str]) -> Corpus:
-    """Put paragraphs aside, and drop those that repeat a part of them.
+    """Separate the held-out paragraphs, and drop paragraphs that repeat a part of them.
 
     Parameters
     ----------
     lines : iterable of str
         Paragraphs.
     held_out : sequence of str
-        Digests of those to put aside; the held-out text has their order.
+        Digests of the held-out paragraphs, in the order of the held-out text.
 
     Returns
     -------
@@ -137,7 +139,7 @@ def _runs(paragraph: str) -> Iterable[str]:
 
 
 def all_paragraphs(topics: dict[str, str]) -> list[str]:
-    """Distinct paragraphs of a ``pydoc_data.topics.topics``, by topic."""
+    """Distinct paragraphs of ``pydoc_data.topics.topics``, by topic."""
     return list(dict.fromkeys(p for name in sorted(topics) for p in paragraphs(topics[name])))
 
 
@@ -149,7 +151,7 @@ def load() -> Corpus:
     ImportError
         If this Python was installed without it.
     ValueError
-        If it has too little of the text to measure with.
+        If it has too little of the held-out text.
     """
     try:
         from pydoc_data.topics import topics
@@ -161,7 +163,7 @@ def load() -> Corpus:
     corpus = split(all_paragraphs(topics), held_out_digests())
     if len(corpus.held_out) < _MIN_HELD_OUT:
         raise ValueError(
-            f"the demo measures with paragraphs of pydoc_data.topics that {HELD_OUT_FILE} names; "
+            f"the demo measures with paragraphs of pydoc_data.topics that {HELD_OUT_FILE} lists; "
             f"expected at least {_MIN_HELD_OUT} characters of them, this Python has "
             f"{len(corpus.held_out)}"
         )

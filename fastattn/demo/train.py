@@ -1,8 +1,8 @@
-"""Training: Muon for the matrices, Adam for the rest, on windows of the corpus.
+"""Training with Muon for the matrices and Adam for the rest, on windows of the corpus.
 
-Muon (Jordan et al. 2024) applies momentum orthogonalised by a Newton-Schulz iteration. On this
-model it reached in 100 steps the loss that AdamW (one learning rate tried) had after 200, for
-a tenth more time a step.
+Muon (Jordan et al. 2024) applies momentum that is orthogonalised by a Newton-Schulz iteration. On
+this model it reached the loss of 200 AdamW steps (with one learning rate) in 100 steps. Each step
+took a tenth more time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastattn.demo.text import Corpus, encode
 from fastattn.reference.numerics import Array
 from fastattn.version import __version__
 
-#: Called with the steps done, the steps in all and the smoothed loss.
+#: Called with the number of finished steps, the number of all steps and the smoothed loss.
 Progress = Callable[[int, int, float], None]
 
 #: Loss and gradients of weights and a configuration, for tokens and targets ``[B, T]``.
@@ -34,9 +34,9 @@ Objective = Callable[[Weights, Any, Array, Array], tuple[float, Weights]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to train.
+    """Training schedule.
 
-    Most steps see short windows, which cost less attention; the last ones see whole contexts.
+    Most steps use short windows, which cost less attention. The last steps use whole contexts.
     """
 
     steps: int = 330
@@ -50,7 +50,7 @@ class Schedule:
     seed: int = 0
 
     def window(self, step: int, context: int) -> int:
-        """Tokens of a window at a step."""
+        """Number of tokens of a window at a step."""
         short = step < self.steps * (1 - self.long_share)
         return min(self.short_window if short else context, context)
 
@@ -61,7 +61,7 @@ class Schedule:
 
 
 class Optimizer:
-    """State of Muon and Adam; updates the weights in place."""
+    """State of Muon and Adam; it updates the weights in place."""
 
     def __init__(self, weights: Weights, schedule: Schedule) -> None:
         self.weights = weights
@@ -121,10 +121,10 @@ def _gradients(
     windows: Array,
     objective: Objective = loss_and_gradients,
 ) -> tuple[float, Weights]:
-    """Mean loss and gradients of windows ``[n, T + 1]``, half of them in each of two threads.
+    """Mean loss and gradients of windows ``[n, T + 1]``; each of two threads takes half of them.
 
-    NumPy lets other threads run while it computes. The halves are the same on every machine, so
-    the number of cores changes no bit.
+    NumPy lets other threads run while it computes. The halves are the same on every machine, so the
+    number of cores does not change any bit.
     """
     halves = np.array_split(windows, 2)
     jobs = [pool.submit(objective, weights, config, half[:, :-1], half[:, 1:]) for half in halves]
@@ -153,7 +153,7 @@ def optimise(
     objective: Objective,
     progress: Progress | None = None,
 ) -> None:
-    """Train weights in place; those without a gradient stay as they are."""
+    """Train weights in place. Weights without a gradient do not change."""
     data = encode(corpus.train)
     rng = np.random.default_rng(schedule.seed)
     optimizer = Optimizer(weights, schedule)
@@ -171,7 +171,7 @@ def optimise(
 
 
 def weights_path(folder: Path, corpus: Corpus, config: Any, schedule: Any) -> Path:
-    """File of a trained model, named after everything that it depends on."""
+    """File of a trained model, named after everything that determines it."""
     key = json.dumps(
         [__version__, asdict(config), asdict(schedule), corpus.train], sort_keys=True
     ).encode()
@@ -191,12 +191,12 @@ def save_weights(path: Path, weights: Weights) -> None:
 
 
 def load_weights(path: Path, config: Sizes) -> Weights | None:
-    """Weights of a file; None if it is missing or not a whole model of these sizes."""
+    """Weights from a file; None if it is missing or not a whole model of these sizes."""
     shapes = weight_shapes(config)
     try:
         with np.load(path) as file:
             weights = {name: file[name] for name in shapes}
-    except Exception:  # NumPy and zipfile raise anything for a file that is damaged
+    except Exception:  # for a damaged file, NumPy and zipfile may raise any exception
         return None
     fits = all(weights[name].shape == shape for name, shape in shapes.items())
     return weights if fits else None

@@ -1,4 +1,4 @@
-"""What a group of ranks does with partial results: gather and merge them, on every rank alike."""
+"""Exchange of partial results in a group of ranks: every rank gathers and merges them alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOGS_CALLS = env.log_level() > 1
 
 
 def ranks_of(op: str, group: Any) -> int:
-    """Number of ranks of a group, None for all of them, of which this process must be one."""
+    """Number of ranks of a group that this process belongs to; None means all ranks."""
     if group is None:
         world_size = int(dist.get_world_size())
         if world_size > 1 and not dist.is_initialized():
@@ -33,7 +33,7 @@ def ranks_of(op: str, group: Any) -> int:
         raise TypeError(
             f"{op}: group: expected a group of paddle.distributed, got {type(group).__name__}"
         )
-    # group.rank is -1 in a group of one rank, too.
+    # In a group of one rank, group.rank is -1 too.
     if dist.get_rank() not in group.ranks:
         raise ValueError(f"{op}: group: this process is not in it, ranks {list(group.ranks)}")
     return int(group.nranks)
@@ -53,7 +53,7 @@ def named(
 
 
 def check_place_of_result(op: str, out: Tensor | None, inputs: Iterable[tuple[str, Any]]) -> None:
-    """Refuse an `out` that another operator than the caller's would write wrongly, or over inputs.
+    """Refuse an `out` that the merge would write wrongly, or that shares memory with an input.
 
     Raises
     ------
@@ -68,10 +68,10 @@ def check_place_of_result(op: str, out: Tensor | None, inputs: Iterable[tuple[st
 
 
 def store(result: Any, out: Tensor) -> Any:
-    """`result`, of a single rank, in `out`, as a merge of several ranks would leave it there.
+    """Store the result of a single rank in `out` as a merge of several ranks would.
 
-    Operators leave what tokens of no sequence have in an `out` of the caller; a merge knows no
-    sequences and makes 0 of it, and so does a new result.
+    An operator leaves the tokens of no sequence in a given `out` as they are. A merge knows no
+    sequences and writes 0 for them, and a new result has 0 there too.
     """
     fresh, *lse = result if isinstance(result, (list, tuple)) else (result,)
     out.copy_(fresh, False)
@@ -79,21 +79,21 @@ def store(result: Any, out: Tensor) -> Any:
 
 
 def partial_dtype(exchange_dtype: str, dtype: str) -> str:
-    """Type of partial results for one of the whole of type `dtype`."""
+    """Dtype of the partial results of a call whose merged result has `dtype`."""
     return "float32" if exchange_dtype == "float32" else dtype
 
 
 class Exchange:
-    """One call's exchange of partial results: where a rank puts its own, and those of all ranks.
+    """The exchange of partial results of one call: a buffer for this rank's own, and the gather of
+    all.
 
-    Outputs and LSEs in fp32 travel in one buffer, because a collective of a decode step takes its
-    latency, whatever its bytes. 16-bit outputs and their LSEs travel apart.
+    Outputs and LSEs in fp32 travel in one buffer, because the time of a collective in a decode step
+    is its latency, whatever its size. 16-bit outputs and their LSEs travel apart.
 
     Parameters
     ----------
-    shape : [T, H, D] of a partial output
-    dtype : str
-        Of partial outputs.
+    shape : [T, H, D], of a partial output
+    dtype : str, of partial outputs
     """
 
     def __init__(self, shape: list[int], dtype: str, place: Any, ranks: int, group: Any) -> None:
@@ -106,13 +106,13 @@ class Exchange:
         self._slot = self._outputs + (-(-self._lses // 4) * 4 if packed else 0)
         self._place = place
         self._own = empty([self._slot], getattr(paddle, dtype), place)
-        #: Where this rank's partial output goes, shape [T, H, D].
+        #: Buffer for this rank's partial output, shape [T, H, D].
         self.out = strided_view(self._own, shape, [heads * dim, dim, 1])
 
     def gather(self, lse: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs [N, T, H, D] and LSEs [N, H, T] of all N ranks, in their order.
 
-        `lse` is that of the partial output which :attr:`out` holds.
+        `lse` belongs to the partial output that :attr:`out` holds.
         """
         tokens, heads, dim = self._shape
         shapes = [self._ranks, tokens, heads, dim], [self._ranks, heads, tokens]
@@ -121,20 +121,20 @@ class Exchange:
             lses = view(self._all_gather(view(lse, [self._lses])), shapes[1])
             return view(self._all_gather(self._own), shapes[0]), lses
         own = strided_view(self._own, shapes[1][1:], strides[1][1:], self._outputs)
-        paddle._C_ops.assign_out_(lse, own)  # paddle.assign without its checks
+        paddle._C_ops.assign_out_(lse, own)  # paddle.assign without argument checks
         slots = self._all_gather(self._own)
         lses = strided_view(slots, shapes[1], strides[1], self._outputs)
         return strided_view(slots, shapes[0], strides[0]), lses
 
     def _all_gather(self, own: Tensor) -> Tensor:
-        """`own` of every rank, one behind the other."""
+        """Gather `own` of all ranks, in the order of the ranks."""
         if _LOGS_CALLS:
             from fastattn import _log
 
             _log.LOGGER.debug("all_gather among %d ranks: %s", self._ranks, _log.describe(own))
         buffer = empty([self._ranks * own.shape[0]], own.dtype, self._place)
-        # On a GPU the collective runs on the stream of the kernels around it, so that the host does
-        # not wait and a CUDA graph can capture it.
+        # On a GPU the collective runs on the stream of the surrounding kernels. So the host does
+        # not wait, and a CUDA graph can capture it.
         dist.stream.all_gather(
             buffer,
             own,
@@ -154,9 +154,9 @@ def merge_ranks(
     *,
     in_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The whole's result and LSE; `in_lse` tells whether the LSE counts sinks.
+    """Merged output and LSE; `in_lse` tells whether the LSE counts sinks.
 
-    No rank can add sinks to its own partial result: they would be lost where it holds no key.
+    No rank can add the sinks to its own partial result: a rank without keys would lose them.
     """
     outputs, lses = states
     if out is None and out_scale is None and dtype_name(outputs.dtype) != dtype:
@@ -167,7 +167,7 @@ def merge_ranks(
 
 
 def check_call(op: str, exchange_dtype: str) -> None:
-    """Refuse what no exchange can do, before anything runs."""
+    """Refuse a call that no exchange can serve, before anything runs."""
     if not paddle.in_dynamic_mode():
         raise NotImplementedError(f"{op}: its collectives run in dygraph only")
     if exchange_dtype not in ("float32", "output"):

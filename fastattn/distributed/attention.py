@@ -1,4 +1,4 @@
-"""Decode context parallelism: each rank attends to its blocks, then all ranks merge."""
+"""Decode context parallelism: each rank attends to its own blocks, then all ranks merge."""
 
 from __future__ import annotations
 
@@ -64,72 +64,72 @@ def paged_attention_dcp(
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
 
-    Decode context parallelism: each rank holds some of a sequence's blocks (with all KV heads) and
-    attends to them with all queries. The partial results :math:`o_r` and their
-    :math:`\mathrm{lse}_r` are gathered and merged on every rank, in the order of the ranks:
+    In decode context parallelism each rank holds some of a sequence's blocks (with all KV heads)
+    and attends to them with all queries. Every rank gathers the partial results :math:`o_r` and
+    their :math:`\mathrm{lse}_r` and merges them in the order of the ranks:
 
     .. math:: \mathrm{lse} = \ln \sum_r e^{\mathrm{lse}_r}, \qquad
               o = \sum_r e^{\mathrm{lse}_r - \mathrm{lse}} o_r
 
-    All ranks get the same bits. Parameters that are not listed below are those of
-    :func:`fastattn.functional.paged_attention`. They must be the same on every rank, `q` included.
+    All ranks get the same bits. :func:`fastattn.functional.paged_attention` documents the
+    parameters that are not listed below. They must be the same on every rank, including `q`.
 
     Parameters
     ----------
     key_cache, value_cache, cache_k_scales, cache_v_scales : Tensor
         This rank's cache; ranks may have different numbers of blocks.
     block_tables : Tensor, shape [B, max_blocks], int32
-        This rank's table, of the same shape on every rank: entry j of a sequence is the block of
-        this rank's cache that holds the sequence's tokens ``64 j`` to ``64 j + 63``, or -1 if
-        another rank holds them. Positions are global, so lengths, masks, windows and rotary
-        positions are those of one rank. Every logical block must be on exactly one rank: one that
-        is on two counts twice.
+        This rank's table. It has the same shape on every rank. Entry j of a sequence is the block
+        of this rank's cache that holds the tokens ``64 j`` to ``64 j + 63`` of the sequence, or -1
+        if another rank holds them. Positions are global, so lengths, masks, windows and rotary
+        positions are the same as on a single rank. Every logical block must be on exactly one rank;
+        a block on two ranks counts twice.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Lengths of the whole sequences, not of this rank's share.
+        Lengths of the whole sequences, not of this rank's part.
     max_seqlen_q : int
-        Not less than the new tokens of any sequence: here, other than in :func:`paged_attention`,
-        too small a bound gives wrong results.
+        At least the number of new tokens of any sequence. Unlike in :func:`paged_attention`, a
+        bound that is too small gives wrong results.
     group : Group of paddle.distributed, optional
-        By default the group of all ranks. A group of one rank, and a single process without
-        ``paddle.distributed.init_parallel_env()``, just call :func:`paged_attention`.
+        Default: the group of all ranks. A group of one rank, and a single process without
+        ``paddle.distributed.init_parallel_env()``, only call :func:`paged_attention`.
     exchange_dtype : {"float32", "output"}
         Dtype in which partial results are exchanged and merged. "float32" gives the result of one
-        process within 1e-6 of the largest channel of a token and head: of a 16-bit output fewer
-        than 1 in 1000 elements differ, by about one rounding step. "output" halves the bytes of a
-        16-bit output, but rounds to 16 bits on every rank: 1 element in 12 differs.
+        process within 1e-6 of the largest channel of a token and head: fewer than 1 in 1000
+        elements of a 16-bit output differ, by about one rounding step. "output" halves the bytes of
+        a 16-bit output, but rounds to 16 bits on every rank: 1 element in 12 differs.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
-        As for :func:`paged_attention`, but finite or -inf: +inf counts as absent here.
+        As for :func:`paged_attention`, but finite or -inf. Here +inf means no sink.
     out : Tensor, shape [T, H, D], optional
         Written in place and returned. Tokens of no sequence become 0.
     batch_invariant : bool
-        As for :func:`paged_attention`, for the same ranks: which of them hold a sequence's blocks
-        must follow from the sequence, as it does with :func:`dcp_local_block_tables`. Partial
-        results are merged for each token apart.
+        As for :func:`paged_attention`, for the same ranks. The ranks that hold a sequence's blocks
+        must follow from the sequence alone, as with :func:`dcp_local_block_tables`. Partial results
+        are merged for each token separately.
     local_keys : LocalKeys, optional
-        What :func:`dcp_local_keys` found for these arguments: the same for all layers of a step
-        that have the same mask. Found by every call that is not given it, in a kernel more.
+        Result of :func:`dcp_local_keys` for these arguments. It is the same for all layers of a
+        step that have the same mask. Without it, every call launches one more kernel to find it.
 
     Returns
     -------
     out : Tensor, shape [T, H, D]
         uint8 (e4m3 codes) with `out_scale`, quantised by the merge from its fp32 values.
     softmax_lse : Tensor, shape [H, T], float32
-        Natural logarithm; only with `return_softmax_lse`.
+        Natural logarithm. Only with `return_softmax_lse`.
 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As :func:`paged_attention`; also for a group that this process is not in, in a static
-        program, and for `local_keys` of other arguments. Every rank must make the call: if one
+        As :func:`paged_attention`. Also raised for a group without this process, in a static
+        program, and for `local_keys` of other arguments. Every rank must make the call. If one
         raises, the others wait in the collective.
 
     Notes
     -----
-    A rank attends to a table without the entries of other ranks, so that its work is that of the
-    keys that it has. What each query sees of them is an interval of theirs.
+    A rank attends to a table without the entries of other ranks, so its work is proportional to its
+    own keys. Of these keys, each query sees an interval.
 
-    Writes use the same table: ``rope_write_cache_kv`` and ``write_cache_kv`` skip the tokens whose
-    block is -1, so every rank gets all new tokens and stores its own.
+    Writes use the same table. ``rope_write_cache_kv`` and ``write_cache_kv`` skip tokens whose
+    block is -1. So every rank receives all new tokens and stores its own.
 
     See Also
     --------
@@ -208,7 +208,8 @@ def paged_attention_dcp(
         return store(paged_attention(*arguments, **{**options, **results}), out)
     partial = partial_dtype(exchange_dtype, dtype)
     exchange = Exchange(output_shape(q), partial, q.place, world_size, group)
-    if is_tensor(key_cache) and len(key_cache.shape) == 4:  # else the operator says what is wrong
+    # otherwise the operator reports the error
+    if is_tensor(key_cache) and len(key_cache.shape) == 4:
         arguments, masks = local_call(
             _OP,
             local_keys,

@@ -1,12 +1,13 @@
-"""Which rank holds which block of a sequence: pure host functions in NumPy.
+"""Distribution of a sequence's blocks over the ranks: pure host functions in NumPy.
 
-The logical blocks of a sequence (its tokens 0 to 63, 64 to 127, ...) are dealt to the ranks
+The logical blocks of a sequence (tokens 0 to 63, 64 to 127, ...) are dealt to the ranks
 round-robin, ``interleave`` at a time: logical block j belongs to rank
-``(j // interleave) % world_size``. Long sequences so load all ranks equally, in decode and prefill.
+``(j // interleave) % world_size``. Long sequences therefore load all ranks equally, in decode and
+in prefill.
 
-That is a convention of these helpers. The operators need only this: in a rank's table, entry j of a
-sequence is the block *of that rank's own cache* that holds the sequence's logical block j, and -1
-for the blocks of other ranks; every logical block with tokens is on exactly one rank.
+Only these helpers need this convention. The operators need two things. Entry j of a sequence in a
+rank's table is the block *of that rank's own cache* that holds logical block j, or -1 for a block
+of another rank. Every logical block with tokens is on exactly one rank.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def dcp_local_block_tables(
     Parameters
     ----------
     block_tables : array_like of int, shape [B, max_blocks]
-        Physical block of each logical block, in the cache of the rank that holds it, so the same id
-        may occur on several ranks; -1 where there is none.
+        Physical block of each logical block, in the cache of the rank that holds it; -1 for no
+        block. The same id may occur on several ranks.
     rank, world_size : int
         This rank in its group, and the size of the group.
     interleave : int
@@ -91,23 +92,23 @@ def dcp_local_block_tables(
 def dcp_stripe_block_tables(
     stripe_tables: ArrayLike, rank: int, world_size: int
 ) -> NDArray[np.int32]:
-    """A rank's block tables for a scheduler that allocates stripes, one block on every rank.
+    """A rank's block tables, for a scheduler that allocates stripes of one block on every rank.
 
-    Such a scheduler only needs another block size: it counts in stripes of ``64 * world_size``
-    tokens, and an id names the same block in the caches of all ranks. Rank r's block holds the r-th
-    64 tokens of the stripe.
+    Such a scheduler only needs another block size. It counts in stripes of ``64 * world_size``
+    tokens, and an id names the same block in the caches of all ranks. The block of rank r holds the
+    r-th group of 64 tokens of the stripe.
 
     Parameters
     ----------
     stripe_tables : array_like of int, shape [B, max_stripes]
-        Ids of stripes, -1 where there is none.
+        Ids of stripes; -1 for no stripe.
     rank, world_size : int
         This rank in its group, and the size of the group.
 
     Returns
     -------
     array of int32, shape [B, max_stripes * world_size]
-        Entry ``s * world_size + rank`` is stripe s, every other entry -1.
+        Entry ``s * world_size + rank`` is stripe s; every other entry is -1.
 
     Raises
     ------

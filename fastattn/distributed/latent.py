@@ -37,20 +37,20 @@ def _attend(
     exchange_dtype: str,
     localized: Callable[[], tuple[Any, ...]] | None = None,
 ) -> Any:
-    """Partial results of `attend` on every rank, merged.
+    """Merge the partial results that `attend` gives on every rank.
 
     Parameters
     ----------
     arguments : positional arguments, the queries first
     options : keyword arguments of a partial result
     results : sinks, return_softmax_lse, out and out_dtype, which belong to the whole
-    localized : function, optional
-        Gives positional arguments of the same partial result over the rank's own keys.
+    localized : function or None
+        Turns the positional arguments into arguments for the rank's own keys, with the same result.
     """
     check_call(op, exchange_dtype)
     world_size, q = ranks_of(op, group), arguments[0]
     sinks, out, dtype = results["sinks"], results["out"], results["out_dtype"]
-    # A choice of keys has no tokens of no sequence: its operator writes all of `out`.
+    # Sparse attention has no tokens outside sequences: its operator writes all of `out`.
     writes_all = out is None or attend is mla_sparse_attention or not paddle.in_dynamic_mode()
     shape = q.shape if is_tensor(q) else []
     if (world_size == 1 and writes_all) or len(shape) != 3 or 0 in shape:
@@ -78,7 +78,7 @@ def _attend(
 
 
 def _page_tokens(cache: Any, page_size: int | None) -> int:
-    """Tokens of a page; 0 where the cache or `page_size` is one that the operator refuses."""
+    """Tokens of a page; 0 if the operator refuses the cache or `page_size`."""
     shape = cache.shape if is_tensor(cache) else []
     if not 2 <= len(shape) <= 4:
         return 0
@@ -113,47 +113,46 @@ def mla_attention_dcp(
 ) -> Any:
     """Dense attention over a paged latent cache that is spread over the ranks of a group.
 
-    Each rank has some pages of a sequence, attends to them with all queries, and gets the merge of
-    all partial results, as with :func:`paged_attention_dcp`. All ranks get the same bits.
-    Parameters that are not listed below are those of
-    :func:`fastattn.functional.mla_attention`. They must be the same on every rank, `q` included.
+    Each rank holds some pages of a sequence and attends to them with all queries. All ranks get the
+    merge of all partial results, with the same bits, as with :func:`paged_attention_dcp`.
+    :func:`fastattn.functional.mla_attention` documents the parameters that are not listed below.
+    They must be the same on every rank, including `q`.
 
     Parameters
     ----------
     cache : Tensor
-        This rank's; ranks may have different numbers of pages.
+        This rank's cache; ranks may have different numbers of pages.
     block_tables : Tensor, shape [B, max_blocks], int32
-        This rank's table, of the same shape on every rank: entry i of a sequence is the page of
+        This rank's table. It has the same shape on every rank. Entry i of a sequence is the page of
         this rank's cache that holds the sequence's keys from ``i * page_size`` on, or -1 if another
         rank has them. Every page of a sequence must be on exactly one rank.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
         Lengths of the whole sequences.
     group : Group of paddle.distributed, optional
-        By default the group of all ranks. A group of one rank, and a single process without
-        ``paddle.distributed.init_parallel_env()``, just call :func:`mla_attention`.
+        Default: the group of all ranks. A group of one rank, and a single process without
+        ``paddle.distributed.init_parallel_env()``, only call :func:`mla_attention`.
     exchange_dtype : {"float32", "output"}
-        Dtype in which partial results travel and are merged. "output" halves the bytes of a
+        Dtype in which partial results are exchanged and merged. "output" halves the bytes of a
         bfloat16 output, but rounds on every rank.
     sinks : Tensor, shape [H], float32, optional
-        As for :func:`mla_attention`, but finite or -inf: +inf counts as absent here.
+        As for :func:`mla_attention`, but finite or -inf. Here +inf means no sink.
     out : Tensor, shape [T, H, 512], optional
         Written in place and returned. Tokens of no sequence become 0.
     local_keys : LocalKeys, optional
-        What :func:`dcp_local_keys` found for these arguments, with the tokens of a page as
-        `block_size`; used where ``max_seqlen_q`` is 1. Found by every such call that is not given
-        it.
+        Result of :func:`dcp_local_keys` for these arguments, with the tokens of a page as
+        `block_size`. Used if ``max_seqlen_q`` is 1; such a call finds it itself if it is not given.
 
     Returns
     -------
     out : Tensor, shape [T, H, 512]
     softmax_lse : Tensor, shape [H, T], float32
-        Natural, without the sink; only with `return_softmax_lse`.
+        Natural logarithm, without the sink. Only with `return_softmax_lse`.
 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As :func:`mla_attention`; also for a group that this process is not in, and in a static
-        program. Every rank must make the call: if one raises, the others wait in the collective.
+        As :func:`mla_attention`. Also raised for a group without this process, and in a static
+        program. Every rank must make the call. If one raises, the others wait in the collective.
 
     See Also
     --------
@@ -204,7 +203,7 @@ def mla_attention_dcp(
         },
         group,
         exchange_dtype,
-        # Of several new tokens each sees other keys, and the operator has no masks for that.
+        # With several new tokens each one sees other keys, and the operator has no masks for them.
         localized if max_seqlen_q == 1 and tokens > 0 else None,
     )
 
@@ -232,28 +231,28 @@ def mla_sparse_attention_dcp(
     out: Tensor | None = None,
     out_dtype: str = "bfloat16",
 ) -> Any:
-    """Attention over chosen tokens of latent caches that are spread over the ranks of a group.
+    """Attention over selected tokens of latent caches that are spread over the ranks of a group.
 
-    Each rank attends to those of the chosen tokens that it has, and gets the merge of all partial
-    results; see :func:`mla_attention_dcp`. Parameters that are not listed below are those of
-    :func:`fastattn.functional.mla_sparse_attention`. They must be the same on every rank, `q`
-    included.
+    Each rank attends to the selected tokens that it holds, and gets the merge of all partial
+    results, as with :func:`mla_attention_dcp`. :func:`fastattn.functional.mla_sparse_attention`
+    documents the parameters that are not listed below. They must be the same on every rank,
+    including `q`.
 
     Parameters
     ----------
     cache, extra_cache : Tensor
-        This rank's; ranks may have different numbers of pages.
+        This rank's cache; ranks may have different numbers of pages.
     indices, extra_indices : Tensor, shape [T, topk], int32
-        Slots of this rank's cache. :func:`fastattn.functional.topk_to_slots` makes them of the
-        tokens' positions in their sequences and this rank's block tables, without the host: tokens
-        of other ranks become -1, or are left out. A token that two ranks name counts twice. The
-        number of columns may differ from rank to rank.
+        Slots of this rank's cache. :func:`fastattn.functional.topk_to_slots` makes them on the
+        device, from token positions and this rank's block tables: tokens of other ranks become -1
+        or are left out. A token that two ranks name counts twice. Ranks may have different numbers
+        of columns.
     topk_length, extra_topk_length : Tensor, shape [T], int32, optional
-        This rank's.
+        Lengths of this rank's index lists.
     group, exchange_dtype
         As for :func:`mla_attention_dcp`.
     sinks : Tensor, shape [H], float32, optional
-        As for :func:`mla_sparse_attention`, but finite or -inf: +inf counts as absent here.
+        As for :func:`mla_sparse_attention`, but finite or -inf. Here +inf means no sink.
     out : Tensor, shape [T, H, 512], optional
         Written in place and returned.
 
@@ -261,18 +260,18 @@ def mla_sparse_attention_dcp(
     -------
     out : Tensor, shape [T, H, 512]
     softmax_lse : Tensor, shape [H, T], float32
-        Natural, without the sink; only with `return_softmax_lse`.
+        Natural logarithm, without the sink. Only with `return_softmax_lse`.
 
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As :func:`mla_sparse_attention`; also for a group that this process is not in, and in a
-        static program. Every rank must make the call: if one raises, the others wait in the
+        As :func:`mla_sparse_attention`. Also raised for a group without this process, and in a
+        static program. Every rank must make the call. If one raises, the others wait in the
         collective.
 
     See Also
     --------
-    fastattn.functional.topk_to_slots : from tokens to this rank's slots.
+    fastattn.functional.topk_to_slots : from positions to this rank's slots.
 
     Examples
     --------

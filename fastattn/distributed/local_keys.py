@@ -1,4 +1,4 @@
-"""The keys that a rank has of each sequence, as attention over its cache sees them."""
+"""The keys of each sequence that a rank holds, as attention over its cache sees them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fastattn.functional.attention import as_window
 
 @dataclasses.dataclass(frozen=True)
 class LocalKeys:
-    """A rank's share of a step's keys; :func:`dcp_local_keys` makes it.
+    """A rank's part of the keys of a step. :func:`dcp_local_keys` makes it.
 
     Attributes
     ----------
     block_tables : Tensor, shape [B, max_blocks], int32
-        The rank's blocks that hold keys of a sequence, in their order, then -1.
+        The rank's blocks that hold keys of a sequence, in order, then -1.
     seq_lens_decoder : Tensor, shape [B], int32
-        The rank's keys of each sequence without the new tokens, but at least 0.
+        The rank's keys of each sequence minus the new tokens, but at least 0.
     masks : Tensor, shape [T, 2], int32, or None
-        Which of them each query sees; None: all.
+        Local keys that each query sees; None means all.
     shape : tuple of int
-        That of the rank's whole table.
+        Shape of the rank's whole table.
     num_tokens, num_blocks, block_size, causal, window_size
-        As they were given.
+        The arguments of :func:`dcp_local_keys`.
     masked : bool
         Whether `mask_offsets` were given.
     """
@@ -59,30 +59,30 @@ def dcp_local_keys(
     window_size: tuple[int, int] = (-1, -1),
     mask_offsets: Tensor | None = None,
 ) -> LocalKeys:
-    """What this rank has of the keys of a step, for the calls of all layers.
+    """Find the keys of a step that this rank holds, for the calls of all layers.
 
-    :func:`paged_attention_dcp` and :func:`mla_attention_dcp` find it in every call that is not
-    given it. It is the same for all layers that have the same mask and as many blocks, so a
-    server finds it once a step. Nothing is exchanged and nothing waits on the host.
+    A call of :func:`paged_attention_dcp` or :func:`mla_attention_dcp` computes this itself if it is
+    not given. It is the same for all layers with the same mask and number of blocks, so a server
+    computes it once per step. The function exchanges nothing and does not wait on the host.
 
     Parameters
     ----------
     block_tables : Tensor, shape [B, max_blocks], int32
-        This rank's; an entry outside [0, num_blocks) is a block of another rank.
+        This rank's table. An entry outside [0, num_blocks) is a block of another rank.
     cu_seqlens_q : Tensor, shape [B + 1], int32
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
         Lengths of the whole sequences.
     max_seqlen_q : int
-        Largest number of new tokens of a sequence. Not less: with 1 there are no masks, and a
-        sequence of more would see other keys than its own.
+        Largest number of new tokens of a sequence, or more. With 1 there are no masks: a sequence
+        with more new tokens would see wrong keys.
     num_tokens : int
-        T: queries of the step, padding included.
+        T, the number of queries of the step, including padding.
     num_blocks : int
         Blocks of this rank's cache.
     block_size : int
-        Tokens of a block; of a latent cache, of a page.
+        Tokens of a block, or of a page of a latent cache.
     causal, window_size, mask_offsets
-        As those of the calls.
+        The arguments of the attention calls.
 
     Returns
     -------
@@ -108,7 +108,7 @@ def dcp_local_keys(
     >>> local.block_tables.tolist(), local.seq_lens_decoder.tolist()
     ([[4, 7, -1]], [86])
     """
-    # The only new token of a sequence is its last one: it sees all of the rank's keys.
+    # The only new token of a sequence is its last token: it sees all of the rank's keys.
     if not isinstance(max_seqlen_q, numbers.Integral) or isinstance(max_seqlen_q, bool):
         kind = type(max_seqlen_q).__name__
         raise TypeError(f"dcp_local_keys: max_seqlen_q: expected int, got {kind}")
@@ -144,7 +144,7 @@ def dcp_local_keys(
 
 
 def check_local_keys(op: str, local: Any, max_seqlen_q: int, expected: dict[str, Any]) -> LocalKeys:
-    """Refuse what was found for other arguments than the call's, as far as the host can tell.
+    """Refuse `local` if it was made for other arguments, as far as the host can tell.
 
     Raises
     ------
@@ -155,10 +155,10 @@ def check_local_keys(op: str, local: Any, max_seqlen_q: int, expected: dict[str,
     for name, value in expected.items():
         if getattr(local, name) != value:
             raise ValueError(
-                f"{op}: local_keys: expected those of {name} {value}, got {getattr(local, name)}"
+                f"{op}: local_keys: expected keys for {name} {value}, got {getattr(local, name)}"
             )
     if max_seqlen_q > 1 and local.masks is None:
-        raise ValueError(f"{op}: local_keys: expected those of max_seqlen_q > 1")
+        raise ValueError(f"{op}: local_keys: expected keys for max_seqlen_q > 1")
     return local
 
 
@@ -172,13 +172,13 @@ def local_call(
     window_size: tuple[int, int] = (-1, -1),
     mask_offsets: Tensor | None = None,
 ) -> tuple[tuple[Any, ...], Tensor | None]:
-    """Arguments of a rank's attention over its own keys, and their masks.
+    """Arguments and masks of a rank's attention over its own keys.
 
     Parameters
     ----------
-    arguments : what both attention operators end with
-        Block tables, the three arrays of lengths, max_seqlen_q, max_seqlen_k, after the queries and
-        one or two caches.
+    arguments : the last arguments of both attention operators
+        Block tables, the three length arrays, max_seqlen_q and max_seqlen_k; queries and caches
+        come before them.
     """
     *tensors, tables, cu_seqlens_q, cached, new, max_q, max_k = arguments
     q, cache = tensors[:2]

@@ -1,4 +1,4 @@
-"""The operators, as typed and validating Python functions."""
+"""The operators as typed Python functions that check their arguments."""
 
 from fastattn.functional.attention import flash_attention, paged_attention
 from fastattn.functional.cache import (

@@ -1,58 +1,58 @@
-"""Names of the cache types, and the arguments that none of them takes."""
+"""Names of the cache types, and the check for arguments that none of them takes."""
 
 from __future__ import annotations
 
 from typing import Any
 
-#: Types whose two codes of a byte have 4 bits each.
+#: Types with 4-bit codes: a byte holds two.
 NIBBLE_TYPES = ("block_wise_int4", "block_wise_mxfp4")
 
-#: Types with scales of tokens (one for each token and KV head, or for each 32 of its channels),
-#: computed while writing.
+#: Types whose scales are computed while writing: one scale per token and KV head, or per 32 of its
+#: channels.
 DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", *NIBBLE_TYPES)
 
-#: Types with scales that the layer holds.
+#: Types whose scales belong to the layer.
 STATIC_TYPES = ("cache_int8", "cache_fp8")
 
-#: Head dimensions of a cache: channels of K. V has 128 where K has 192, else as many.
+#: Head dimensions of K in a cache. V has 128 channels if K has 192, otherwise as many as K.
 HEAD_DIMS = (64, 96, 128, 192, 256)
 
-#: Those of fused projections, whose heads are of one size.
+#: Head dimensions of fused projections, whose heads all have one size.
 FUSED_HEAD_DIMS = (64, 96, 128, 256)
 
 CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 
 def value_dim(head_dim: int) -> int:
-    """Channels of V, and of attention's output, where Q and K have `head_dim`."""
+    """Channels of V and of the attention output, for `head_dim` channels of Q and K."""
     return 128 if head_dim == 192 else head_dim
 
 
 def codes_per_byte(cache_quant_type: str) -> int:
-    """Codes in a byte of a quantised cache: 2 where they have 4 bits."""
+    """Number of codes in a byte of a quantised cache: 2 for 4-bit codes."""
     return 2 if cache_quant_type in NIBBLE_TYPES else 1
 
 
 def token_scales(cache_quant_type: str, head_dim: int) -> tuple[list[int], str]:
-    """Shape of a token's dynamic scales of one KV head, and their dtype (float32: or bfloat16)."""
+    """Shape and dtype of a token's dynamic scales of one KV head; float32 also allows bfloat16."""
     if cache_quant_type == "block_wise_mxfp4":
         return [head_dim // 32], "uint8"
     return [], "float32"
 
 
-#: FastDeploy's ``kv_cache_quant_type`` strings, and the type that each is.
+#: FastDeploy's ``kv_cache_quant_type`` strings and their cache types.
 CONFIG_TYPES = {"int8": "cache_int8", "float8_e4m3fn": "cache_fp8"}
 
 
 def cache_type_name(cache_quant_type: str) -> str:
-    """The type that a config string names; every other name as it is."""
+    """The cache type of a config string; any other name is returned unchanged."""
     if isinstance(cache_quant_type, str):
         return CONFIG_TYPES.get(cache_quant_type, cache_quant_type)
     return cache_quant_type
 
 
 def check_cache_type(op: str, cache_quant_type: str) -> str:
-    """The type that a name means.
+    """The cache type of a name.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Marks functions that run unchanged in dygraph and while a static program is traced."""
+"""A marker for functions that run unchanged in dygraph and during tracing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def unified(function: F) -> F:
-    """Keep dynamic-to-static transformation away from an operator's wrapper.
+    """Exclude an operator's wrapper from dynamic-to-static transformation.
 
-    Paddle 3 has a marker that serves AST and SOT tracing alike; Paddle 2.6 has one for AST only,
-    and skips files in SOT.
+    Paddle 3 has one marker for AST and SOT tracing. Paddle 2.6 has a marker for AST only; in SOT it
+    skips files.
     """
     marker = getattr(paddle.jit, "marker", None)
     if marker is not None and hasattr(marker, "unified"):
@@ -25,9 +25,9 @@ def unified(function: F) -> F:
 
 
 def _skip_in_sot() -> None:
-    """Make the SOT of Paddle 2.6 run this package's frames as they are.
+    """Make the SOT of Paddle 2.6 run the frames of this package unchanged.
 
-    It would rewrite them and lose the arguments of functions with keyword-only parameters.
+    SOT would rewrite them and lose the arguments of functions with keyword-only parameters.
     """
     skip = getattr(paddle.framework.core, "eval_frame_skip_file_prefix", None)
     if skip is not None:

@@ -1,4 +1,4 @@
-"""Helpers of functions that merge partial results of attention and store the output."""
+"""Helpers for functions that merge partial results of attention and store the output."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 @functools.cache
 def dtype_name(dtype: Any) -> str:
-    """``"float32"`` of ``paddle.float32``."""
+    """The name of a dtype, such as ``"float32"`` for ``paddle.float32``."""
     return str(dtype).rpartition(".")[2]
 
 
@@ -29,7 +29,7 @@ def empty(shape: list[int], dtype: Any, place: Any) -> Tensor:
 
 
 def output_shape(q: Tensor) -> list[int]:
-    """Shape of the output of queries [T, H, D]: its channels are those of V."""
+    """Shape of the output for queries [T, H, D]: it has the channels of V."""
     tokens, heads, head_dim = q.shape
     return [int(tokens), int(heads), value_dim(int(head_dim))]
 
@@ -37,7 +37,7 @@ def output_shape(q: Tensor) -> list[int]:
 def value_dtype(
     op: str, q: Tensor, out: Tensor | None, out_scale: Tensor | None, out_dtype: str
 ) -> str:
-    """Dtype of the output before FP8 quantisation, as :func:`paged_attention` has it.
+    """Dtype of the output before FP8 quantisation, as in :func:`paged_attention`.
 
     Raises
     ------
@@ -51,7 +51,7 @@ def value_dtype(
     if out_dtype not in ("auto", *FLOATS):
         raise ValueError(f"{op}: out_dtype: expected auto, {', '.join(FLOATS)}, got {out_dtype!r}")
     own = dtype_name(q.dtype)
-    if own not in FLOATS:  # e4m3 codes
+    if own not in FLOATS:  # q holds e4m3 codes
         given = dtype_name(out.dtype) if out is not None and is_tensor(out) else ""
         return out_dtype if out_dtype != "auto" else given if given in FLOATS else "bfloat16"
     if out_dtype not in ("auto", own, "float32"):
@@ -62,7 +62,7 @@ def value_dtype(
 def check_tensor(
     op: str, name: str, tensor: Any, shape: list[int], dtypes: tuple[str, ...]
 ) -> None:
-    """Check what a merge would, but before the first operator runs and under the caller's name."""
+    """Run the merge's checks before the first operator runs, under the caller's name."""
     if tensor is None:
         return
     if not is_tensor(tensor):
@@ -78,7 +78,7 @@ def check_tensor(
 def check_results(
     op: str, q: Tensor, out: Tensor | None, out_scale: Tensor | None, dtype: str
 ) -> None:
-    """Check `out` and `out_scale`; `dtype` is that of :func:`value_dtype`."""
+    """Check `out` and `out_scale`; `dtype` is the result of :func:`value_dtype`."""
     if len(q.shape) != 3:
         raise ValueError(f"{op}: q: expected 3 dimensions, got shape {list(q.shape)}")
     if out is not None:
@@ -88,7 +88,7 @@ def check_results(
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of a tensor's first byte and behind its last one; the same of an empty one."""
+    """Addresses of a tensor's first byte and after its last byte; equal if it is empty."""
     shape, size = tensor.shape, tensor.element_size()
     if 0 in shape:
         return 0, 0
@@ -101,9 +101,9 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 def check_apart(op: str, out: Tensor, inputs: Iterable[tuple[str, Any]]) -> None:
-    """Refuse an `out` in the memory of an input, as the operators do.
+    """Refuse an `out` that shares memory with an input, as the operators do.
 
-    From the first to the last element of each: strides in between are not looked at.
+    The check compares the ranges from first to last element and ignores gaps between strides.
     """
     first, last = _span(out)
     for name, tensor in inputs:

@@ -13,7 +13,7 @@ from fastattn.functional._marker import unified
 
 
 def as_window(op: str, window_size: tuple[int, int]) -> tuple[int, int]:
-    """The two sides of a window; raises TypeError for what is no pair of ints."""
+    """The two sides of a window. Raises TypeError if it is not a pair of ints."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"{op}: window_size: expected (left, right), got {window_size!r}")
     left, right = window_size
@@ -50,44 +50,46 @@ def flash_attention(
 ) -> Any:
     r"""Attention of ragged (variable-length) sequences over contiguous keys and values.
 
-    Query i of a sequence with q queries and k keys has key position ``i + k - q``. It gives
+    Query i of a sequence with q queries and k keys has key position ``i + k - q``. Its output is
 
     .. math:: s_{ij} = \mathrm{cap} \tanh(\lambda q_i k_j / \mathrm{cap}), \qquad
               o_i = \frac{\sum_j e^{s_{ij}} v_j}{e^{\mathrm{sink}} + \sum_j e^{s_{ij}}}
 
-    over the visible keys j, in fp32 by an online softmax [1]_. Masked keys and values never reach a
-    result, even if they are NaN. A query that sees no key gives 0 and an LSE of -inf. A NaN in a
-    query, or in a key or value that it sees, makes that query's output NaN, and no other.
+    over the visible keys j, in fp32 by an online softmax [1]_. Masked keys and values never affect
+    a result, even if they are NaN. A query that sees no key has an output of 0 and an LSE of -inf.
+    A NaN in a query, or in a key or value that it sees, makes the output of this query NaN, and of
+    no other query.
 
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64, 96, 128, 256, or 192 with values of 128 channels. The last dimension must be
-        contiguous, as those of `k` and `v`; the others may have any strides.
+        D is 64, 96, 128, 256, or 192 with values of 128 channels. The last dimension of `q`, `k`
+        and `v` must be contiguous; the others may have any strides.
     k, v : Tensor, shape [sum k, KV, D]
-        Where D is 192, `v` has the shape [sum k, KV, 128]. The dtype of `q`, or 8-bit codes: uint8
-        (see `kv_dtype`), float8_e4m3fn, float8_e5m2, int8. KV divides H; query head h reads KV
-        head ``h // (H / KV)``.
+        If D is 192, `v` has the shape [sum k, KV, 128]. Dtype of `q`, or 8-bit codes: uint8 (see
+        `kv_dtype`), float8_e4m3fn, float8_e5m2, int8. KV divides H. Query head h reads KV head
+        ``h // (H / KV)``.
     cu_seqlens_q, cu_seqlens_k : Tensor, shape [B + 1], int32
-        First query and first key token of each sequence, and the end of the last sequence.
+        Index of the first query and of the first key token of each sequence. The last entry is the
+        end of the last sequence.
     max_seqlen_q, max_seqlen_k : int
-        Upper bounds of the sequences' lengths; they mask nothing.
+        Upper bounds of the sequence lengths. They mask nothing.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional
-        Dequantisation multipliers of e4m3 queries (``q ~ code * q_descale``); 1 when absent. Where
-        T = B and H = KV the shape means [T, H]. Any strides.
+        Dequantisation multipliers of e4m3 queries (``q ~ code * q_descale``). Default: 1. If T = B
+        and H = KV, the shape means [T, H]. Any strides.
     k_descale, v_descale : Tensor, shape [1], [KV] or [B, KV], float32 or bfloat16, optional
-        Dequantisation multipliers of 8-bit keys and values; 1 when absent. Any strides, those of
-        expanded views included.
+        Dequantisation multipliers of 8-bit keys and values. Default: 1. Any strides, also of
+        expanded views.
     softmax_scale : float, optional
-        :math:`\lambda`; ``D ** -0.5`` by default.
+        :math:`\lambda`. Default: ``D ** -0.5``.
     causal : bool
         Mask the keys after a query's position.
     window_size : (int, int)
-        Number of keys before and after a query's position that stay visible; -1 is unlimited.
+        Number of keys before and after a query's position that stay visible; -1 means unlimited.
     softcap : float
-        Bound of the logits, ``cap * tanh(s / cap)``; 0 is none.
+        Bound of the logits, ``cap * tanh(s / cap)``; 0 means none.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
-        A logit for each head that joins the denominator and the LSE, but has no value.
+        A logit for each head. It counts in the denominator and in the LSE, but has no value.
     mask_offsets : Tensor, shape [T, 2], int32, optional
         Query t sees at most keys ``[start, end)`` of its sequence. The other masks apply as well.
     out_scale : Tensor, shape [1], float32, optional
@@ -96,34 +98,35 @@ def flash_attention(
         Also return the LSE, the logarithm of the softmax's denominator.
     out : Tensor, shape [T, H, D] ([T, H, 128] where D is 192), optional
         Written in place and returned. Tokens that belong to no sequence (padding) keep their
-        contents; in a new output they are 0.
+        contents in a given `out`, and are 0 in a new one.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
-        Dtype of the output. "auto" is the dtype of `q`, and for e4m3 queries that of `out` or
-        bfloat16. Queries that are not e4m3 allow float32 (for partial results) besides their own.
+        Dtype of the output. "auto" is the dtype of `q`; for e4m3 queries it is the dtype of `out`,
+        or bfloat16 without `out`. Queries that are not e4m3 allow only their own dtype and float32
+        (for partial results).
     kv_dtype : {"auto", "e4m3", "e5m2", "int8"}
         Format of the codes in uint8 keys and values; "auto" is e4m3.
     quantize_q : bool
         Quantise float16 or bfloat16 queries to e4m3 first, with a scale ``max(amax, 1e-6) / 448``
-        for each token and head. For e4m3 keys and values only. Long sequences then run on the
-        FP8 tensor cores of a Hopper GPU, with the rounding error of e4m3 queries (see
+        for each token and head. Only for e4m3 keys and values. Long sequences then run on the FP8
+        tensor cores of a Hopper GPU, with the rounding error of e4m3 queries (see
         docs/numerics.md). The output keeps the dtype of `q`.
 
     Returns
     -------
     out : Tensor, shape [T, H, D]
-        uint8 (e4m3 codes) with `out_scale`.
+        uint8 (e4m3 codes) if `out_scale` is given.
     softmax_lse : Tensor, shape [H, T], float32
-        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no sequence.
+        Natural logarithm, -inf for tokens of no sequence. Only with `return_softmax_lse`.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above or does not match the others, or a required argument
-        is not a tensor.
+        If a dtype is not one of the listed dtypes or does not match the others, or if a required
+        argument is not a tensor.
     ValueError
         If shapes or places do not match, a descale is given for 16- or 32-bit values, or an option
-        is out of range; also if `quantize_q` comes with queries that do not have 16 bits, with
-        `q_descale`, or with keys that are not e4m3.
+        is out of range. Also if `quantize_q` is set for queries that do not have 16 bits, with
+        `q_descale`, or for keys that are not e4m3.
     NotImplementedError
         If D is not 64, 96, 128, 192 or 256.
 
@@ -189,7 +192,7 @@ def paged_attention_attrs(
     batch_invariant: bool = False,
     k_rotation: str = "none",
 ) -> tuple[Any, ...]:
-    """Attributes of the operator ``paged_attention`` behind the two lengths, in its order."""
+    """Attributes of the operator ``paged_attention`` after the two lengths, in its order."""
     return (
         softmax_scale,
         causal,
@@ -241,62 +244,62 @@ def paged_attention(
 ) -> Any:
     r"""Attention of a step's new tokens over a layer's paged cache.
 
-    The new tokens' K and V must be in the cache already. One call takes prefill, chunked prefill,
+    The new tokens' K and V must be in the cache already. One call serves prefill, chunked prefill,
     decoding and inactive sequences in any order. The formula, the masks and the treatment of NaN
-    are those of :func:`flash_attention`; codes are dequantised as ``code * scale``.
+    are the same as in :func:`flash_attention`. Codes are dequantised as ``code * scale``.
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
-    tokens, from token ``cu_seqlens_q[b]`` of `q` on, and ``seq_lens_decoder[b] + n`` keys. The key
-    at position p is in slot ``p % 64`` of block ``block_tables[b, p // 64]``. It is masked if that
-    id is outside ``[0, num_blocks)``.
+    tokens, which start at token ``cu_seqlens_q[b]`` of `q`. It has ``seq_lens_decoder[b] + n``
+    keys. The key at position p is in slot ``p % 64`` of block ``block_tables[b, p // 64]``. The key
+    is masked if this block id is outside ``[0, num_blocks)``.
 
     Parameters
     ----------
     q : Tensor, shape [T, H, D], float32, float16, bfloat16, or uint8 / float8_e4m3fn (e4m3 codes)
-        D is 64, 96, 128, 256, or 192 with values of 128 channels. For type ``"none"`` the dtype
-        must be that of the caches. The last dimension must be contiguous, the others may have any
+        D is 64, 96, 128, 256, or 192 with values of 128 channels. For type ``"none"``, `q` must
+        have the dtype of the caches. The last dimension must be contiguous; the others may have any
         strides.
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
-        uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16. KV
-        divides H. The last dimension must be contiguous. The others, also those of `value_cache`
-        and of dynamic scales, may have any strides: a cache may be a transposed
+        uint8 (or the int8 / float8 dtype of the codes); bfloat16 or float16 for ``"none"``. KV
+        divides H. The last dimension must be contiguous. The other dimensions may have any strides,
+        as may `value_cache` and dynamic scales: a cache may be a transposed
         ``[num_blocks, 64, KV, D]`` or half of a pool that holds K and V. No cache is ever copied.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
-        For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
-        ``block_wise_int4`` and ``block_wise_mxfp4``: a byte has two channels. 128 channels go with
-        192 of K, and otherwise as many as K has.
+        Type ``"none"`` has the shape [num_blocks, KV, 64, D]. In both shapes, D is half of the head
+        dimension for ``block_wise_int4`` and ``block_wise_mxfp4``: a byte holds two channels. V has
+        128 channels if K has 192, otherwise as many as K.
     block_tables : Tensor, shape [B, max_blocks], int32
-        Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
-        than B: slots of a server that do not run.
+        Physical block of each group of 64 tokens of a sequence. `block_tables` and
+        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
-        First token of each sequence in `q`.
+        Index of the first token of each sequence in `q`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Tokens cached before this step, and new tokens (0 for an inactive sequence).
+        Number of tokens cached before this step, and of new tokens (0 for an inactive sequence).
     max_seqlen_q, max_seqlen_k : int
-        Upper bounds of the sequences' new tokens and keys; they mask nothing.
+        Upper bounds of the new tokens and of the keys of a sequence. They mask nothing.
     cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8, optional
         Dequantisation multipliers. Static types: [1], [KV] or, for ``cache_int8``, [KV * D].
-        Dynamic types: [num_blocks, KV, 64], of ``block_wise_mxfp4`` uint8 [num_blocks, KV, 64,
-        D / 32].
+        Dynamic types: [num_blocks, KV, 64]; ``block_wise_mxfp4``: uint8 [num_blocks, KV, 64, D /
+        32].
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
         ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional
-        Dequantisation multipliers of e4m3 queries, as :func:`rope_write_cache_kv` returns them; 1
-        when absent.
+        Dequantisation multipliers of e4m3 queries, as :func:`rope_write_cache_kv` returns them.
+        Default: 1.
     softmax_scale : float, optional
-        ``D ** -0.5`` by default.
+        Default: ``D ** -0.5``.
     causal : bool
         Mask the keys after a query's position.
     window_size : (int, int)
-        Number of keys before and after a query's position that stay visible; -1 is unlimited.
+        Number of keys before and after a query's position that stay visible; -1 means unlimited.
     softcap : float
-        Bound of the logits, ``cap * tanh(s / cap)``; 0 is none.
+        Bound of the logits, ``cap * tanh(s / cap)``; 0 means none.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
-        A logit for each head that joins the denominator and the LSE, but has no value.
+        A logit for each head. It counts in the denominator and in the LSE, but has no value.
     mask_offsets : Tensor, shape [T, 2], int32, optional
         Query t sees at most keys ``[start, end)`` of its sequence. The other masks apply as well.
     out_scale : Tensor, shape [1], float32, optional
@@ -305,56 +308,57 @@ def paged_attention(
         Also return the LSE, the logarithm of the softmax's denominator.
     out : Tensor, shape [T, H, D] ([T, H, 128] where D is 192), optional
         Written in place and returned. Tokens that belong to no sequence (padding) keep their
-        contents; in a new output they are 0.
+        contents in a given `out`, and are 0 in a new one.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
-        Dtype of the output. "auto" is the dtype of `q`, and for e4m3 queries that of `out` or
-        bfloat16. Queries that are not e4m3 allow float32 (for partial results) besides their own.
+        Dtype of the output. "auto" is the dtype of `q`; for e4m3 queries it is the dtype of `out`,
+        or bfloat16 without `out`. Queries that are not e4m3 allow only their own dtype and float32
+        (for partial results).
     cache_k_zp, cache_v_zp : None
-        Zero points; every supported type is symmetric and takes none.
+        Zero points. Every supported type is symmetric and takes none.
     quantize_q : bool
         Quantise float16 or bfloat16 queries to e4m3 first, with a scale ``max(amax, 1e-6) / 448``
-        for each token and head. For e4m3 caches only. Long sequences then run on the
-        FP8 tensor cores of a Hopper GPU, with the rounding error of e4m3 queries (see
-        docs/numerics.md). The output keeps the dtype of `q`.
+        for each token and head. Only for e4m3 caches. Long sequences then run on the FP8 tensor
+        cores of a Hopper GPU, with the rounding error of e4m3 queries (see docs/numerics.md). The
+        output keeps the dtype of `q`.
     batch_invariant : bool
-        A sequence's output and LSE have the same bits in every batch: alone or beside others, in
-        any order, with any `max_seqlen_q` and `max_seqlen_k` that are not too small, in any slots
-        and blocks, eager and in a CUDA graph. See docs/numerics.md for what else they depend on,
-        and what it costs. On the CPU that is so in any case.
+        A sequence's output and LSE have the same bits in every batch: alone or with others, in any
+        order, with any sufficient `max_seqlen_q` and `max_seqlen_k`, in any slots and blocks,
+        eagerly and in a CUDA graph. docs/numerics.md says what else they depend on, and what this
+        costs. On the CPU this always holds.
     k_rotation : {"none", "hadamard"}
-        How K was rotated when it was written: `q` is rotated alike, in fp32, and rounded to its
-        dtype again. ``"none"`` for queries that the writer has rotated (`q_rotation` of
-        :func:`rope_write_cache_kv`), which saves a kernel. Not with e4m3 queries.
+        Rotation of K at the time of writing. `q` is rotated alike, in fp32, and rounded to its
+        dtype again. Use ``"none"`` if the writer has already rotated the queries (`q_rotation` of
+        :func:`rope_write_cache_kv`); this saves a kernel. Not supported for e4m3 queries.
     k_center : Tensor, shape [KV, D], float32, optional
-        What K was written without; rotated, if `q` comes rotated. The output needs no correction,
-        since all scores of a query lack the same number, but the LSE and sinks do: they are those
-        of K itself. Then not with e4m3 queries. Never with `softcap`, nor with `sinks` and `out`
-        together.
+        The constant that was subtracted from K before the cache write; rotated if `q` is already
+        rotated. All scores of a query then lack the same number. The output needs no correction for
+        this; the LSE and the sinks get one. So e4m3 queries are not supported with an LSE or sinks.
+        `softcap`, and `sinks` together with `out`, are never supported.
 
     Returns
     -------
     out : Tensor, shape [T, H, D]
-        uint8 (e4m3 codes) with `out_scale`.
+        uint8 (e4m3 codes) if `out_scale` is given.
     softmax_lse : Tensor, shape [H, T], float32
-        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no sequence.
+        Natural logarithm, -inf for tokens of no sequence. Only with `return_softmax_lse`.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a required argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or a required argument is not a tensor.
     ValueError
         If shapes or places do not match, scales are missing or superfluous, a zero point is given,
-        or an option is out of range; also if `quantize_q` comes with queries that do not have 16
-        bits, with `q_descale`, or with a cache that is not e4m3.
+        or an option is out of range. Also if `quantize_q` is set for queries that do not have 16
+        bits, with `q_descale`, or for a cache that is not e4m3.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 192, 256) is not supported, or
-        what `k_rotation` or `k_center` comes with.
+        If `cache_quant_type` or the head dimension is not supported, or another argument does not
+        go with `k_rotation` or `k_center`. Supported head dimensions are 64, 96, 128, 192 and 256.
 
     Notes
     -----
-    On the CPU the softmax's weights stay in fp32. The keys of a sequence with up to 64 (query,
-    head) pairs a KV head are split into ranges of 2048, whatever the number of threads, so the same
-    input gives the same bits in every run.
+    On the CPU the softmax weights stay in fp32. The keys of a sequence with at most 64 (query,
+    head) pairs per KV head are split into ranges of 2048, whatever the number of threads. So the
+    same input gives the same bits in every run.
 
     See Also
     --------

@@ -1,4 +1,4 @@
-"""Writing a paged KV cache, reading it back, and its byte layouts."""
+"""Functions that write a paged KV cache, read it back and convert its byte layouts."""
 
 from __future__ import annotations
 
@@ -38,77 +38,80 @@ def write_cache_kv(
     .. math:: s = \max(\mathrm{amax}, 10^{-6}) / Q_{max}, \qquad
               c = \mathrm{round}(\mathrm{saturate}(x \cdot (1 / s)))
 
-    with :math:`Q_{max}` 448 for e4m3, 57344 for e5m2 and 127 for int8. Dynamic types have one
-    :math:`s` for each token and KV head (per-token scales), static types take the given :math:`s`.
-    A dynamic scale that is stored as bfloat16 is rounded before the token is quantised with it.
+    :math:`Q_{max}` is 448 for e4m3, 57344 for e5m2 and 127 for int8. Dynamic types have one
+    :math:`s` for each token and KV head (per-token scales); static types use the given :math:`s`. A
+    dynamic scale that is stored as bfloat16 is rounded before its token is quantised.
 
-    With `k_center` or `k_rotation` the x of K is :math:`H (k - m)`, in fp32: less a constant, then
-    multiplied by the normalised Hadamard matrix H. Both spread or remove outliers of K's channels,
-    so that the codes of the others keep more bits. The attention has to be told of both.
+    With `k_center` or `k_rotation` the x of K is :math:`H (k - m)`, in fp32: a constant is
+    subtracted, then the result is multiplied by the normalised Hadamard matrix H. Both spread or
+    remove outliers in the channels of K, so that the codes of the other channels keep more bits.
+    The attention must be called with matching arguments.
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
-    tokens. Its i-th is token ``cu_seqlens_q[b] + i`` of `key` and goes to position ``p =
-    seq_lens_decoder[b] + i``, which is slot ``p % 64`` of block ``block_tables[b, p // 64]``.
-    Tokens that belong to no sequence or have no assigned block (an id outside ``[0, num_blocks)``)
+    tokens. Its i-th new token is token ``cu_seqlens_q[b] + i`` of `key`. It goes to position
+    ``p = seq_lens_decoder[b] + i``, which is slot ``p % 64`` of block ``block_tables[b, p // 64]``.
+    Tokens of no sequence and tokens without an assigned block (an id outside ``[0, num_blocks)``)
     are skipped. All other slots keep their bytes.
 
     Parameters
     ----------
     key, value : Tensor, shape [T, KV, D], float32, float16 or bfloat16
         For type ``"none"`` the dtype of the caches, or float32, which is rounded to it. D is 128
-        for `value` and its cache where it is 192 for `key` (unabsorbed MLA, whose RoPE is done).
+        for `value` and its cache if it is 192 for `key` (unabsorbed MLA, after RoPE).
     key_cache : Tensor, shape [num_blocks, KV, 64, D]
-        uint8 (or the int8 / float8 dtype of the codes); for ``"none"`` bfloat16 or float16.
-        The last dimension must be contiguous. The others, also those of `value_cache` and of
-        dynamic scales, may have any strides: views of one pool and transposed views are written in
+        uint8 (or the int8 / float8 dtype of the codes); bfloat16 or float16 for ``"none"``. The
+        last dimension must be contiguous. The other dimensions may have any strides, as may
+        `value_cache` and dynamic scales: views of one pool and transposed views are written in
         place.
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
-        For ``"none"`` [num_blocks, KV, 64, D]. In both, D is half of the head dimension for
-        ``block_wise_int4`` and ``block_wise_mxfp4``: a byte has two channels.
+        Type ``"none"`` has the shape [num_blocks, KV, 64, D]. In both shapes, D is half of the head
+        dimension for ``block_wise_int4`` and ``block_wise_mxfp4``: a byte holds two channels.
     block_tables : Tensor, shape [B, max_blocks], int32
-        Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
-        than B: slots of a server that do not run.
+        Physical block of each group of 64 tokens of a sequence. `block_tables` and
+        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
-        First token of each sequence in `key`.
+        Index of the first token of each sequence in `key`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Cached and new tokens of each sequence.
+        Number of cached and of new tokens of each sequence.
     cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8, optional
         Dequantisation multipliers (``x ~ code * scale``). Static types read them: [1], [KV] or, for
-        ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64], of
-        ``block_wise_mxfp4`` uint8 [num_blocks, KV, 64, D / 32], exponents of two plus 127.
+        ``cache_int8``, [KV * D]. Dynamic types write them: [num_blocks, KV, 64].
+        ``block_wise_mxfp4`` writes uint8 [num_blocks, KV, 64, D / 32], the exponents of two plus
+        127.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
         ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
-        Sequence of each token. A token with another id (-1 for CUDA-graph padding) is skipped.
+        Sequence of each token. A token whose id is out of range (such as -1, the padding of a CUDA
+        graph) is skipped.
     cache_k_zp, cache_v_zp : None
-        Zero points; every supported type is symmetric and takes none.
+        Zero points. Every supported type is symmetric and takes none.
     k_rotation : {"none", "hadamard"}
-        Rotate K before it is quantised; not for ``"none"``, nor for e5m2. Where D is no power of
-        two, H has a block for each ``D & -D`` channels.
+        Rotate K before it is quantised. Not supported for ``"none"`` and e5m2. If D is not a power
+        of two, H has a block for each ``D & -D`` channels.
     k_center : Tensor, shape [KV, D], float32, optional
-        What is subtracted from K before the rotation; for the same types.
+        The constant that is subtracted from K before the rotation. Supported for the same types.
 
     Returns
     -------
     key_cache, value_cache : Tensor
-        The caches themselves. A traced static program must go on with these: Paddle drops an
-        operator from a saved program when none of its outputs is used.
+        The caches themselves. A traced static program must use these results: Paddle drops an
+        operator from a saved program if none of its outputs is used.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a required argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or a required argument is not a tensor.
     ValueError
         If shapes or places do not match, scales are missing or superfluous, a zero point
         is given, or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 192, 256) is not supported,
-        `fp8_format` is not e4m3 for ``block_wise_fp8``, or a type takes no `k_rotation` or
-        `k_center`.
+        If `cache_quant_type` or the head dimension is not supported, `fp8_format` is not e4m3 for
+        ``block_wise_fp8``, or the type takes no `k_rotation` or `k_center`. Supported head
+        dimensions are 64, 96, 128, 192 and 256.
 
     See Also
     --------
@@ -179,64 +182,64 @@ def append_cache_kv_c8(
     .. math:: \mathrm{key}[\mathrm{cu\_seqlens\_k}[b] + i] = \mathrm{round}_T(c \cdot s), \qquad
               0 \le i < \mathrm{seq\_lens\_decoder}[b]
 
-    with the code c and the scale s of position i of sequence b: one fp32 product, rounded to the
+    c is the code and s the scale of position i of sequence b. The fp32 product is rounded to the
     dtype of `key`. A sequence gives at most ``cu_seqlens_k[b + 1] - cu_seqlens_k[b]`` tokens. All
-    other tokens of `key` and `value` keep their contents, also those whose block is not assigned
+    other tokens of `key` and `value` keep their contents, also tokens whose block is not assigned
     (an id outside ``[0, num_blocks)``).
 
     Parameters
     ----------
     key_cache : Tensor, shape [num_blocks, KV, 64, D], uint8
-        Or the int8 / float8 dtype of the codes. Strides of the caches and of dynamic scales as for
-        ``write_cache_kv``; in layout ``"fastdeploy"`` the 64 * D codes of a block and head must be
-        contiguous.
+        Or the int8 / float8 dtype of the codes. Strides of the caches and of dynamic scales are as
+        for ``write_cache_kv``. In layout ``"fastdeploy"`` the 64 * D codes of a block and head must
+        be contiguous.
     value_cache : Tensor, shape [num_blocks, KV, D, 64], uint8
-        For ``cache_layout="fastdeploy"`` [num_blocks, KV, 64, D]; ``block_wise_int4`` and
-        ``block_wise_mxfp4``, which have no such layout, have half of D in both caches.
+        [num_blocks, KV, 64, D] for ``cache_layout="fastdeploy"``. ``block_wise_int4`` and
+        ``block_wise_mxfp4`` do not have this layout; their caches have half of D.
     key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
-        Written in place. D is 128 for `value` where it is 192 for `key`.
+        Written in place. D is 128 for `value` if it is 192 for `key`.
     block_tables : Tensor, shape [B, max_blocks], int32
-        Physical block of each 64 tokens of a sequence.
+        Physical block of each group of 64 tokens of a sequence.
     seq_lens_decoder : Tensor, shape [B], int32
-        Cached tokens of each sequence.
+        Number of cached tokens of each sequence.
     cu_seqlens_k : Tensor, shape [B + 1], int32
-        First token of each sequence in `key`.
+        Index of the first token of each sequence in `key`.
     cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8
-        Dequantisation multipliers: static [1], [KV] or (``cache_int8``) [KV * D], dynamic
-        [num_blocks, KV, 64] in token order, of ``block_wise_mxfp4`` uint8 [num_blocks, KV, 64,
-        D / 32].
+        Dequantisation multipliers. Static types: [1], [KV] or, for ``cache_int8``, [KV * D].
+        Dynamic types: [num_blocks, KV, 64] in token order; ``block_wise_mxfp4``: uint8 [num_blocks,
+        KV, 64, D / 32].
     dynamic_quant : bool
-        Whether the cache has per-token scales. Must agree with `cache_quant_type`.
+        Whether the cache has per-token scales. It must agree with `cache_quant_type`.
     cache_quant_type : str
         ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8``,
         ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
     cache_layout : {"fastattn", "fastdeploy"}
-        Byte layout of the caches; FastDeploy stores int8 codes with 128 added.
+        Byte layout of the caches. FastDeploy stores int8 codes plus 128.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     cache_k_zp, cache_v_zp : None
-        Zero points; every supported type is symmetric and takes none.
+        Zero points. Every supported type is symmetric and takes none.
     k_rotation : {"none", "hadamard"}
     k_center : Tensor, shape [KV, D], float32, optional
-        What K was written with (:func:`write_cache_kv`): it is rotated back and gets its centre,
-        both in fp32 ahead of the rounding. In layout ``"fastattn"`` only.
+        The values that K was written with (:func:`write_cache_kv`). K is rotated back and the
+        centre is added, both in fp32 before the rounding. Only supported in layout ``"fastattn"``.
 
     Returns
     -------
     key, value : Tensor
-        The outputs themselves. A traced static program must go on with these.
+        The outputs themselves. A traced static program must use these results.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a required argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or a required argument is not a tensor.
     ValueError
         If shapes or places do not match, `dynamic_quant` does not agree with
         `cache_quant_type`, a zero point is given, or `cache_layout` or `fp8_format` is unknown.
     NotImplementedError
-        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension (64, 96, 128, 192,
-        256) is not supported, or `fp8_format` is not e4m3 for ``block_wise_fp8``, or what
-        `k_rotation` or `k_center` comes with.
+        If `cache_quant_type`, `cache_layout` ("logical") or the head dimension is not supported,
+        `fp8_format` is not e4m3 for ``block_wise_fp8``, or another argument does not go with
+        `k_rotation` or `k_center`. Supported head dimensions are 64, 96, 128, 192 and 256.
 
     See Also
     --------
@@ -289,24 +292,24 @@ def convert_cache_layout(
     Parameters
     ----------
     cache : Tensor, shape [num_blocks, KV, 64, D] or [num_blocks, KV, D, 64]
-        uint8 (or the int8 / float8 dtype of the codes); for type ``"none"`` bfloat16 or float16.
-        The second shape is that of V in layout ``"fastattn"``. Blocks and heads may have any
-        strides; the elements of a block and head must be contiguous.
+        uint8 (or the int8 / float8 dtype of the codes); bfloat16 or float16 for type ``"none"``.
+        The second shape is for V in layout ``"fastattn"``. Blocks and heads may have any strides;
+        the elements of a block and head must be contiguous.
     kind : {"k", "v"}
-        Which of the two caches it is.
+        Which of the two caches is given.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8``, or ``block_wise_int4`` and ``block_wise_mxfp4``,
-        whose D is half of the head dimension and which have no layout ``"fastdeploy"``. For
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``. The
+        last two have half of the head dimension as D, and no layout ``"fastdeploy"``. For
         ``"none"`` all layouts are the same.
     src, dst : {"fastattn", "fastdeploy", "logical"}
-        ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` stores int8 codes with
-        128 added. ``fastattn.reference.layout`` has the formulas.
+        ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` stores int8 codes plus
+        128. ``fastattn.reference.layout`` has the formulas.
 
     Returns
     -------
     Tensor
-        A new tensor of the dtype of `cache` and the shape that `dst` has.
+        A new tensor with the dtype of `cache` and the shape of layout `dst`.
 
     Raises
     ------
@@ -315,8 +318,8 @@ def convert_cache_layout(
     ValueError
         If `kind`, `src` or `dst` is unknown or the shape does not match them.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 256, and 192 of K) is not
-        supported.
+        If `cache_quant_type` or the head dimension is not supported. Supported are 64, 96, 128 and
+        256, and 192 for K.
 
     See Also
     --------
@@ -351,25 +354,25 @@ def convert_cache_blocks(
 ) -> Tensor:
     """Convert blocks of a cache tensor to another byte layout, in place.
 
-    This is :func:`convert_cache_layout` without a second cache: each block of a KV head is read as
-    a whole before it is written. Blocks outside ``[begin, end)`` keep their bytes. A block must not
-    be converted twice: its bytes would be taken for those of layout `src`.
+    Unlike :func:`convert_cache_layout`, this needs no second cache: each block of a KV head is read
+    completely before it is written. Blocks outside ``[begin, end)`` keep their bytes. Do not
+    convert a block twice: its bytes would be read in layout `src` again.
 
     Parameters
     ----------
     cache : Tensor, shape [num_blocks, KV, 64, D] or [num_blocks, KV, D, 64]
-        uint8 (or the int8 / float8 dtype of the codes). For type ``"none"`` bfloat16 or float16,
-        and nothing is done. A quantised V may have either shape in any layout, and keeps it.
-        Strides as for ``convert_cache_layout``.
+        uint8 (or the int8 / float8 dtype of the codes). For type ``"none"``, bfloat16 or float16;
+        nothing is done. A quantised V may have either shape in any layout, and keeps it. Strides as
+        for ``convert_cache_layout``.
     kind : {"k", "v"}
-        Which of the two caches it is.
+        Which of the two caches is given.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
         ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         As for :func:`convert_cache_layout`.
     begin, end : int
-        Range of blocks ``[begin, end)``; by default all.
+        Range of blocks ``[begin, end)``. Default: all blocks.
 
     Returns
     -------
@@ -381,11 +384,11 @@ def convert_cache_blocks(
     TypeError
         If `cache` is not a tensor or its dtype does not match `cache_quant_type`.
     ValueError
-        If `kind`, `src` or `dst` is unknown, the shape does not match them, or ``0 <= begin <= end
-        <= num_blocks`` does not hold.
+        If `kind`, `src` or `dst` is unknown, the shape does not match them, or
+        ``0 <= begin <= end <= num_blocks`` does not hold.
     NotImplementedError
-        If `cache_quant_type` or the head dimension (64, 96, 128, 256, and 192 of K) is not
-        supported.
+        If `cache_quant_type` or the head dimension is not supported. Supported are 64, 96, 128 and
+        256, and 192 for K.
 
     See Also
     --------

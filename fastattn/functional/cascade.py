@@ -31,27 +31,27 @@ _BLOCK_SIZE = 64
 
 
 class CascadePlan(NamedTuple):
-    """Metadata of a step whose sequences are a shared prefix and a suffix each.
+    """Metadata of a step whose sequences each consist of a shared prefix and a suffix.
 
-    :func:`plan_cascade` makes one on the host, from a scheduler's lengths and block tables. A
-    server whose lengths are on the device may build one from its own tensors. All are int32,
-    contiguous and on the place of `q`. A CUDA graph keeps their addresses: write the plan of a
-    later step with the same `tokens` into them in place.
+    :func:`plan_cascade` makes a plan on the host from a scheduler's lengths and block tables. A
+    server whose lengths are on the device may build a plan from its own tensors. All tensors are
+    int32, contiguous and on the place of `q`. A CUDA graph keeps their addresses: write the plan of
+    a later step with the same `tokens` into them in place.
 
     Attributes
     ----------
     tokens : int
-        Tokens P of the prefix, a multiple of 64.
+        Number P of tokens of the prefix, a multiple of 64.
     prefix_block_table : Tensor, shape [1, P / 64]
     prefix_cu_seqlens_q : Tensor, shape [2]
-        0 and the number N of new tokens of all sequences; tokens of `q` from N on are padding.
+        0 and the number N of new tokens of all sequences. Tokens of `q` from N on are padding.
     prefix_seq_lens_decoder : Tensor, shape [1]
-        ``max(P - N, 0)``: all new tokens are queries of one sequence with ``max(P, N)`` keys, of
-        which those that are not in `prefix_block_table` are masked.
+        ``max(P - N, 0)``. All new tokens are queries of one sequence with ``max(P, N)`` keys; keys
+        that are not in `prefix_block_table` are masked.
     prefix_seq_lens_this_time : Tensor, shape [1]
         N.
     suffix_block_tables : Tensor, shape [B, max_blocks - P / 64]
-        The sequences' tables without their first P / 64 entries.
+        The sequences' block tables without their first P / 64 entries.
     suffix_seq_lens_decoder : Tensor, shape [B]
         The sequences' cached tokens minus P.
     """
@@ -74,7 +74,7 @@ def _integers(name: str, values: ArrayLike, shape: tuple[int, ...], text: str) -
 def _check_shared(
     tables: NDArray[np.int64], cached: NDArray[np.int64], active: NDArray[np.intp], tokens: int
 ) -> None:
-    """Refuse a sequence with other blocks, or with fewer cached tokens."""
+    """Refuse a sequence with other prefix blocks, or with fewer cached tokens than the prefix."""
     prefix = tables[active[0], : tokens // _BLOCK_SIZE]
     if (prefix < 0).any():
         raise ValueError(
@@ -104,21 +104,21 @@ def plan_cascade(
 ) -> CascadePlan:
     """Plan :func:`cascade_attention` for a step whose sequences share a prefix.
 
-    The arguments are on the host, and the plan's tensors are copied to the device: make one plan a
-    step, outside of a CUDA graph. Sequences without new tokens need not share the prefix.
+    The arguments are on the host, and the plan's tensors are copied to the device. Make one plan
+    per step, outside of a CUDA graph. Sequences without new tokens need not share the prefix.
 
     Parameters
     ----------
     block_tables : array_like of int, shape [B, max_blocks]
-        Physical block of each 64 tokens of a sequence; -1 where there is none.
+        Physical block of each group of 64 tokens of a sequence; -1 for no block.
     seq_lens_decoder, seq_lens_this_time : array_like of int, shape [B]
-        Cached and new tokens of each sequence. ``cu_seqlens_q`` of the step must be the cumulative
-        sums of the new ones, with padding only behind the last sequence.
+        Number of cached and of new tokens of each sequence. ``cu_seqlens_q`` of the step must be
+        the cumulative sums of the new tokens, with padding only after the last sequence.
     shared_prefix_tokens : int
         Length P of the shared prefix: a multiple of 64 and at most the cached tokens of each
         sequence.
     place : optional
-        Where the tensors are made; default CPU.
+        Place of the plan's tensors. Default: CPU.
 
     Returns
     -------
@@ -128,10 +128,11 @@ def plan_cascade(
     Raises
     ------
     TypeError
-        If an argument is a tensor or not of integers.
+        If an argument is a tensor or does not hold integers.
     ValueError
-        If shapes do not match, a value does not fit int32, `shared_prefix_tokens` is not a positive
-        multiple of 64, or a sequence with new tokens has fewer cached tokens or another prefix.
+        If shapes do not match, a value does not fit int32, or `shared_prefix_tokens` is not a
+        positive multiple of 64. Also if a sequence with new tokens has another prefix, or fewer
+        cached tokens.
 
     Examples
     --------
@@ -165,7 +166,7 @@ def plan_cascade(
     if active.size:
         _check_shared(tables, cached, active, tokens)
         prefix = tables[active[0], :blocks]
-    # A table needs at least one column. New tokens beyond it are in no block.
+    # A table needs at least one column. New tokens beyond the table are in no block.
     suffix = tables[:, blocks:] if blocks < max_blocks else np.full((batch, 1), -1)
     total = int(new.sum())
     if total > np.iinfo(np.int32).max:
@@ -189,7 +190,7 @@ def plan_cascade(
 
 
 def _check(plan: Any, max_seqlen_k: Any, q: Any, q_descale: Any, window_size: Any) -> None:
-    """Refuse what the two attention calls would miss, or name otherwise."""
+    """Refuse arguments that the two attention calls would accept, or report under other names."""
     if not paddle.in_dynamic_mode():
         raise NotImplementedError(f"{_OP}: a plan belongs to one step: it runs in dygraph only")
     if not isinstance(plan, CascadePlan):
@@ -246,10 +247,10 @@ def cascade_attention(
 ) -> Any:
     r"""Attention of a step whose sequences share their first cache blocks.
 
-    The result is that of :func:`paged_attention` over the whole sequences. The new tokens of all
-    sequences attend to the P tokens of the prefix as one sequence, so its blocks are read once
-    instead of once a sequence. Each sequence attends to its own suffix. The two partial results are
-    merged in fp32 [1]_:
+    The result is the same as :func:`paged_attention` over the whole sequences. The new tokens of
+    all sequences attend to the P tokens of the prefix as one sequence, so its blocks are read once
+    instead of once per sequence. Each sequence attends to its own suffix. The two partial results
+    are merged in fp32 [1]_:
 
     .. math:: \mathrm{lse} = \ln (e^{\mathrm{lse}_p} + e^{\mathrm{lse}_s}), \qquad
               o = e^{\mathrm{lse}_p - \mathrm{lse}} o_p + e^{\mathrm{lse}_s - \mathrm{lse}} o_s
@@ -261,14 +262,15 @@ def cascade_attention(
     key_cache, value_cache : Tensor
         As for :func:`paged_attention`.
     plan : CascadePlan
-        From :func:`plan_cascade`. Values on the device are not checked: a sequence that has another
-        prefix attends to the shared one all the same.
+        From :func:`plan_cascade`. Values on the device are not checked: a sequence with another
+        prefix still attends to the shared one.
     cu_seqlens_q : Tensor, shape [B + 1], int32
-        Cumulative sums of the plan's new tokens.
+        Cumulative sums of the new tokens of the plan.
     seq_lens_this_time : Tensor, shape [B], int32
-        New tokens of each sequence.
+        Number of new tokens of each sequence.
     max_seqlen_q, max_seqlen_k : int
-        Upper bounds of the sequences' new tokens and keys, prefix included; they mask nothing.
+        Upper bounds of the new tokens and of the keys of a sequence, including the prefix. They
+        mask nothing.
     cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8, optional
         As for :func:`paged_attention`.
     cache_quant_type : str
@@ -277,21 +279,21 @@ def cascade_attention(
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1] or [T, H], float32 or bfloat16, optional
-        Dequantisation multipliers of e4m3 queries; 1 when absent.
+        Dequantisation multipliers of e4m3 queries. Default: 1.
     softmax_scale : float, optional
-        ``D ** -0.5`` by default.
+        Default: ``D ** -0.5``.
     causal : bool
         Mask the keys after a query's position.
     window_size : (int, int)
-        Only (-1, -1), no window, is supported.
+        Only (-1, -1), which means no window, is supported.
     softcap : float
-        Bound of the logits, ``cap * tanh(s / cap)``; 0 is none.
+        Bound of the logits, ``cap * tanh(s / cap)``; 0 means none.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
-        A logit for each head, finite or -inf, that joins the denominator and the LSE, but has no
-        value. It is added once, with the suffix, where every query sees its own key.
+        A logit for each head, finite or -inf. It counts in the denominator and in the LSE, but has
+        no value. It is added once, with the suffix, where every query sees its own key.
     out_scale : Tensor, shape [1], float32, optional
-        Return the output as e4m3 codes of ``out * (1 / out_scale)``, which the merge makes from its
-        fp32 values.
+        Return the output as e4m3 codes of ``out * (1 / out_scale)``, quantised by the merge from
+        its fp32 values.
     return_softmax_lse : bool
         Also return the LSE, the logarithm of the softmax's denominator.
     out : Tensor, shape [T, H, D], optional
@@ -299,11 +301,11 @@ def cascade_attention(
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
         As for :func:`paged_attention`.
     cache_k_zp, cache_v_zp : None
-        Zero points; every supported type is symmetric and takes none.
+        Zero points. Every supported type is symmetric and takes none.
     quantize_q : bool
         As for :func:`paged_attention`.
     batch_invariant : bool
-        Only False is supported: all sequences attend to the prefix together.
+        Only False is supported, because all sequences attend to the prefix together.
     k_rotation : {"none", "hadamard"}
     k_center : Tensor, shape [KV, D], float32, optional
         As for :func:`paged_attention`.
@@ -311,17 +313,17 @@ def cascade_attention(
     Returns
     -------
     out : Tensor, shape [T, H, D]
-        uint8 (e4m3 codes) with `out_scale`.
+        uint8 (e4m3 codes) if `out_scale` is given.
     softmax_lse : Tensor, shape [H, T], float32
-        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no sequence.
+        Natural logarithm, -inf for tokens of no sequence. Only with `return_softmax_lse`.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`paged_attention`; also if `plan` is not a CascadePlan, or `q_descale` has shape
+        As :func:`paged_attention`. Also if `plan` is not a CascadePlan, or `q_descale` has shape
         [B, KV].
     NotImplementedError
-        As :func:`paged_attention`; also for a window, for `batch_invariant`, and in a static
+        As :func:`paged_attention`. Also for a window, for `batch_invariant`, and in a static
         program.
 
     See Also
@@ -374,8 +376,8 @@ def cascade_attention(
         "k_center": k_center,
     }
     if out is not None and 0 not in out.shape:
-        # The merge writes it, which knows nothing of what the attention reads. Queries may be in
-        # it: they have been read by then.
+        # The merge writes `out` and does not know what the attention reads. `out` may share memory
+        # with the queries, which have been read by then.
         read = {**options, "key_cache": key_cache, "value_cache": value_cache, "sinks": sinks}
         read.update(cu_seqlens_q=cu_seqlens_q, seq_lens_this_time=seq_lens_this_time)
         check_apart(_OP, out, (*read.items(), *zip(plan._fields, plan)))
@@ -404,7 +406,7 @@ def cascade_attention(
         q, key_cache, value_cache, *suffix, **suffix_options, out_dtype="float32"
     )
     num_tokens = int(q.shape[0])
-    # All new tokens are one sequence, which may be longer than the prefix and its table.
+    # All new tokens form one sequence, which may be longer than the prefix and its table.
     with partial_tables():
         prefix_out, lse = paged_attention(
             q,
@@ -417,7 +419,7 @@ def cascade_attention(
             num_tokens,
             max(plan.tokens, num_tokens),
             **options,
-            causal=False,  # every key of the prefix comes before every query
+            causal=False,  # every key of the prefix is before every query
             out_dtype="float32",
         )
     if out is None and out_scale is None:

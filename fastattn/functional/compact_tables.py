@@ -25,63 +25,63 @@ def compact_block_tables(
     mask_offsets: Tensor | None = None,
     want_masks: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Tables of the blocks that are there, and what queries see of them.
+    """Block tables without unassigned entries, and the masks of queries over them.
 
-    Attention skips or masks a block that a table does not name, but only after it has come to it. A
-    rank of :func:`fastattn.distributed.paged_attention_dcp` has every other block or fewer: with
-    its table compacted, it works on as many keys as it has.
+    Attention skips or masks an unassigned table entry, but only when it reaches it. A rank of
+    :func:`fastattn.distributed.paged_attention_dcp` has at most every second block. With a
+    compacted table, its work is proportional to its own keys.
 
-    A *local* position counts the sequence's keys in blocks that the table names. Sequence b has the
-    keys [0, k) with ``k = seq_lens_decoder[b] + seq_lens_this_time[b]``, those behind the table's
-    last entry left out.
+    A *local* position counts only the keys of a sequence in blocks that the table names. Sequence b
+    has the keys [0, k) with ``k = seq_lens_decoder[b] + seq_lens_this_time[b]``. Keys past the last
+    entry of the table are left out.
 
     Parameters
     ----------
     block_tables : Tensor, shape [B, max_blocks], int32
-        Block of each `block_size` tokens of a sequence. An entry outside [0, num_blocks) names
-        none. It and `seq_lens_decoder` may both have more sequences than run.
+        Block of each group of `block_size` tokens of a sequence. An entry outside [0, num_blocks)
+        is unassigned. `block_tables` and `seq_lens_decoder` may have rows for sequences that do not
+        run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
-        First new token of each sequence.
+        Index of the first new token of each sequence.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Cached and new tokens of each sequence.
+        Number of cached and of new tokens of each sequence.
     num_tokens : int
-        T: new tokens of the step, padding included.
+        T, the number of new tokens of the step, including padding.
     num_blocks : int
         Blocks of the cache.
     block_size : int
         Tokens of a block.
     causal, window_size
-        As of :func:`paged_attention`, for global positions. Blocks before the window of a
-        sequence's first new token are left out: none of its queries sees them.
+        As for :func:`paged_attention`, in global positions. Blocks before the window of a
+        sequence's first new token are left out, because none of its queries sees them.
     mask_offsets : Tensor, shape [T, 2], int32, optional
         Query t sees at most keys ``[start, end)`` of its sequence, in global positions.
     want_masks : bool
-        Whether masks are returned. Where a sequence has one new token at most, no window and no
-        `mask_offsets`, its query sees all local keys, and none are needed.
+        Whether to return masks. No masks are needed if every sequence has at most one new token and
+        there is no window and no `mask_offsets`: the query then sees all local keys.
 
     Returns
     -------
     tables : Tensor, shape [B, max_blocks], int32
-        A sequence's blocks that are there and hold keys of it, in their order, then -1.
+        The assigned blocks of a sequence that hold keys, in order, then -1.
     seq_lens : Tensor, shape [B], int32
-        To be used in place of `seq_lens_decoder`: local keys without the new tokens, but at
-        least 0.
+        Replaces `seq_lens_decoder`: the number of local keys minus the new tokens, but at least 0.
     masks : Tensor, shape [T, 2], int32, or None
-        Local keys [begin, end) that each query sees; (0, 0) for tokens of no sequence. To be used
-        as `mask_offsets` with ``causal=False`` and no window.
+        Local keys [begin, end) that each query sees; (0, 0) for tokens of no sequence. Use them as
+        `mask_offsets` with ``causal=False`` and no window.
 
     Raises
     ------
     TypeError
-        If a dtype is not int32, or a number is no integer.
+        If a dtype is not int32, or a number is not an integer.
     ValueError
-        If shapes do not match or a number is out of range, or for `mask_offsets` without
+        If shapes do not match, a number is out of range, or `mask_offsets` are given without
         `want_masks`.
 
     Notes
     -----
-    Lengths on the device are cut as in :func:`paged_attention`. Attention over the results sees
-    the same keys in the same order, so that its output is the same within rounding.
+    Lengths on the device are clamped as in :func:`paged_attention`. Attention over the results sees
+    the same keys in the same order, so its output is the same within rounding.
 
     See Also
     --------

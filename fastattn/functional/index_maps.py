@@ -24,7 +24,7 @@ def topk_to_slots(
     world_size: int = 1,
     interleave: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Slots of a paged cache for the tokens that a top-k chose in their sequences.
+    """Slots of a paged cache for the tokens that a top-k selected in their sequences.
 
     Token i of sequence b is in slot
     ``block_tables[b, i // block_size] * block_stride + i % block_size``.
@@ -35,35 +35,37 @@ def topk_to_slots(
         Any row stride. A negative index gives no slot.
     block_tables : Tensor, shape [B, max_blocks], int32
     batch_ids : Tensor, shape [rows], int32 or int64, optional
-        Sequence of each row; outside [0, B) = padding, a row without slots. Default: row i is of
-        sequence i.
+        Sequence of each row. An id outside [0, B) marks padding: a row without slots. Default: row
+        i belongs to sequence i.
     row_ids : Tensor, shape [T], int32 or int64, optional
-        Results have T rows, of which row i is made of row ``row_ids[i]`` of `indices`; outside
-        [0, rows) = padding. `batch_ids` are then those of the results. Default: all rows in order.
+        Row i of the results, which have T rows, is made from row ``row_ids[i]`` of `indices`. An id
+        outside [0, rows) marks padding. `batch_ids` then belong to the rows of the results.
+        Default: all rows in order.
     block_size : int
-        Tokens of a block; for a cache of compressed tokens its entries.
+        Tokens of a block; for a cache of compressed tokens, its entries.
     block_stride : int, optional
-        Slots from one block to the next, where blocks lie further apart. Default: `block_size`.
+        Slots from the start of one block to the next. Default: `block_size`.
     num_blocks : int, optional
-        A table entry outside [0, num_blocks) gives no slot. Default: only a negative one.
+        A table entry outside [0, num_blocks) gives no slot. By default, only a negative entry gives
+        none.
     compact : bool
-        Moves the slots of a row to its front, in their order. Otherwise slots stay in their
-        columns, -1 where there is none.
+        Move the slots of a row to its front, in order. Otherwise slots stay in their columns, and a
+        column without a slot is -1.
     rank, world_size, interleave : int
-        Decode context parallelism: each of `world_size` ranks owns `interleave` tokens in turn, and
-        has tables of its own tokens. Tokens of other ranks give no slot.
+        For decode context parallelism. Each of `world_size` ranks owns `interleave` tokens in turn
+        and has tables of its own tokens. Tokens of other ranks give no slot.
 
     Returns
     -------
     slots : Tensor, shape [rows, k], int32
-        -1 behind the last of a row. A slot that does not fit int32 is -1, too.
+        -1 after the last slot of a row. A slot that does not fit int32 is also -1.
     lengths : Tensor, shape [rows], int32
-        One past the last slot of each row; with `compact` their number.
+        One more than the column of the last slot of each row; with `compact`, the number of slots.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a number is no integer.
+        If a dtype is not one of the listed dtypes, or a number is not an integer.
     ValueError
         If shapes do not match, or a number is out of range.
 
@@ -111,40 +113,43 @@ def window_indices(
     block_size: int = 64,
     num_blocks: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The last tokens up to each position, ascending: what a sliding window sees.
+    """Indices of the last tokens up to each position, ascending: what a sliding window sees.
 
-    Position p sees tokens ``max(p - window + 1, 0)`` to p. With `block_tables` they are slots of a
-    paged cache, else positions, relative to the sequence's entry in `starts` where that is given.
+    Position p sees tokens ``max(p - window + 1, 0)`` to p. With `block_tables` the indices are
+    slots of a paged cache. Otherwise they are positions, relative to the sequence's entry in
+    `starts` if that is given.
 
     Parameters
     ----------
     positions : Tensor, shape [T], int32 or int64
-        Negative, or 2^31 and more = padding, a row without indices.
+        A position below 0, or of 2^31 and more, marks padding: a row without indices.
     batch_ids : Tensor, shape [T], int32 or int64, optional
-        Sequence of each token; negative, or without an entry in `block_tables` or `starts` =
-        padding. Default: token i is of sequence i.
+        Sequence of each token. An id that is negative, or has no entry in `block_tables` or
+        `starts`, marks padding. Default: token i belongs to sequence i.
     window : int
-        Tokens that a position sees, itself included.
+        Number of tokens that a position sees, including itself.
     block_tables : Tensor, shape [B, max_blocks], int32, optional
     starts : Tensor, shape [B], int32, optional
         First position of each sequence that a workspace holds; tokens before it give -1. Not
-        together with `block_tables`.
+        allowed with `block_tables`.
     block_size : int
         Tokens of a block.
     num_blocks : int, optional
-        A table entry outside [0, num_blocks) gives -1. Default: only a negative one.
+        A table entry outside [0, num_blocks) gives -1. By default, only a negative entry does.
 
     Returns
     -------
     indices : Tensor, shape [T, window], int32
-        Token j of a window is in column j; -1 behind the last, and where there is no slot.
+        Column j holds token j of the window. Columns after the last token, and tokens without a
+        slot, are -1.
     lengths : Tensor, shape [T], int32
-        One past the last index of each row: ``min(p + 1, window)``, 0 for padding.
+        One more than the column of the last index of each row: ``min(p + 1, window)``, or 0 for
+        padding.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a number is no integer.
+        If a dtype is not one of the listed dtypes, or a number is not an integer.
     ValueError
         If shapes do not match, a number is out of range, or both tables and starts are given.
 
@@ -179,7 +184,7 @@ def window_indices(
 def short_context_indices(
     positions: Tensor, k: int, batch_ids: Tensor | None = None, *, compress_ratio: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """All entries of each position's context: what a top-k gives where there are at most k.
+    """All entries of each position's context, as a top-k gives them if there are at most k.
 
     Row t is ``0, 1, ..., (positions[t] + 1) // compress_ratio - 1``, cut off at k. A step whose
     longest context has at most k entries needs neither logits nor a top-k.
@@ -187,25 +192,25 @@ def short_context_indices(
     Parameters
     ----------
     positions : Tensor, shape [T], int32 or int64
-        Negative, or 2^31 and more = padding, a row without indices.
+        A position below 0, or of 2^31 and more, marks padding: a row without indices.
     k : int
-        Columns.
+        Number of columns.
     batch_ids : Tensor, shape [T], int32 or int64, optional
-        Negative = padding.
+        A negative id marks padding.
     compress_ratio : int
-        Tokens of an entry: 1 (V3.2), 4 or 128 (V4).
+        Number of tokens of an entry: 1 (V3.2), 4 or 128 (V4).
 
     Returns
     -------
     indices : Tensor, shape [T, k], int32
-        -1 behind the last.
+        -1 after the last entry.
     lengths : Tensor, shape [T], int32
-        ``min((positions[t] + 1) // compress_ratio, k)``, 0 for padding.
+        ``min((positions[t] + 1) // compress_ratio, k)``, or 0 for padding.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a number is no integer.
+        If a dtype is not one of the listed dtypes, or a number is not an integer.
     ValueError
         If shapes do not match, or a number is out of range.
 
@@ -245,39 +250,39 @@ def combine_topk_window(
     window_offset: int = 0,
     multiple: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """One list of each row's top-k and window, for a workspace that holds both.
+    """One index list per row, from its top-k and its window, for a workspace that holds both.
 
     The workspace has `seq_stride` rows for each sequence: compressed entries from its first row on,
-    tokens of the window from row `window_offset` on. Sequence b's index i of the top-k becomes
-    ``b * seq_stride + i``, one of the window ``b * seq_stride + window_offset + i``. Negative
-    indices are left out; there are no gaps.
+    and the tokens of the window from row `window_offset` on. Index i of the top-k of sequence b
+    becomes ``b * seq_stride + i``. Index i of its window becomes
+    ``b * seq_stride + window_offset + i``. Negative indices are left out, and the list has no gaps.
 
     Parameters
     ----------
     topk : Tensor, shape [T, k], int32
     window : Tensor, shape [T, w], int32
-        As :func:`window_indices` gives it with `starts`. Both may have any row stride.
+        From :func:`window_indices` with `starts`. `topk` and `window` may have any row stride.
     batch_ids : Tensor, shape [T], int32 or int64, optional
-        Sequence of each row; negative = padding, a row without indices. Default: all are of
-        sequence 0.
+        Sequence of each row. A negative id marks padding: a row without indices. Default: all rows
+        belong to sequence 0.
     topk_lengths, window_lengths : Tensor, shape [T], int32, optional
-        Columns of each row that count; what lies behind them is not seen. Default: all.
+        Number of columns of each row that count; later columns are ignored. Default: all.
     seq_stride, window_offset : int
-        Rows of the workspace.
+        Numbers of rows of the workspace.
     multiple : int
-        The result's columns are ``k + w`` rounded up to a multiple of this.
+        The result has ``k + w`` columns, rounded up to a multiple of this.
 
     Returns
     -------
     indices : Tensor, shape [T, columns], int32
-        The top-k, then the window, then -1.
+        The indices of the top-k, then of the window, then -1.
     lengths : Tensor, shape [T], int32
-        Indices of each row.
+        Number of indices of each row.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a number is no integer.
+        If a dtype is not one of the listed dtypes, or a number is not an integer.
     ValueError
         If shapes do not match, or a number is out of range.
 

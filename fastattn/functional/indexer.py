@@ -1,4 +1,4 @@
-"""DeepSeek-V4 indexer: quantised queries, compressed keys and the states they come from."""
+"""DeepSeek-V4 indexer: quantised queries, compressed keys and their partial states."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def indexer_q_rope_quant(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Rotate, round to bf16 and quantise the indexer's queries; fold constants into the weights.
 
-    The last 64 channels are rotated in fp32, pairs interleaved (GPT-J style):
-    :math:`e' = e\,c - o\,s,\ o' = o\,c + e\,s`, and the whole head is rounded to bf16. Then
+    The last 64 channels are rotated in fp32, in interleaved pairs (GPT-J style):
+    :math:`e' = e\,c - o\,s,\ o' = o\,c + e\,s`. The whole head is rounded to bf16. Then
 
     .. math::
         \text{fp8:}\quad & s = 2^{\lceil\log_2(\max(\mathrm{amax}, 10^{-4}) / 448)\rceil},\quad
@@ -32,7 +32,7 @@ def indexer_q_rope_quant(
         \text{mxfp4:}\quad & \text{E2M1 with one UE8M0 exponent per 32 channels},\quad
         w' = w \cdot \mathrm{softmax\_scale} \cdot \mathrm{head\_scale}
 
-    Products are rounded to fp32 from left to right.
+    Products are rounded to fp32, from left to right.
 
     Parameters
     ----------
@@ -45,20 +45,21 @@ def indexer_q_rope_quant(
     weights : Tensor, shape [T, H], float32 or bfloat16
         Weight w of each head in the indexer's score.
     softmax_scale, head_scale : float
-        Constants that are folded into the weights.
+        Constants to fold into the weights.
     quant : {"fp8", "mxfp4"}
         Format of the codes.
 
     Returns
     -------
     codes : Tensor, uint8
-        e4m3 [T, H, 128], or E2M1 pairs [T, H, 64] with the even channel in the low nibble.
+        e4m3 codes [T, H, 128], or pairs of E2M1 codes [T, H, 64]. The even channel is in the low
+        nibble.
     scales : Tensor, shape [T, H]
-        "fp8": float32 dequantisation multipliers. `weights_out` includes them, so they are needed
-        only to dequantise the queries. "mxfp4": int32, byte b (little endian) is the UE8M0 exponent
-        of channels 32b .. 32b + 31.
+        "fp8": float32 dequantisation multipliers. `weights_out` already includes them, so they are
+        only needed to dequantise the queries. "mxfp4": int32, whose byte b (little endian) is the
+        UE8M0 exponent of channels 32b .. 32b + 31.
     weights_out : Tensor, shape [T, H], float32
-        The weights w' above.
+        The weights w' of the formula.
 
     Raises
     ------
@@ -115,34 +116,34 @@ def indexer_q_quant(
 ) -> tuple[Tensor, Tensor]:
     r"""Quantise rotated queries of an indexer and fold their scales into the weights.
 
-    Of each token and head
+    For each token and head,
 
     .. math::
         s = \max(\mathrm{amax}, 10^{-10}) / 448,\quad
         \mathrm{codes} = \mathrm{e4m3}(q \cdot (1 / s)),\quad
         w' = w \cdot (s \cdot \mathrm{factor})
 
-    in fp32, each operation rounded. With `token_of_query` results are in the order of the rows of
-    a paged top-k, which several queries of a sequence share.
+    in fp32, with each operation rounded. With `token_of_query` the results are in the order of the
+    rows of a paged top-k, where a row holds several queries of a sequence.
 
     Parameters
     ----------
     q : Tensor, shape [T, H, 128], bfloat16
-        Rotated. The last dimension must be contiguous.
+        Rotated queries. The last dimension must be contiguous.
     weights : Tensor, shape [T, H], float32 or bfloat16
         Weight w of each head in the indexer's score.
     factor : float
-        Of all weights: the softmax scale, and what else a model has.
+        A factor of all weights: the softmax scale and any other constant of the model.
     token_of_query : Tensor, shape [N], int32, optional
-        Which token each result is of; outside [0, T): none, codes and weights are 0. Default: all
-        tokens in order.
+        Token of each result. An id outside [0, T) means no token: its codes and weights are 0.
+        Default: all tokens in order.
 
     Returns
     -------
     codes : Tensor, shape [N, H, 128], uint8
-        e4m3.
+        e4m3 codes.
     weights_out : Tensor, shape [N, H], float32
-        The weights w' above.
+        The weights w' of the formula.
 
     Raises
     ------
@@ -194,57 +195,58 @@ def indexer_kv_compress_insert(
     r"""Compress each completed group of tokens into one key and insert it, quantised, into a page.
 
     A token whose position completes a group of `compress_ratio` positions writes one compressed key
-    into a page. These are the steps:
+    into a page, in these steps:
 
-    1. gather the states of positions ``position - n + 1 .. position``; n is ``2 * compress_ratio``
-       for ratio 4 (groups overlap) and ``compress_ratio`` for 128; positions below 0 are left out;
-    2. :math:`x_d = \sum_j \mathrm{softmax}_j(\mathrm{score}_{jd})\,\mathrm{kv}_{jd}`, a softmax for
-       each channel (0 where all scores are -inf);
-    3. :math:`x \cdot (1 / \sqrt{\mathrm{mean}(x^2) + \epsilon}) \cdot w`;
-    4. rotate the last 64 channels at the group's first position, as
-       :func:`indexer_q_rope_quant` does;
-    5. round to bf16, quantise, insert.
+    1. Gather the states of positions ``position - n + 1 .. position``. n is ``2 * compress_ratio``
+       for ratio 4 (groups overlap) and ``compress_ratio`` for 128. Positions below 0 are left out.
+    2. Compute :math:`x_d = \sum_j \mathrm{softmax}_j(\mathrm{score}_{jd})\,\mathrm{kv}_{jd}`, with
+       a softmax per channel (0 if all scores are -inf).
+    3. Normalise: :math:`x \cdot (1 / \sqrt{\mathrm{mean}(x^2) + \epsilon}) \cdot w`.
+    4. Rotate the last 64 channels at the group's first position, as in
+       :func:`indexer_q_rope_quant`.
+    5. Round to bf16, quantise, insert.
 
-    All arithmetic is fp32 in a fixed order, so that the bytes are the same on every device.
+    All arithmetic is fp32 in a fixed order, so the bytes are the same on every device.
 
     Parameters
     ----------
     state_cache : Tensor, shape [num_blocks, state_block, 2 * SW], float32 or bfloat16
-        SW values, then SW scores of a position (position embedding added). SW is HEAD, or 2 * HEAD
-        for ratio 4: such a group reads its older half from the first HEAD and its newer half from
-        the second.
+        SW values of a position, then its SW scores (with the position embedding added). SW is HEAD,
+        or 2 * HEAD for ratio 4: such a group reads its older half from the first HEAD channels and
+        its newer half from the second.
     block_tables : Tensor, shape [B, max_blocks], int32
-        State blocks of each sequence: position p is entry ``p % state_block`` of block
+        State blocks of each sequence. Position p is entry ``p % state_block`` of block
         ``block_tables[b, p // state_block]``.
     batch_id_per_token : Tensor, shape [T], int32
-        Sequence of each token; outside [0, B) = padding.
+        Sequence of each token. An id outside [0, B) marks padding.
     positions : Tensor, shape [T], int32 or int64
         Position of each token in its sequence.
     state_slots : Tensor, shape [T], int32 or int64
-        Where the token's own state was stored; negative = skip the token. Only the sign is used.
+        Slot of the token's own state. A token with a negative slot is skipped. Only the sign is
+        used.
     kv_slots : Tensor, shape [T], int32 or int64
-        Where to write: entry ``kv_slot % page_size`` of page ``kv_slot // page_size``; negative or
-        past the last page = skip the token.
+        Slot to write: entry ``kv_slot % page_size`` of page ``kv_slot // page_size``. A token with
+        a negative slot, or with a slot past the last page, is skipped.
     rms_norm_weight : Tensor, shape [HEAD], float32 or bfloat16
     cos_sin_cache : Tensor, shape [max_positions, 64], float32 or bfloat16
-        32 cosines, then 32 sines; positions are clamped to ``[0, max_positions)``.
+        32 cosines, then 32 sines. Positions are clamped to ``[0, max_positions)``.
     kv_cache : Tensor, shape [num_pages, page_bytes], uint8
-        Written in place. There may be further dimensions (for example [num_pages, page_size, 132]);
-        page_bytes is the product of all but the first, a multiple of 4 that holds `page_size`
-        tokens. ``docs/formats.md`` has the bytes.
+        Written in place. Further dimensions are allowed (for example [num_pages, page_size, 132]).
+        page_bytes is the product of all but the first. It is a multiple of 4 and holds `page_size`
+        tokens. ``docs/formats.md`` describes the bytes.
     compress_ratio : {4, 128}
     page_size : int
-        Compressed keys of a page.
+        Number of compressed keys of a page.
     rms_norm_eps : float
     quant : {"fp8", "mxfp4", "fp8_512"}
-        "fp8": HEAD 128, 132 bytes a key. "mxfp4": HEAD 128, 68 bytes. "fp8_512": HEAD 512, 584
-        bytes; the 64 rotated channels stay bf16.
+        "fp8": HEAD 128, 132 bytes per key. "mxfp4": HEAD 128, 68 bytes. "fp8_512": HEAD 512, 584
+        bytes, with the 64 rotated channels in bf16.
 
     Returns
     -------
     Tensor
         `kv_cache` itself. A token writes nothing if one of its state blocks is not assigned (an id
-        outside [0, num_blocks), or past `max_blocks`).
+        outside [0, num_blocks), or a position past `max_blocks`).
 
     Raises
     ------
@@ -312,31 +314,32 @@ def save_partial_states(
     state_cache: Tensor,
     state_slots: Tensor,
 ) -> Tensor:
-    r"""Store what new tokens add to their groups, for :func:`indexer_kv_compress_insert`.
+    r"""Store the partial states of new tokens for :func:`indexer_kv_compress_insert`.
 
     .. math::
         \mathrm{state}[\mathrm{slot}_i] =
         (\mathrm{kv}_i,\ \mathrm{score}_i + \mathrm{ape}[\mathrm{position}_i \bmod \mathrm{ratio}])
 
-    Values are copied; a score and its bias are one fp32 sum, rounded to the dtype of the state.
-    Every token is stored, whether or not its position completes a group: a later step's group may
-    need it. The compression is a call of its own, since a token's group holds rows that this one
-    writes.
+    Values are copied. A score and its bias are summed in fp32 and rounded to the dtype of the
+    state. Every token is stored, whether or not its position completes a group, because the group
+    of a later step may need it. The compression is a separate call, because a token's group
+    includes rows that this call writes.
 
     Parameters
     ----------
     kv_score : Tensor, shape [T, 2 * SW], float32 or bfloat16
         SW values, then SW scores of each token. Any token stride.
     ape : Tensor, shape [ratio, SW], float32 or bfloat16
-        Bias of each position in a group; `ratio` is that of the compression. SW is a multiple of 8:
+        Bias of each position in a group; `ratio` is the compression ratio. SW is a multiple of 8:
         HEAD, or 2 * HEAD for ratio 4.
     positions : Tensor, shape [T], int32 or int64
-        A negative one = skip the token.
+        A token with a negative position is skipped.
     state_cache : Tensor, shape [num_blocks, state_block, 2 * SW], float32 or bfloat16
         Written in place. Blocks and rows may have any stride.
     state_slots : Tensor, shape [n], int32 or int64
-        n <= T. Token i goes to row ``slot % state_block`` of block ``slot // state_block``; a
-        negative slot or one past the last block = skip the token. No two tokens may share a slot.
+        n <= T. Token i goes to row ``slot % state_block`` of block ``slot // state_block``. A token
+        with a negative slot, or with a slot past the last block, is skipped. No two tokens may
+        share a slot.
 
     Returns
     -------
@@ -349,7 +352,8 @@ def save_partial_states(
         If an argument is not a tensor or has another dtype.
     ValueError
         If shapes or places do not match, `ape` is empty, or `state_cache` shares memory with
-        another argument. On a GPU tokens, blocks and rows start at multiples of 16 bytes.
+        another argument. Also if tokens, blocks or rows do not start at multiples of 16 bytes on a
+        GPU.
 
     See Also
     --------

@@ -1,4 +1,4 @@
-"""Index keys of DeepSeek-V3.2 and GLM-DSA: quantised into a paged cache, and gathered from it."""
+"""Index keys of DeepSeek-V3.2 and GLM-DSA: quantise them into a paged cache, and gather them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _QUANTS = ("fp8", "mxfp4")
 
 
 def _page_size(op: str, cache: Any, page_size: int | None) -> int:
-    """Tokens of a page: as given, or the second dimension of a cache of 3 or more."""
+    """Tokens of a page: the given number, or the second dimension of a cache of three or more."""
     if page_size is not None:
         if type(page_size) is not int:
             raise TypeError(f"{op}: page_size: expected int, got {type(page_size).__name__}")
         return page_size
     if not _ops.is_tensor(cache):
-        return 1  # the operator raises for the cache
+        return 1  # the operator raises an error for the cache
     shape = cache.shape
     if len(shape) < 3:
         raise ValueError(
             f"{op}: page_size: a cache of shape {list(shape)} does not tell it, got None"
         )
-    if not isinstance(shape[1], int) or shape[1] < 0:  # of a program
+    if not isinstance(shape[1], int) or shape[1] < 0:  # in a traced program
         raise ValueError(f"{op}: page_size: the program does not know it; give it, got None")
     return int(shape[1])
 
@@ -42,8 +42,8 @@ def indexer_k_write_cache(
 ) -> Tensor:
     r"""Quantise index keys and write them into a paged cache, in place.
 
-    A page holds the codes of its tokens, then their scales (``docs/formats.md`` has the bytes).
-    A key is quantised as it comes: its norm, rotation and rounding are the caller's.
+    A page holds the codes of its tokens, then their scales (``docs/formats.md`` describes the
+    bytes). A key is quantised as it is: the caller applies norm, rotation and rounding before.
 
     .. math::
         \text{pow2:}\quad & s = 2^{\lceil\log_2(\max(\mathrm{amax}, 10^{-4}) / 448)\rceil} \\
@@ -56,20 +56,21 @@ def indexer_k_write_cache(
     Parameters
     ----------
     key : Tensor, shape [T, 128], bfloat16, float16 or float32
-        The last dimension must be contiguous; tokens may lie apart.
+        The last dimension must be contiguous; tokens may have any stride.
     cache : Tensor, shape [num_pages, page_bytes], uint8
-        Written in place. There may be further dimensions (for example [num_pages, 64, 132] or
-        [num_pages, 64, 1, 132]). Pages hold at least 132 bytes ("fp8") or 68 ("mxfp4") a token;
-        they may lie further apart than that, and bytes behind the scales are never touched.
+        Written in place. Further dimensions are allowed (for example [num_pages, 64, 132] or
+        [num_pages, 64, 1, 132]). Pages hold at least 132 bytes ("fp8") or 68 ("mxfp4") per token.
+        They may have any larger stride, and bytes after the scales are never written.
     slot_mapping : Tensor, shape [S], int64 or int32
-        S <= T: only the first S keys are written. Row ``slot % page_size`` of page
-        ``slot // page_size``; a negative slot, or one past the last page, is skipped.
+        Slots of the first S keys, S <= T; further keys are not written. A slot is row
+        ``slot % page_size`` of page ``slot // page_size``. A key with a negative slot, or with a
+        slot past the last page, is skipped.
     quant : {"fp8", "mxfp4"}
     scale_rule : {"pow2", "amax", "amax_div"}
-        Scale of "fp8": FastDeploy's and vLLM's ``scale_fmt="ue8m0"`` is "pow2", their float32
-        scales are "amax_div".
+        Scale of "fp8". "pow2" is ``scale_fmt="ue8m0"`` of FastDeploy and vLLM; "amax_div" gives
+        their float32 scales.
     page_size : int, optional
-        Tokens of a page. Default: the second dimension of a cache of 3 or more.
+        Tokens of a page. Default: the second dimension of a cache that has at least three.
 
     Returns
     -------
@@ -118,38 +119,38 @@ def indexer_k_gather(
 ) -> tuple[Tensor, Tensor]:
     """Gather the index keys of sequences from a paged cache, byte for byte.
 
-    Token j of sequence b goes to row ``cu_seqlens_k[b] + j``: all of its keys, a cached prefix
-    included, if `cu_seqlens_k` counts them.
+    Token j of sequence b goes to row ``cu_seqlens_k[b] + j``. These are all keys of the sequence,
+    including a cached prefix, if `cu_seqlens_k` counts them.
 
     Parameters
     ----------
     cache : Tensor, shape [num_pages, page_bytes], uint8
-        As :func:`indexer_k_write_cache` takes it.
+        As for :func:`indexer_k_write_cache`.
     block_tables : Tensor, shape [>= B, max_blocks], int32
         Pages of each sequence.
     cu_seqlens_k : Tensor, shape [B + 1], int32
-        Ascending.
+        First row of each sequence, ascending.
     num_tokens : int
-        Rows N of the results. It may exceed ``cu_seqlens_k[B]``, as in a CUDA graph; a sequence
-        that reaches past it is cut off.
+        Number N of rows of the results. It may exceed ``cu_seqlens_k[B]``, as in a CUDA graph. A
+        sequence that reaches past it is cut.
     quant : {"fp8", "mxfp4"}
     page_size : int, optional
-        Tokens of a page. Default: the second dimension of a cache of 3 or more.
+        Tokens of a page. Default: the second dimension of a cache that has at least three.
     out : Tensor, shape [N, 128] or [N, 64], uint8, contiguous, optional
-        Codes, written in place and returned. `out_scales` must be given as well.
+        Codes, written in place and returned. Requires `out_scales`.
     out_scales : Tensor, shape [N], contiguous, optional
-        float32, int32 or uint8, written in place and returned. It may have any shape of at least
-        4 N bytes; row i has bytes 4 i .. 4 i + 3.
+        float32, int32 or uint8, written in place and returned. Any shape of at least 4 N bytes is
+        allowed; row i has bytes 4 i .. 4 i + 3.
 
     Returns
     -------
     codes : Tensor, uint8
-        e4m3 [N, 128], or E2M1 pairs [N, 64] with the even channel in the low nibble.
+        e4m3 codes [N, 128], or pairs of E2M1 codes [N, 64]. The even channel is in the low nibble.
     scales : Tensor, shape [N]
-        "fp8": float32. "mxfp4": int32, byte b (little endian) is the UE8M0 exponent of channels
-        32b .. 32b + 31.
-        Rows of no sequence, and those of a token without a page (an id outside [0, num_pages), or
-        past `max_blocks`), keep what `out` and `out_scales` had; new tensors hold anything there.
+        "fp8": float32. "mxfp4": int32, whose byte b (little endian) is the UE8M0 exponent of
+        channels 32b .. 32b + 31. Rows of no sequence, and rows of a token without a page (an id
+        outside [0, num_pages), or past `max_blocks`), keep the contents of `out` and `out_scales`.
+        In new tensors their contents are undefined.
 
     Raises
     ------
@@ -176,7 +177,8 @@ def indexer_k_gather(
     ([120, 120], [0.0078125, 0.0078125])
     """
     op = "indexer_k_gather"
-    # A traced program needs these checks before the operator runs: results have such sizes.
+    # A traced program needs these checks before the operator runs, because they determine the
+    # shapes of the results.
     if type(num_tokens) is not int:
         raise TypeError(f"{op}: num_tokens: expected int, got {type(num_tokens).__name__}")
     if num_tokens < 0:

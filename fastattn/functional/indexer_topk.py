@@ -1,4 +1,4 @@
-"""The indexer's choice of keys: logits and top-k in one call, without a matrix of all logits."""
+"""The indexer's selection of keys: logits and top-k in one call, without a matrix of all logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastattn.functional.indexer_keys import _page_size
 from fastattn.functional.mqa_logits import _whole
 from fastattn.functional.topk import MAX_K
 
-#: Bytes of logits that there are at once.
+#: Bytes of logits that exist at the same time.
 WORKSPACE_BYTES = 1 << 27
 
 
@@ -40,11 +40,11 @@ def indexer_topk(
     workspace_bytes: int = WORKSPACE_BYTES,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The k keys of each query's largest logits, over contiguous keys.
+    """Indices of the k keys with the largest logits of each query, over contiguous keys.
 
-    The same indices, bit for bit, as :func:`mqa_logits` and then :func:`topk_indices` over each
-    query's range. Queries are scored a tile at a time, so that 4096 queries over 128k keys take 128
-    MiB of logits instead of 2 GiB.
+    The indices are the same, bit for bit, as from :func:`mqa_logits` and then :func:`topk_indices`
+    over each query's range. Queries are scored one tile at a time: 4096 queries over 128k keys need
+    128 MiB of logits instead of 2 GiB.
 
     Parameters
     ----------
@@ -52,31 +52,33 @@ def indexer_topk(
     keys : Tensor, shape [N, D] or [N, D / 2], uint8 or float8_e4m3fn
     weights : Tensor, shape [M, H], float32
     starts, ends : Tensor, shape [M], int32
-        Keys that each query sees, clamped to [0, N]; an end before its start is an empty range.
+        Range of keys that each query sees, clamped to [0, N]. An end before its start means an
+        empty range.
     k : int
         1 to 4096.
     k_scales : Tensor, shape [N], float32 ("fp8") or int32 ("mxfp4")
     q_scales : Tensor, shape [M, H], int32, optional
-        Of "mxfp4".
+        Scales of "mxfp4" queries.
     quant : {"fp8", "mxfp4"}
     max_seqlen_k : int, optional
-        Most keys of a range; a longer one is cut off there. With it a row of the workspace is as
-        long as a range instead of as all keys.
+        Maximum number of keys of a range. A longer range is cut. With it, a row of the workspace
+        has the length of a range instead of all keys.
     workspace_bytes : int
-        Most bytes of logits, but for those of 32 queries, which are always together.
+        Upper limit of the bytes of logits. Logits of 32 queries are always kept together, even
+        beyond it.
     out : Tensor, shape [M, k], int32, contiguous, optional
         Written in place and returned.
 
     Returns
     -------
     Tensor, shape [M, k], int32
-        Keys relative to the (clamped) start, ascending; -1 behind the last of a range shorter than
-        k.
+        Indices relative to the (clamped) start, ascending. A range with fewer than k keys ends in
+        -1.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an int is none.
+        If a dtype is not one of the listed dtypes, or a number is not an integer.
     ValueError
         If shapes do not match, `k` or a size is out of range, `quant` is unknown, or `out` shares
         memory with an input.
@@ -85,7 +87,7 @@ def indexer_topk(
 
     See Also
     --------
-    fastattn.reference.indexer_topk : the same in NumPy, on logits in fp64.
+    fastattn.reference.indexer_topk : the same in NumPy, with fp64 logits.
     paged_indexer_topk : over a paged cache.
 
     Examples
@@ -109,7 +111,7 @@ def indexer_topk(
     op = "indexer_topk"
     _check_sizes(op, k, workspace_bytes)
     columns = -1 if max_seqlen_k is None else _whole(op, "max_seqlen_k", max_seqlen_k)
-    # `indices` shares its memory with `out` where that is given.
+    # `indices` shares its memory with a given `out`.
     indices, _ = _ops.call(
         op,
         (q, keys, k_scales, weights, starts, ends, q_scales, out),
@@ -134,43 +136,46 @@ def paged_indexer_topk(
     workspace_bytes: int = WORKSPACE_BYTES,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The k keys of each query's largest logits, over a paged cache of index keys.
+    """Indices of the k keys with the largest logits of each query, over a paged cache of index
+    keys.
 
-    The same indices, bit for bit, as :func:`paged_mqa_logits` and then :func:`topk_indices` over
-    each row's length. Keys of a page that is not assigned are chosen behind all others.
+    The indices are the same, bit for bit, as from :func:`paged_mqa_logits` and then
+    :func:`topk_indices` over each row's length. Keys of an unassigned page rank after all others.
 
     Parameters
     ----------
     q : Tensor, shape [B, next_n, H, D] or [B, next_n, H, D / 2], uint8 or float8_e4m3fn
     cache : Tensor, shape [num_pages, page_bytes], uint8
-        As :func:`paged_mqa_logits` takes it.
+        As for :func:`paged_mqa_logits`.
     weights : Tensor, shape [B * next_n, H], float32
     context_lens : Tensor, shape [B] or [B, next_n], int32
-        Keys that each row sees. 1-D: query j sees ``context_lens[b] - next_n + 1 + j`` keys.
+        Number of keys that each row sees. 1-D: query j sees ``context_lens[b] - next_n + 1 + j``
+        keys.
     block_tables : Tensor, shape [>= B, max_blocks], int32
     max_context_len : int
-        Most keys of a row; a longer one is cut off there.
+        Maximum number of keys of a row. A longer row is cut.
     k : int
         1 to 4096.
     q_scales : Tensor, shape [B, next_n, H], int32, optional
-        Of "mxfp4".
+        Scales of "mxfp4" queries.
     quant : {"fp8", "mxfp4"}
     page_size : int, optional
-        Tokens of a page. Default: the second dimension of a cache of 3 or more.
+        Tokens of a page. Default: the second dimension of a cache that has at least three.
     workspace_bytes : int
-        Most bytes of logits, but for those of 32 queries, which are always together.
+        Upper limit of the bytes of logits. Logits of 32 queries are always kept together, even
+        beyond it.
     out : Tensor, shape [B * next_n, k], int32, contiguous, optional
         Written in place and returned.
 
     Returns
     -------
     Tensor, shape [B * next_n, k], int32
-        Positions in the sequence, ascending; -1 behind the last of a row with fewer than k keys.
+        Positions in the sequence, ascending; A row with fewer than k keys ends in -1.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an int is none.
+        If a dtype is not one of the listed dtypes, or a number is not an integer.
     ValueError
         If shapes do not match, pages are too small, `k` or a size is out of range, `quant` is
         unknown, or `out` shares memory with an input.
@@ -179,7 +184,7 @@ def paged_indexer_topk(
 
     See Also
     --------
-    fastattn.reference.paged_indexer_topk : the same in NumPy, on logits in fp64.
+    fastattn.reference.paged_indexer_topk : the same in NumPy, with fp64 logits.
     topk_to_slots : turns positions into slots of the cache.
 
     Examples

@@ -1,4 +1,4 @@
-"""Merging partial attentions over disjoint sets of keys."""
+"""Merge of two partial attentions over disjoint sets of keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def merge_attn_states(
 ) -> tuple[Tensor, Tensor]:
     r"""Merge two partial attentions of the same queries by their log-sum-exp.
 
-    With :math:`p` and :math:`s` the LSE of the prefix and the suffix and :math:`m = \max(p, s)`:
+    :math:`p` and :math:`s` are the LSE of the prefix and the suffix, and :math:`m = \max(p, s)`:
 
     .. math::
 
@@ -32,9 +32,9 @@ def merge_attn_states(
         \mathrm{lse} = \ln z + m
 
     in fp32, in this order (section 2.2 of [1]_). A side is empty for a token and head if its LSE is
-    -inf, or +inf, as some kernels mark it. The output of an empty side is not used, whatever it
-    holds. Two empty sides give 0 and -inf. A NaN in an LSE, or in the output of a side that is not
-    empty, stays NaN.
+    -inf, or +inf, which some kernels use as the mark. The output of an empty side is ignored. Two
+    empty sides give an output of 0 and an LSE of -inf. A NaN in an LSE, or in the output of a side
+    that is not empty, stays NaN.
 
     Parameters
     ----------
@@ -43,22 +43,22 @@ def merge_attn_states(
         Natural logarithm.
     output_scale : Tensor, shape [1], float32, optional
         Store the output as e4m3: ``code = e4m3(saturate(o * (1 / output_scale)))``, from the fp32
-        value; NaN is 0x7F. The scale is read on the device. The CPU refuses one that is not finite
-        and positive; on a GPU it is not checked.
+        value. NaN becomes 0x7F. The scale is read on the device. The CPU refuses a scale that is
+        not finite and positive; a GPU does not check it.
     prefill_tokens_with_context : int, optional
-        Tokens from this one on (0 to T; default T) have no prefix: their result is the
-        suffix, and 0 and -inf where the suffix is empty, whatever its output holds and also where
-        its LSE is +inf.
+        Tokens from this index on (0 to T; default T) have no prefix. Their result is the suffix; it
+        is 0 and -inf if the suffix is empty, also if its LSE is +inf.
     output : Tensor, shape [T, H, D], optional
-        Written in place and returned. The dtype of the inputs, for float32 inputs also float16 or
-        bfloat16 (rounded to nearest even), and uint8 or float8_e4m3fn for FP8. It may be
+        Written in place and returned. Its dtype is the dtype of the inputs; for float32 inputs also
+        float16 or bfloat16 (rounded to nearest even); uint8 or float8_e4m3fn for FP8. It may be
         `prefix_output` or `suffix_output` itself.
     output_lse : Tensor, shape [H, T], float32, optional
         Written in place and returned. It may be `prefix_lse` or `suffix_lse` itself.
     output_scales : Tensor, shape [T, G], float32, contiguous, optional
         Store the output as e4m3 with dynamic scales ``max(amax, 1e-10) / 448``, which are written
-        here: one for each of G groups of ``H * D / G`` channels of a token. G = H is one scale for
-        each token and head, ``G = H * D / 128`` one for 128 channels, as in :func:`quantize_fp8`.
+        here. Each of the G groups of ``H * D / G`` channels of a token has one scale. G = H gives
+        one scale per token and head, ``G = H * D / 128`` one per 128 channels, as in
+        :func:`quantize_fp8`.
 
     Returns
     -------
@@ -77,8 +77,9 @@ def merge_attn_states(
 
     Notes
     -----
-    The output has the same bits as the NumPy model's, FP8 codes included: exp is a polynomial of
-    fixed fp32 steps, within 2 ulp. `output_lse` is within 1 ulp (the logarithm is the platform's).
+    The output has the same bits as the NumPy model, including FP8 codes: exp is a polynomial of
+    fixed fp32 steps, within 2 ulp. `output_lse` is within 1 ulp, because the logarithm depends on
+    the platform.
 
     See Also
     --------
@@ -118,7 +119,7 @@ def merge_attn_states(
         output_lse,
         output_scales,
     )
-    # Where `output` is given, `merged` shares its memory. It is returned all the same, because
-    # Paddle 2.6 saves no operator whose results are all inputs of the program.
+    # `merged` shares its memory with a given `output`. It is returned anyway, because Paddle 2.6
+    # does not save an operator whose results are all inputs of the program.
     merged, merged_lse, *_ = _ops.call("merge_attn_states", inputs, (tokens,))
     return merged, merged_lse

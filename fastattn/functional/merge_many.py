@@ -1,4 +1,4 @@
-"""Merging any number of partial attentions over disjoint sets of keys."""
+"""Merge of any number of partial attentions over disjoint sets of keys."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def merge_many_attn_states(
 ) -> tuple[Tensor, Tensor]:
     r"""Merge the partial attentions of the same queries over N disjoint sets of keys.
 
-    What :func:`merge_attn_states` does for two, in one kernel and with one rounding: with
-    :math:`l_n` the LSE of state n, :math:`s` the sink and :math:`m` the largest of them,
+    This extends :func:`merge_attn_states` to N states, in one kernel and with one rounding.
+    :math:`l_n` is the LSE of state n, :math:`s` the sink and :math:`m` the largest of them:
 
     .. math::
 
@@ -30,26 +30,27 @@ def merge_many_attn_states(
         \mathrm{lse} = \ln z + m
 
     in fp32, in the order of the states (section 2.2 of [1]_). A state is empty for a token and head
-    if its LSE is -inf, or +inf, as some kernels mark it. The output of an empty state is not used,
-    whatever it holds. Where all are empty, the output is 0 and the LSE -inf, in spite of a sink. A
-    NaN in an LSE, or in the output of a state that is not empty, stays NaN.
+    if its LSE is -inf, or +inf, which some kernels use as the mark. The output of an empty state is
+    ignored. If all states are empty, the output is 0 and the LSE is -inf, even with a sink. A NaN
+    in an LSE, or in the output of a state that is not empty, stays NaN.
 
     Parameters
     ----------
     outputs : Tensor, shape [N, T, H, D], float32, float16 or bfloat16
-        Any strides, but elements of the last dimension lie side by side.
+        The last dimension must be contiguous; the others may have any strides.
     lses : Tensor, shape [N, H, T], float32
         Natural logarithm. Any strides.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
-        A logit for each head that joins the denominator, but has no value; -inf and +inf are none.
+        A logit for each head. It counts in the denominator, but has no value. -inf and +inf mean no
+        sink.
     output_scale : Tensor, shape [1], float32, optional
         Store the output as e4m3: ``code = e4m3(saturate(o * (1 / output_scale)))``, from the fp32
-        value; NaN is 0x7F. The scale is read on the device. The CPU refuses one that is not finite
-        and positive; on a GPU it is not checked.
+        value. NaN becomes 0x7F. The scale is read on the device. The CPU refuses a scale that is
+        not finite and positive; a GPU does not check it.
     output : Tensor, shape [T, H, D], optional
-        Written in place and returned; apart from the inputs. The dtype of the states, for float32
-        states also float16 or bfloat16 (rounded to nearest even), and uint8 or float8_e4m3fn for
-        FP8.
+        Written in place and returned. It must not share memory with an input. Its dtype is the
+        dtype of the states; for float32 states also float16 or bfloat16 (rounded to nearest even);
+        uint8 or float8_e4m3fn for FP8.
     sinks_in_lse : bool
         Whether the returned LSE counts the sinks.
 
@@ -69,8 +70,9 @@ def merge_many_attn_states(
 
     Notes
     -----
-    The output has the same bits as the NumPy model's, FP8 codes included; of two states, those of
-    :func:`merge_attn_states`. `output_lse` is within 1 ulp (the logarithm is the platform's).
+    The output has the same bits as the NumPy model, including FP8 codes. For two states it has the
+    same bits as :func:`merge_attn_states`. `output_lse` is within 1 ulp, because the logarithm
+    depends on the platform.
 
     See Also
     --------

@@ -1,4 +1,4 @@
-"""Caches of multi-head latent attention (MLA): writing and reading them."""
+"""Functions that write and read the caches of multi-head latent attention (MLA)."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def mla_write_cache(
     fp8_584   584   448 e4m3 with a UE8M0 scale for each 64 channels; rope as it is (V4)
     ========= ===== ============================================================================
 
-    The scale of a tile of channels follows from its largest magnitude:
+    The scale of a tile of channels depends on its largest magnitude:
 
     .. math::
         \text{pow2:}\quad & 2^{\lceil\log_2(\max(\mathrm{amax}, 10^{-4}) / 448)\rceil} \\
         \text{amax:}\quad & \max(\mathrm{amax} / 448, 2^{-126})
 
-    Codes are :math:`\mathrm{e4m3}(x / s)`, one fp32 division. Infinities saturate; a tile with a
-    NaN gets a NaN scale and NaN codes. Readers that round scales to bf16, as FlashMLA's do, lose
+    Codes are :math:`\mathrm{e4m3}(x / s)`, with one fp32 division. Infinities saturate. A tile with
+    a NaN gets a NaN scale and NaN codes. Readers that round scales to bf16, such as FlashMLA, lose
     nothing with "pow2".
 
     Parameters
@@ -48,20 +48,22 @@ def mla_write_cache(
     rope : Tensor, shape [T, 64], bfloat16
         Channels that have been rotated. Any token stride.
     cache : Tensor, bfloat16 ("bf16") or uint8
-        [num_pages, page_size, W], [num_pages, page_size, 1, W] or [num_pages, 1, page_size, W]
-        with W = 576, 656 or 584. Pages may have any stride, so that a view of padded pages works;
-        "fp8_584" keeps a page's scales behind its rows. Or [num_pages, page_bytes] with
-        `page_size`: what lies behind the tokens is padding. ``docs/formats.md`` has the bytes.
+        [num_pages, page_size, W], [num_pages, page_size, 1, W] or [num_pages, 1, page_size, W] with
+        W = 576, 656 or 584. Pages may have any stride, so a view of padded pages is allowed.
+        "fp8_584" keeps the scales of a page after its rows. The shape [num_pages, page_bytes]
+        requires `page_size`; bytes after the tokens are padding. ``docs/formats.md`` describes the
+        bytes.
     slot_mapping : Tensor, shape [n], int32 or int64
-        n <= T. Token i goes to row ``slot % page_size`` of page ``slot // page_size``; a negative
-        slot or one past the last page = skip the token. No two tokens may share a slot.
+        Slots of the first n tokens, n <= T. Token i goes to row ``slot % page_size`` of page
+        ``slot // page_size``. A token with a negative slot, or with a slot past the last page, is
+        skipped. No two tokens may share a slot.
     cache_format : {"bf16", "fp8", "fp8_656", "fp8_584"}
     scale_rule : {"pow2", "amax"}
-        "amax" is for "fp8_656".
+        "amax" is supported for "fp8_656" only.
     scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier, for "fp8" only.
     page_size : int, optional
-        Tokens of a page, for a `cache` of two dimensions.
+        Tokens of a page; needed for a `cache` of two dimensions.
 
     Returns
     -------
@@ -73,15 +75,15 @@ def mla_write_cache(
     TypeError
         If an argument is not a tensor or has another dtype, or "fp8" has no `scale`.
     ValueError
-        If shapes, places or strides do not match, `scale_rule` is not one of the format's, or
-        `cache` shares memory with another argument. On a GPU rows, pages and tokens start at
-        multiples of 16 bytes.
+        If shapes, places or strides do not match, `scale_rule` does not belong to the format, or
+        `cache` shares memory with another argument. Also if rows, pages or tokens do not start at
+        multiples of 16 bytes on a GPU.
     NotImplementedError
         If `cache_format` is not supported.
 
     See Also
     --------
-    mla_gather_cache : the way back.
+    mla_gather_cache : the inverse.
     fastattn.reference.mla_write_cache : the same in NumPy, bit by bit.
 
     Examples
@@ -120,29 +122,31 @@ def mla_gather_cache(
     .. math::
         \mathrm{out}[\mathrm{cu\_seqlens\_k}_b + i] = \mathrm{bf16}(c_{b,i} \cdot s_{b,i})
 
-    with the code c and the scale s of position i of sequence b: one fp32 product, rounded.
+    c is the code and s the scale of position i of sequence b. The fp32 product is rounded to bf16.
     Channels that the cache has in bf16 are copied. A sequence gives at most
     ``cu_seqlens_k[b + 1] - cu_seqlens_k[b]`` tokens. All other tokens of `out` keep their contents,
-    also those whose page is not assigned (an id outside ``[0, num_pages)``).
+    also tokens whose page is not assigned (an id outside ``[0, num_pages)``).
 
     Parameters
     ----------
     cache : Tensor
-        As for :func:`mla_write_cache`; "fp8_528" has W = 528 and rows and scales apart, too.
+        As for :func:`mla_write_cache`. "fp8_528" has W = 528, and also keeps the scales of a page
+        after its rows.
     out : Tensor, shape [N, 576] ("fp8_584", "fp8_528": [N, 512]), bfloat16
         Latent, then rotated channels. Written in place; any token stride.
     block_tables : Tensor, shape [B, max_blocks], int32
         Pages of each sequence.
     seq_lens_decoder : Tensor, shape [B], int32
-        Cached tokens of each sequence.
+        Number of cached tokens of each sequence.
     cu_seqlens_k : Tensor, shape [B + 1], int32
-        First token of each sequence in `out`, ascending.
+        Index of the first token of each sequence in `out`, ascending.
     cache_format : {"bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"}
-        "fp8_528", DeepSeek-V4.1's: 512 e4m3, rotated channels too, a UE8M0 scale for each 32.
+        "fp8_528" is the format of DeepSeek-V4.1: 512 e4m3 codes, including rotated channels, with a
+        UE8M0 scale for each 32.
     scale : Tensor, shape [1], float32, optional
         For "fp8" only.
     page_size : int, optional
-        Tokens of a page, for a `cache` of two dimensions.
+        Tokens of a page; needed for a `cache` of two dimensions.
 
     Returns
     -------
@@ -154,8 +158,8 @@ def mla_gather_cache(
     TypeError
         If an argument is not a tensor or has another dtype, or "fp8" has no `scale`.
     ValueError
-        If shapes, places or strides do not match, or `out` shares memory with another argument. On
-        a GPU rows, pages and tokens start at multiples of 16 bytes.
+        If shapes, places or strides do not match, or `out` shares memory with another argument.
+        Also if rows, pages or tokens do not start at multiples of 16 bytes on a GPU.
     NotImplementedError
         If `cache_format` is not supported.
 

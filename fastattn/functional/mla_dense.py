@@ -32,75 +32,76 @@ def mla_attention(
     page_size: int | None = None,
     out_dtype: str = "bfloat16",
 ) -> Any:
-    r"""Attention of a step's new tokens over a paged latent cache, all heads over the same keys.
+    r"""Attention of a step's new tokens over a paged latent cache. All heads share the keys.
 
-    The new tokens must be in the cache already. One call takes prefill, chunked prefill, decoding
-    and inactive sequences in any order. With the dequantised channels :math:`k_j` of key j, whose
-    first 512 are its value,
+    The new tokens must be in the cache already. One call serves prefill, chunked prefill, decoding
+    and inactive sequences in any order. :math:`k_j` holds the dequantised channels of key j; the
+    first 512 are its value:
 
     .. math:: s_{ij} = \lambda q_i k_j, \qquad
               o_i = \frac{\sum_j e^{s_{ij}} k_j[:512]}{e^{\mathrm{sink}} + \sum_j e^{s_{ij}}}
 
-    over the visible keys j. Masked keys never reach a result, even if they are NaN. A query that
-    sees no key gives 0 and an LSE of -inf. A NaN in a query, or in a key that it sees, makes that
-    query's output NaN, and no other.
+    over the visible keys j. Masked keys never affect a result, even if they are NaN. A query that
+    sees no key has an output of 0 and an LSE of -inf. A NaN in a query, or in a key that it sees,
+    makes the output of this query NaN, and of no other query.
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
-    tokens, from token ``cu_seqlens_q[b]`` of `q` on, and ``seq_lens_decoder[b] + n`` keys. The key
-    at position p is in row ``p % page_size`` of page ``block_tables[b, p // page_size]``. It is
-    masked if that id is outside ``[0, num_pages)``.
+    tokens, which start at token ``cu_seqlens_q[b]`` of `q`. It has ``seq_lens_decoder[b] + n``
+    keys. The key at position p is in row ``p % page_size`` of page
+    ``block_tables[b, p // page_size]``. The key is masked if this block id is outside
+    ``[0, num_pages)``.
 
     Parameters
     ----------
     q : Tensor, shape [T, H, 576] ("fp8_584", "fp8_528": [T, H, 512]), bfloat16
         Absorbed queries: latent channels, then rotated ones. H is 1 to 128. The last dimension must
-        be contiguous, the others may have any strides (on a GPU multiples of 16 bytes).
+        be contiguous. The others may have any strides (multiples of 16 bytes on a GPU).
     cache : Tensor
-        As for :func:`mla_gather_cache`. Never copied.
+        As for :func:`mla_gather_cache`. It is never copied.
     block_tables : Tensor, shape [B, max_blocks], int32
-        Page of each `page_size` tokens of a sequence. It and `seq_lens_decoder` may both have more
-        than B: slots of a server that do not run.
+        Page of each group of `page_size` tokens of a sequence. `block_tables` and
+        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
-        First token of each sequence in `q`.
+        Index of the first token of each sequence in `q`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Tokens cached before this step, and new tokens (0 for an inactive sequence).
+        Number of tokens cached before this step, and of new tokens (0 for an inactive sequence).
     max_seqlen_q, max_seqlen_k : int
-        Upper bounds of the sequences' new tokens and keys, as for :func:`paged_attention`; they
-        mask nothing. That of the keys is not used yet.
+        Upper bounds of the new tokens and of the keys of a sequence, as for
+        :func:`paged_attention`. They mask nothing. `max_seqlen_k` is not used yet.
     cache_format : {"bf16", "fp8", "fp8_656", "fp8_584", "fp8_528"}
         As for :func:`mla_gather_cache`.
     scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier, for "fp8" only.
     softmax_scale : float, optional
-        :math:`\lambda`; the query's channels ``** -0.5`` by default. Models pass that of the
-        unabsorbed head, such as ``192 ** -0.5``.
+        :math:`\lambda`. Default: the query channels to the power of -0.5. Models pass the scale of
+        the unabsorbed head, such as ``192 ** -0.5``.
     causal : bool
         Mask the keys after a query's position.
     sinks : Tensor, shape [H], float32, optional
-        A logit for each head that joins the denominator, but has no value.
+        A logit for each head. It counts in the denominator, but has no value.
     return_softmax_lse : bool
-        Also return the LSE, the logarithm of the sum of exponentials, without the sink.
+        Also return the LSE, the logarithm of the sum of exponentials without the sink.
     out : Tensor, shape [T, H, 512], optional
-        Of type `out_dtype`; written in place and returned. Tokens that belong to no sequence
-        (padding) keep their contents; in a new output they are 0.
+        Its dtype is `out_dtype`. Written in place and returned. Tokens that belong to no sequence
+        (padding) keep their contents in a given `out`, and are 0 in a new one.
     page_size : int, optional
-        Tokens of a page, for a `cache` of two dimensions.
+        Tokens of a page; needed for a `cache` of two dimensions.
     out_dtype : {"bfloat16", "float32"}
-        "float32" does not round the output, for a merge with other keys' results.
+        "float32" does not round the output, for a later merge with results over other keys.
 
     Returns
     -------
     out : Tensor, shape [T, H, 512]
     softmax_lse : Tensor, shape [H, T], float32
-        Natural logarithm; only with `return_softmax_lse`. -inf for tokens of no sequence.
+        Natural logarithm, -inf for tokens of no sequence. Only with `return_softmax_lse`.
 
     Raises
     ------
     TypeError
         If an argument is not a tensor or has another dtype, or "fp8" has no `scale`.
     ValueError
-        If shapes, places or strides do not match, a bound of lengths is negative, `softmax_scale`
-        is not finite, or `out` shares memory with another argument.
+        If shapes, places or strides do not match, an upper bound is negative, `softmax_scale` is
+        not finite, or `out` shares memory with another argument.
     NotImplementedError
         If `cache_format` or the number of heads is not supported.
 

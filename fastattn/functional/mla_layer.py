@@ -1,4 +1,4 @@
-"""What surrounds the latent attention of a DeepSeek-V4 layer."""
+"""The operators before and after the latent attention of a DeepSeek-V4 layer."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ def inverse_rope_quantize_fp8(
 ) -> tuple[Tensor, Tensor]:
     r"""Rotate the output of DeepSeek-V4's attention back and quantise it for the output projection.
 
-    V4's keys are its values, rotated channels included, so that the output's last 64 channels are
-    rotated back by the query's position, in pairs (GPT-J style):
-    :math:`e' = e\,c + o\,s,\ o' = o\,c - e\,s`. All is fp32, without a rounding to bf16 in between.
-    Each 128 channels then get a scale
+    V4 uses its keys as values, including rotated channels. So the last 64 channels of the output
+    are rotated back by the query's position, in pairs (GPT-J style):
+    :math:`e' = e\,c + o\,s,\ o' = o\,c - e\,s`. All arithmetic is fp32, without an intermediate
+    rounding to bf16. Each group of 128 channels then gets a scale
 
     .. math:: s = 2^{\lceil\log_2(\max(\mathrm{amax}, 10^{-10}) / 448)\rceil}, \qquad
               c = \mathrm{e4m3}(x / s)
 
-    Heads belong to groups, each of which has an output projection of its own. Codes and scales lie
-    as a grouped FP8 product with scales of 1 x 128 wants its operand: a group's tokens together,
-    and scales with the token fastest.
+    Heads belong to groups, and each group has its own output projection. Codes and scales have the
+    layout of the operand of a grouped FP8 product with scales of 1 x 128: the tokens of a group are
+    contiguous, and in the scales the token is the fastest dimension.
 
     Parameters
     ----------
     x : Tensor, shape [T, H, 512], bfloat16
-        The attention's output. Tokens and heads may have any stride, so that a view without padded
-        heads works.
+        Output of the attention. Tokens and heads may have any stride, so a view without padded
+        heads is allowed.
     positions : Tensor, shape [T], int32 or int64
         Position of each query. Clamped to ``[0, max_positions)``.
     cos_sin_cache : Tensor, shape [max_positions, 64], float32 or bfloat16
         32 cosines, then 32 sines.
     num_groups : int
-        Groups G of H / G neighbouring heads.
+        Number G of groups, each of H / G neighbouring heads.
 
     Returns
     -------
     codes : Tensor, shape [G, T, H / G * 512], uint8
         e4m3 codes. Infinities saturate.
     scales : Tensor, shape [G, H / G * 4, T rounded up to a multiple of 4], float32
-        Dequantisation multiplier of channels 128j .. 128j + 127 of token t at ``[g, j, t]``, a
-        power of two; 0 behind the last token. A block with a NaN has a NaN scale and NaN codes.
+        Element ``[g, j, t]`` is the dequantisation multiplier of channels 128j .. 128j + 127 of
+        token t, a power of two. It is 0 after the last token. A block with a NaN has a NaN scale
+        and NaN codes.
 
     Raises
     ------
@@ -57,11 +58,11 @@ def inverse_rope_quantize_fp8(
         If an argument is not a tensor or has another dtype.
     ValueError
         If a shape is wrong, `cos_sin_cache` is empty, or `num_groups` does not divide the number of
-        heads. On a GPU tokens and heads of `x` start at multiples of 16 bytes.
+        heads. Also if tokens or heads of `x` do not start at multiples of 16 bytes on a GPU.
 
     See Also
     --------
-    mla_qkv_norm_rope_write : the rotation in front of the attention.
+    mla_qkv_norm_rope_write : the rotation before the attention.
     fastattn.reference.inverse_rope_quantize_fp8 : the same in NumPy, bit by bit.
 
     Examples
@@ -98,47 +99,49 @@ def mla_qkv_norm_rope_write(
     page_size: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Norm and rotate the queries of a DeepSeek-V4 layer; rotate its keys and write them.
+    r"""Normalise and rotate the queries of a DeepSeek-V4 layer; rotate its keys and write them.
 
-    Of each query head and of each key the last 64 channels are rotated by the token's position, in
+    The last 64 channels of each query head and of each key are rotated by the token's position, in
     pairs (GPT-J style): :math:`e' = e\,c - o\,s,\ o' = o\,c + e\,s`. One launch does both:
 
-    - queries: :math:`x \cdot (1 / \sqrt{\mathrm{mean}(x^2) + \epsilon})` over the 512 channels of a
-      head, without a weight, then the rotation, then one rounding to bf16; fp32 in between;
-    - keys, which have been through their norm: the rotation, a rounding to bf16, and the bytes of
-      :func:`mla_write_cache`: 448 e4m3 codes with a power-of-two scale for each 64 channels, the 64
-      rotated channels in bf16.
+    - Queries: :math:`x \cdot (1 / \sqrt{\mathrm{mean}(x^2) + \epsilon})` over the 512 channels of a
+      head, without a weight, then the rotation, then one rounding to bf16. The intermediate values
+      are fp32.
+    - Keys, which are normalised already: the rotation, a rounding to bf16, and the bytes of
+      :func:`mla_write_cache`. These are 448 e4m3 codes with a power-of-two scale for each 64
+      channels, and the 64 rotated channels in bf16.
 
     Parameters
     ----------
     q : Tensor, shape [T, H, 512], bfloat16
         Tokens and heads may have any stride.
     kv : Tensor, shape [T, 512], bfloat16
-        Key of each token, which is its value as well. Any token stride.
+        Key of each token, which is also its value. Any token stride.
     cache : Tensor, uint8
-        Written in place: as for :func:`mla_write_cache` with "fp8_584".
+        Written in place. As for :func:`mla_write_cache` with "fp8_584".
     slot_mapping : Tensor, shape [n], int32 or int64
-        n <= T. Key i goes to row ``slot % page_size`` of page ``slot // page_size``; a negative
-        slot or one past the last page = skip the key. No two keys may share a slot. The queries of
-        all T tokens are worked on.
+        Slots of the first n keys, n <= T. Key i goes to row ``slot % page_size`` of page
+        ``slot // page_size``. A key with a negative slot, or with a slot past the last page, is
+        skipped. No two keys may share a slot. The queries of all T tokens are processed.
     positions : Tensor, shape [T], int32 or int64
         Clamped to ``[0, max_positions)``.
     cos_sin_cache : Tensor, shape [max_positions, 64], float32 or bfloat16
         32 cosines, then 32 sines.
     cache_format : {"fp8_584"}
     rms_norm_eps : float
-        Finite, at least 0.
+        Finite and at least 0.
     padded_heads : int, optional
-        Heads of the result where an attention kernel wants more than H: those behind are 0.
+        Number of heads of the result, if an attention kernel needs more than H. The additional
+        heads are 0.
     page_size : int, optional
-        Tokens of a page, for a `cache` of two dimensions.
+        Tokens of a page; needed for a `cache` of two dimensions.
     out : Tensor, shape [T, H or more, 512], bfloat16, optional
         Written in place and returned. It may be `q`, or have `q` as its first heads.
 
     Returns
     -------
     Tensor, shape [T, H or padded_heads, 512], bfloat16
-        The queries; `out` where it is given.
+        The queries; `out` if it is given.
 
     Raises
     ------
@@ -146,14 +149,14 @@ def mla_qkv_norm_rope_write(
         If an argument is not a tensor or has another dtype.
     ValueError
         If shapes, places or strides do not match, `rms_norm_eps` is negative or not finite, or what
-        is written shares memory with another argument. On a GPU heads, tokens, rows and pages start
-        at multiples of 16 bytes.
+        is written shares memory with another argument. Also if heads, tokens, rows or pages do not
+        start at multiples of 16 bytes on a GPU.
     NotImplementedError
         If `cache_format` is not supported.
 
     See Also
     --------
-    inverse_rope_quantize_fp8 : what follows the attention.
+    inverse_rope_quantize_fp8 : the step after the attention.
     fastattn.reference.mla_qkv_norm_rope_write : the same in NumPy, bit by bit.
 
     Examples

@@ -1,4 +1,4 @@
-"""Logits of the indexer: how much each query token wants to see each key."""
+"""Logits of the indexer, which score each key for each query token."""
 
 from __future__ import annotations
 
@@ -33,34 +33,38 @@ def mqa_logits(
     max_seqlen_k: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""Score contiguous keys with the indexer's queries: prefill, chunks, cached prefixes.
+    r"""Score contiguous keys with the indexer's queries, for prefill, chunks and cached prefixes.
 
     .. math:: \mathrm{logits}_{mn} = s_n \sum_h \max(q_{mh} \cdot k_n, 0)\, w_{mh}
 
-    for keys n in ``[starts[m], ends[m])``; every other cell is -inf. :math:`s_n` is the scale of an
-    FP8 key; that of an FP8 query head is a factor of its weight. MXFP4 operands have their blocks'
-    scales in the product. Products are exact, sums fp32; the result has the same bits at every run.
+    for keys n in ``[starts[m], ends[m])``; every other element is -inf. :math:`s_n` is the scale of
+    an FP8 key; the scale of an FP8 query head is a factor of its weight. For MXFP4 operands the
+    product includes the scales of their blocks. Products are exact and sums are fp32. The result
+    has the same bits in every run.
 
     Parameters
     ----------
     q : Tensor, shape [M, H, D] ("fp8") or [M, H, D / 2] ("mxfp4"), uint8 or float8_e4m3fn
-        H a multiple of 8, at most 256; D 64 or 128. `indexer_q_rope_quant` makes it.
+        H is a multiple of 8, at most 256. D is 64 or 128. `indexer_q_rope_quant` makes these
+        queries.
     keys : Tensor, shape [N, D] or [N, D / 2], uint8 or float8_e4m3fn
-        The keys of all sequences, such as a gather from a paged cache.
+        Keys of all sequences, such as keys gathered from a paged cache.
     weights : Tensor, shape [M, H], float32
     starts, ends : Tensor, shape [M], int32
-        Keys that each query sees, clamped to [0, N]; an end before its start is an empty range.
+        Range of keys that each query sees, clamped to [0, N]. An end before its start means an
+        empty range.
     k_scales : Tensor, shape [N]
-        "fp8": float32. "mxfp4": int32, byte b (little endian) is the UE8M0 exponent of channels
-        32b .. 32b + 31.
+        "fp8": float32. "mxfp4": int32, whose byte b (little endian) is the UE8M0 exponent of
+        channels 32b .. 32b + 31.
     q_scales : Tensor, shape [M, H], int32, optional
-        Of "mxfp4", as `k_scales`.
+        Scales of "mxfp4" queries, in the form of `k_scales`.
     quant : {"fp8", "mxfp4"}
         Format of queries and keys.
     max_seqlen_k : int, optional
-        Columns of the result; column j is then key ``starts[m] + j``. Default: column n is key n.
+        Number of columns of the result; column j is then key ``starts[m] + j``. Default: column n
+        is key n.
     out : Tensor, shape [M, N] or [M, max_seqlen_k], float32, optional
-        Written in place and returned. Rows may lie apart.
+        Written in place and returned. Any row stride.
 
     Returns
     -------
@@ -69,7 +73,7 @@ def mqa_logits(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or `max_seqlen_k` is no integer.
+        If a dtype is not one of the listed dtypes, or `max_seqlen_k` is not an integer.
     ValueError
         If shapes do not match, `quant` is unknown, or `out` shares memory with an input.
     NotImplementedError
@@ -97,9 +101,9 @@ def mqa_logits(
     >>> logits.tolist()
     [[256.0, 512.0, -inf]]
     """
-    # A traced program needs the shape before the operator runs; -1: as many columns as keys.
+    # A traced program needs the shape before the operator runs. -1 means as many columns as keys.
     columns = -1 if max_seqlen_k is None else _whole("mqa_logits", "max_seqlen_k", max_seqlen_k)
-    # `logits` shares its memory with `out` where that is given.
+    # `logits` shares its memory with a given `out`.
     logits, _ = _ops.call(
         "mqa_logits",
         (q, keys, k_scales, weights, starts, ends, q_scales, out),
@@ -124,34 +128,35 @@ def paged_mqa_logits(
 ) -> Tensor:
     """Score a paged cache of index keys with the queries of a decode step.
 
-    The logits are those of :func:`mqa_logits`. Row ``b * next_n + j`` is query j of sequence b.
-    Cells past a row's length are -inf, and so are those of a page that is not assigned: an id
-    outside [0, num_pages), or past `max_blocks`.
+    The logits are the same as in :func:`mqa_logits`. Row ``b * next_n + j`` is query j of sequence
+    b. Elements past a row's length are -inf, and so are elements of an unassigned page: an id
+    outside [0, num_pages), or a position past `max_blocks`.
 
     Parameters
     ----------
     q : Tensor, shape [B, next_n, H, D] or [B, next_n, H, D / 2], uint8 or float8_e4m3fn
-        As in :func:`mqa_logits`; next_n is at least 1 (the new token and drafts of it).
+        As in :func:`mqa_logits`. next_n is at least 1: the new token and its draft tokens.
     cache : Tensor, shape [num_pages, page_bytes], uint8
-        There may be further dimensions (for example [num_pages, 64, 132] or
-        [num_pages, 64, 1, 132]). A page holds the codes of its tokens, then 4 bytes of scales for
-        each (``docs/formats.md``); pages may lie further apart.
+        Further dimensions are allowed (for example [num_pages, 64, 132] or [num_pages, 64, 1,
+        132]). A page holds the codes of its tokens, then 4 bytes of scales for each token
+        (``docs/formats.md``). Pages may have any stride.
     weights : Tensor, shape [B * next_n, H], float32
     context_lens : Tensor, shape [B] or [B, next_n], int32
-        Keys that each row sees. 1-D: the length with all new tokens, of which the last query sees
-        all; query j sees ``context_lens[b] - next_n + 1 + j`` keys. 2-D: of each row. 0 or less:
-        none. Lengths are clamped to `max_context_len`.
+        Number of keys that each row sees. 1-D: the length of the sequence with all new tokens. The
+        last query sees all of it; query j sees ``context_lens[b] - next_n + 1 + j`` keys. 2-D: one
+        length per row. A length of 0 or less means no keys. Lengths are clamped to
+        `max_context_len`.
     block_tables : Tensor, shape [>= B, max_blocks], int32
         Pages of each sequence.
     max_context_len : int
-        Columns of the result.
+        Number of columns of the result.
     q_scales : Tensor, shape [B, next_n, H], int32, optional
-        Of "mxfp4", as in :func:`mqa_logits`.
+        Scales of "mxfp4" queries, as in :func:`mqa_logits`.
     quant : {"fp8", "mxfp4"}
     page_size : int, optional
-        Tokens of a page. Default: the second dimension of a cache of 3 or more.
+        Tokens of a page. Default: the second dimension of a cache that has at least three.
     out : Tensor, shape [B * next_n, max_context_len], float32, optional
-        Written in place and returned. Rows may lie apart.
+        Written in place and returned. Any row stride.
 
     Returns
     -------
@@ -160,7 +165,7 @@ def paged_mqa_logits(
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or an int is none.
+        If a dtype is not one of the listed dtypes, or a number is not an integer.
     ValueError
         If shapes do not match, pages are too small, `quant` is unknown, or `out` shares memory with
         an input.

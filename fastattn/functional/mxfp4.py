@@ -1,4 +1,4 @@
-"""MXFP4: E2M1 codes, two a byte, with one UE8M0 exponent for 32 elements."""
+"""MXFP4: E2M1 codes, two per byte, with one UE8M0 exponent for 32 elements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def mxfp4_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     .. math:: e = \lceil \log_2(\max(\mathrm{amax}, 6 \cdot 2^{-126}) / 6) \rceil, \qquad
               c = \mathrm{e2m1}(x \cdot 2^{-e})
 
-    The exponent is computed from the bits of amax, so that no logarithm rounds. E2M1 rounds to
+    The exponent is computed from the bits of amax, without a rounded logarithm. E2M1 rounds to
     nearest, ties to even, and keeps the sign of zero (-0 is code 8). It has no NaN: a NaN becomes
     code 7 and does not count for amax, so the rest of its block keeps its values. An infinite amax
     counts as the largest finite fp32 value.
@@ -37,7 +37,7 @@ def mxfp4_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     Raises
     ------
     TypeError
-        If `x` is not a tensor of one of the dtypes above.
+        If `x` is not a tensor of one of the listed dtypes.
     ValueError
         If C is not a multiple of 32.
 
@@ -72,7 +72,7 @@ def mxfp4_dequantize(codes: Tensor, scales: Tensor, *, dtype: str = "float32") -
     Parameters
     ----------
     codes : Tensor, shape [..., C / 2], uint8
-        As from :func:`mxfp4_quantize`; C is a multiple of 32.
+        As :func:`mxfp4_quantize` returns them. C is a multiple of 32.
     scales : Tensor, shape [..., C / 32], uint8
     dtype : {"float32", "float16", "bfloat16"}
 

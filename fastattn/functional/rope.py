@@ -76,51 +76,51 @@ def rope_write_cache_kv(
 ) -> tuple[Tensor, Tensor | None]:
     r"""Split a fused projection, rotate Q and K, and write K and V into the paged cache.
 
-    For a pair of channels :math:`(a, b)` at position :math:`p` with table values
+    A pair of channels :math:`(a, b)` at position :math:`p` is rotated with the table values
     :math:`c = \cos_p, s = \sin_p`:
 
     .. math:: a' = a c - b s, \qquad b' = a s + b c, \qquad
               y = \frac{x}{\sqrt{\mathrm{mean}(x^2) + \epsilon}} \, w
 
-    Bias, rotation and RMSNorm :math:`y` of a head are computed in fp32 and rounded to the dtype of
-    `qkv`; then the head is quantised. The cache so gets the same bytes as from rotating first and
-    calling ``write_cache_kv`` on the result. V takes the bias only. `qkv` is not changed.
+    Bias, rotation and the RMSNorm :math:`y` of a head are computed in fp32 and rounded to the dtype
+    of `qkv`. Then the head is quantised. The cache gets the same bytes as from a separate rotation
+    and ``write_cache_kv``. Only the bias applies to V. `qkv` is not changed.
 
     Parameters
     ----------
     qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
         Query heads, then key heads, then value heads. The first dimension may have any stride.
     key_cache, value_cache : Tensor
-        Written in place. Shapes, dtypes and strides as for ``write_cache_kv``; for type ``"none"``
-        the dtype of `qkv`.
+        Written in place. Shapes, dtypes and strides as for ``write_cache_kv``; the dtype of `qkv`
+        for type ``"none"``.
     rotary_embs : Tensor, shape [2, 1, max_seq, 1, R / 2] or [..., R], float32, optional
-        Cosines, then sines, of R = `rotary_dim` channels; [2, max_seq, columns] is accepted too.
-        With R columns each angle is stored twice, for neox as ``[a, b, .., a, b, ..]``, else as
-        ``[a, a, b, b, ..]``. Positions past the end use the last one. None: no rotation.
-        One dimension more in front, [S, 2, 1, max_seq, 1, columns] or [S, 2, max_seq, columns], is
-        a table for each sequence (multimodal RoPE, FastDeploy's ``rope_3d``): sequence b takes
+        Cosines, then sines, of R = `rotary_dim` channels. [2, max_seq, columns] is accepted too.
+        With R columns each angle is stored twice: as ``[a, b, .., a, b, ..]`` for neox, otherwise
+        as ``[a, a, b, b, ..]``. Positions past the end use the last one. None means no rotation.
+        With one more leading dimension, [S, 2, 1, max_seq, 1, columns] or [S, 2, max_seq, columns],
+        there is one table per sequence (multimodal RoPE, FastDeploy's ``rope_3d``): sequence b uses
         table b. There may be more tables than sequences.
     block_tables : Tensor, shape [B, max_blocks], int32
-        Physical block of each 64 tokens of a sequence. It and `seq_lens_decoder` may both have more
-        than B: slots of a server that do not run.
+        Physical block of each group of 64 tokens of a sequence. `block_tables` and
+        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run.
     cu_seqlens_q : Tensor, shape [B + 1], int32
-        First token of each sequence in `qkv`.
+        Index of the first token of each sequence in `qkv`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
-        Cached and new tokens of each sequence. The i-th new token is at position
+        Number of cached and of new tokens of each sequence. The i-th new token is at position
         ``seq_lens_decoder[b] + i``.
     num_heads, num_kv_heads : int
-        H and KV, the numbers of query and KV heads.
+        Numbers H of query heads and KV of KV heads.
     q_norm_weight, k_norm_weight : Tensor, shape [D], float32, bfloat16 or float16, optional
         Weights of an RMSNorm over each head of Q and of K.
     rms_norm_eps : float
         :math:`\epsilon` of the RMSNorm.
     use_neox_rotary_style : bool
-        Rotate the channel pairs (i, i + R / 2); else (2i, 2i + 1).
+        Rotate the channel pairs (i, i + R / 2); otherwise (2i, 2i + 1).
     rotary_dim : int, optional
-        Number of channels from the start of a head that are rotated, even; default D.
+        Number of rotated channels, from the start of a head; even. Default: D.
     qk_norm_before_rope : bool
-        Normalise before the rotation, as models like Qwen3 do. FastDeploy's operators normalise
-        after it, which is the default.
+        Normalise before the rotation, as models like Qwen3 do. By default the norm follows the
+        rotation, as in FastDeploy's operators.
     qkv_bias : Tensor, shape [(H + 2 KV) * D], float32, bfloat16 or float16, optional
     q_quant : {"none", "per_tensor", "per_token_head"}
         Return Q unquantised, as e4m3 with the given `q_scale`, or as e4m3 with a scale
@@ -135,29 +135,30 @@ def rope_write_cache_kv(
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
-        Sequence of each token. A token with another id (-1 for CUDA-graph padding) is skipped.
+        Sequence of each token. A token whose id is out of range (such as -1, the padding of a CUDA
+        graph) is skipped.
     cache_k_zp, cache_v_zp : None
-        Zero points; every supported type is symmetric and takes none.
+        Zero points. Every supported type is symmetric and takes none.
     k_rotation : {"none", "hadamard"}
     k_center : Tensor, shape [KV, D], float32, optional
-        As for ``write_cache_kv``. K is rounded to the dtype of `qkv` before.
+        As for ``write_cache_kv``. K is first rounded to the dtype of `qkv`.
     q_rotation : {"none", "hadamard"}
-        ``"hadamard"``, with that `k_rotation` only: return Q rotated as K is, and rounded again
-        (quantised, if it is, after that). The attention then is called without `k_rotation`, and
-        with a `k_center`, if there is one, that is rotated (:func:`fastattn.reference.hadamard`).
-        That costs nothing here; an attention that rotates Q launches a kernel for it.
+        ``"hadamard"`` requires `k_rotation` ``"hadamard"``: Q is returned rotated as K is, and
+        rounded again before an optional quantisation. Then call the attention without `k_rotation`,
+        and pass a `k_center` that is rotated (:func:`fastattn.reference.hadamard`), if there is
+        one. This rotation costs nothing here; an attention that rotates Q launches a kernel for it.
 
     Returns
     -------
     q : Tensor, shape [T, H, D], the dtype of `qkv`, or uint8 (e4m3 codes)
-        0 for skipped tokens and for tokens past the last sequence.
+        0 for skipped tokens and for tokens after the last sequence.
     q_descale : Tensor or None
-        None, `q_scale`, or float32 [T, H] (for skipped tokens the scale of an all-zero head).
+        None, `q_scale`, or float32 [T, H]. A skipped token has the scale of an all-zero head.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a required argument is not a tensor.
+        If a dtype is not one of the listed dtypes, or a required argument is not a tensor.
     ValueError
         If shapes, places or options do not match, or a zero point is given.
     NotImplementedError

@@ -1,4 +1,4 @@
-"""Maps of a step of latent attention: tokens to slots, ragged queries to rows."""
+"""Maps of a step of latent attention: from tokens to slots, and from ragged queries to rows."""
 
 from __future__ import annotations
 
@@ -23,42 +23,44 @@ def token_maps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Position of each token of a step in its sequence, and its slot of a paged cache.
 
-    Token t of sequence b has position ``seq_lens_decoder[b] + t - cu_seqlens_q[b]``, or that of
-    `position_ids`, and slot ``block_tables[b, p // block_size] * block_size + p % block_size``.
-    Buffers of a server may have any shape and more elements than the step has tokens or sequences:
-    the first ones count.
+    Token t of sequence b has position ``seq_lens_decoder[b] + t - cu_seqlens_q[b]``, or its entry
+    in `position_ids`. Its slot is
+    ``block_tables[b, p // block_size] * block_size + p % block_size``. Buffers of a server may have
+    any shape, and more elements than the step has tokens or sequences; only the first elements
+    count.
 
     Parameters
     ----------
     batch_ids : Tensor, at least `num_tokens` elements, int32 or int64
-        Sequence of each token; outside [0, B) = padding.
+        Sequence of each token. An id outside [0, B) marks padding.
     block_tables : Tensor, shape [B or more, max_blocks], int32
     cu_seqlens_q : Tensor, shape [B + 1], int32
         First token of each sequence.
     seq_lens_decoder : Tensor, at least B elements, int32
-        Tokens of each sequence that are cached.
+        Number of cached tokens of each sequence.
     position_ids : Tensor, at least `num_tokens` elements, int32 or int64, optional
         Positions that the server knows.
     num_tokens : int
-        T, tokens of the step.
+        T, the number of tokens of the step.
     block_size : int
         Tokens of a block.
     num_blocks : int, optional
-        A table entry outside [0, num_blocks) gives no slot. Default: only a negative one.
+        A table entry outside [0, num_blocks) gives no slot. By default, only a negative entry gives
+        none.
 
     Returns
     -------
     seqs : Tensor, shape [T], int32
         Sequence of each token; -1 for padding.
     positions : Tensor, shape [T], int32
-        -1 for padding, and where a position is negative or does not fit int32.
+        -1 for padding, and for a position that is negative or does not fit int32.
     slots : Tensor, shape [T], int32
-        -1 where there is no position or no block, and for a slot that does not fit int32.
+        -1 for a token without a position or block, and for a slot that does not fit int32.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or a number is no integer.
+        If a dtype is not one of the listed dtypes, or a number is not an integer.
     ValueError
         If a buffer has too few elements, or a number is out of range.
 
@@ -100,41 +102,42 @@ def query_rows(
     *,
     tile: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries of a step in rows of `tile`, each row of one sequence, for a paged top-k.
+    """Arrange the queries of a step in rows of `tile` for a paged top-k, each row from one
+    sequence.
 
-    :func:`paged_indexer_topk` takes a batch of as many queries each. With a `tile` of 1, row t is
-    token t. Else each sequence begins a row: row ``cu_seqlens_q[b] // tile + b``, which is behind
-    those of the sequences before it whatever their lengths are, so that the number of rows follows
+    :func:`paged_indexer_topk` takes the same number of queries in every row. With a `tile` of 1,
+    row t is token t. Otherwise each sequence begins at row ``cu_seqlens_q[b] // tile + b``. This is
+    after the rows of the sequences before it, whatever their lengths. So the number of rows follows
     from sizes that the host knows.
 
     Parameters
     ----------
     batch_ids : Tensor, at least T elements, int32 or int64
-        Sequence of each token; outside [0, B) = padding.
+        Sequence of each token. An id outside [0, B) marks padding.
     positions : Tensor, shape [T], int32
-        Of :func:`token_maps`.
+        As :func:`token_maps` returns them.
     block_tables : Tensor, shape [B or more, max_blocks], int32
     cu_seqlens_q : Tensor, shape [B + 1], int32
         First token of each sequence, ascending.
     tile : int
-        Queries of a row, 1 to 64.
+        Number of queries of a row, 1 to 64.
 
     Returns
     -------
     lengths : Tensor, shape [rows, tile], int32
-        Keys that each query sees, its position and one; 0 for what is no query. There are T rows
-        for a `tile` of 1, else ``T // tile + max(B, 1)``.
+        Number of keys that each query sees: its position plus one; 0 for an element without a
+        query. There are T rows for a `tile` of 1, otherwise ``T // tile + max(B, 1)``.
     row_tables : Tensor, shape [rows, max_blocks], int32
-        Blocks of each row's sequence; -1 where a row has none.
+        Blocks of each row's sequence; -1 if a row has none.
     token_of_query : Tensor, shape [rows * tile], int32
-        -1 for what is no query.
+        -1 for an element without a query.
     query_of_token : Tensor, shape [T], int32
-        The way back; -1 for padding.
+        The inverse map; -1 for padding.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or `tile` is no integer.
+        If a dtype is not one of the listed dtypes, or `tile` is not an integer.
     ValueError
         If shapes do not match, or `tile` is out of range.
 

@@ -7,7 +7,7 @@ from paddle import Tensor
 from fastattn import _ops
 from fastattn.functional._marker import unified
 
-#: Most indices that a row may have.
+#: Upper limit of k.
 MAX_K = 4096
 
 
@@ -22,32 +22,33 @@ def topk_indices(
 ) -> Tensor:
     """Indices of the k largest logits of each row, in ascending order of index.
 
-    One total order decides: the larger value, then the smaller index. -0 equals +0; NaN is below
-    every number. So the result has the same bits on a CPU and a GPU, at every run and on every
-    rank, however many values are equal.
+    One total order decides: the larger value first, then the smaller index. -0 equals +0, and NaN
+    is below every number. So the result has the same bits on a CPU and a GPU, in every run and on
+    every rank, however many values are equal.
 
     Parameters
     ----------
     logits : Tensor, shape [rows, columns], float32
         Any row stride; at most 2^30 columns.
     lengths : Tensor, shape [rows], int32
-        Columns in each row's range, ``[start, start + length)``. Clamped to the row.
+        Number of columns in each row's range, ``[start, start + length)``. Clamped to the row.
     k : int
         1 to 4096.
     starts : Tensor, shape [rows], int32, optional
-        First column of each range; default 0. Clamped to the row, which leaves the length as it is.
+        First column of each range. Default: 0. It is clamped to the row; the length does not
+        change.
     out : Tensor, shape [rows, k], int32, contiguous, optional
         Written in place and returned.
 
     Returns
     -------
     Tensor, shape [rows, k], int32
-        Columns relative to the (clamped) start; -1 behind the last of a range shorter than k.
+        Columns relative to the (clamped) start. A range with fewer than k columns ends in -1.
 
     Raises
     ------
     TypeError
-        If a dtype is not one of those above, or `k` is no integer.
+        If a dtype is not one of the listed dtypes, or `k` is not an integer.
     ValueError
         If shapes do not match, `k` is out of range, or `out` shares memory with an input.
 
@@ -67,6 +68,6 @@ def topk_indices(
         raise TypeError(f"topk_indices: k: expected int, got {type(k).__name__}")
     if not 1 <= k <= MAX_K:  # a traced program needs the shape before the operator runs
         raise ValueError(f"topk_indices: k: expected 1 to {MAX_K}, got {k}")
-    # `indices` shares its memory with `out` where that is given.
+    # `indices` shares its memory with a given `out`.
     indices, _ = _ops.call("topk_indices", (logits, lengths, starts, out), (k,))
     return indices

@@ -1,4 +1,4 @@
-"""A readable NumPy model of every operator. It imports no Paddle and is slow on purpose."""
+"""A readable NumPy model of every operator. It imports no Paddle and favours clarity over speed."""
 
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv

@@ -1,8 +1,8 @@
 """NumPy model of ``flash_attention`` and ``paged_attention``: dense attention over a boolean mask.
 
-Nothing is tiled, and no softmax is online: each sequence forms its whole score matrix, takes a
+Nothing is tiled, and no softmax is online. Each sequence forms its whole score matrix, takes a
 softmax over the visible keys and multiplies by V. The default arithmetic is fp64. The other
-precisions compute what a plain implementation in that precision does; a kernel may have twice their
+precisions compute like a plain implementation in that precision; a kernel may have twice their
 error.
 """
 
@@ -41,7 +41,8 @@ def attention_mask(
     causal : bool
         Mask the keys after a query's position.
     window_size : (left, right)
-        Mask the keys that are further away; a negative side is unlimited.
+        Number of keys before and after a query's position that stay visible; a negative side is
+        unlimited.
     mask_offsets : array of int, shape [num_queries, 2], optional
         Query i sees keys ``[start, end)`` at most.
 
@@ -99,16 +100,16 @@ def dense_attention(
     ----------
     q : array, shape [n, H, D]
     k, v : array, shape [m, KV, D]
-        Query head h reads KV head ``h // (H / KV)``. V, and so the output, may have channels of
-        another number.
+        Query head h reads KV head ``h // (H / KV)``. V, and therefore the output, may have another
+        number of channels.
     visible : array of bool, shape [n, m]
     softmax_scale : float
     softcap : float
-        0 for none.
+        Bound of the logits; 0 means none.
     sinks : array, shape [H], optional
-        A logit for each head that joins the denominator, but has no value.
+        A logit for each head. It counts in the denominator, but has no value.
     shifts : array, shape [n, H], optional
-        What all scores of a query lack: sinks and LSE count as if they did not.
+        Number that all scores of a query lack. Sinks and LSE are computed as if they had it.
     precision : str
         One of :data:`PRECISIONS`.
 
@@ -166,7 +167,7 @@ def dense_attention(
 
 
 def as_values(x: Array) -> Array:
-    """Values (fp32) of Q, K or V. uint8 holds e4m3 codes; other dtypes hold their own values."""
+    """Values (fp32) of Q, K or V. uint8 holds e4m3 codes; other dtypes hold values."""
     x = np.asarray(x)
     return from_codes(x, "e4m3") if x.dtype == np.uint8 else x.astype(np.float32)
 
@@ -232,7 +233,8 @@ def flash_attention(
     Returns
     -------
     out : array, shape [T, H, D]
-        fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. 0 for tokens of no sequence.
+        fp64 (or fp32), not rounded; uint8 e4m3 codes if `out_scale` is given. 0 for tokens of no
+        sequence.
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape
@@ -284,7 +286,7 @@ def _dequantize_blocks(
 
 
 def _head_dim(cache: Array, cache_quant_type: str) -> int:
-    """Channels of a K or V cache, whichever of its last two dimensions has the tokens."""
+    """Channels of a K or V cache, in which either of the last two dimensions may be tokens."""
     row = int(cache.shape[2]) * int(cache.shape[3]) // BLOCK_SIZE
     nibbles = cache_quant_type != "none" and code_of(cache_quant_type) in NIBBLES
     return 2 * row if nibbles else row
@@ -306,9 +308,9 @@ def gather_seq(
     Returns
     -------
     k, v : array of float64, shape [num_keys, KV, D]
-        0 where no block is assigned. D is 128 for V where it is 192 for K.
+        0 for an unassigned block. V has 128 channels if K has 192.
     assigned : array of bool, shape [num_keys]
-        Whether the key's block is assigned, with an id in ``[0, num_blocks)``.
+        Whether the key's block is assigned: its id is in ``[0, num_blocks)``.
     """
     num_blocks, kv_heads = key_cache.shape[:2]
     needed = -(-num_keys // BLOCK_SIZE)
@@ -360,13 +362,13 @@ def paged_attention(
     """Attention of new tokens over a paged cache; see :func:`fastattn.functional.paged_attention`.
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
-    tokens and ``seq_lens_decoder[b] + n`` keys, read from the bytes of the cache.
+    tokens and ``seq_lens_decoder[b] + n`` keys, which are read from the bytes of the cache.
 
     Returns
     -------
     out : array, shape [T, H, D]
-        D as V has. fp64 (or fp32), not rounded; uint8 e4m3 codes with `out_scale`. 0 for tokens of
-        no sequence.
+        D as in V. fp64 (or fp32), not rounded; uint8 e4m3 codes if `out_scale` is given. 0 for
+        tokens of no sequence.
     lse : array, shape [H, T]
     """
     tokens, heads, head_dim = q.shape

@@ -1,6 +1,6 @@
 """NumPy models of ``write_cache_kv``, ``append_cache_kv_c8`` and ``convert_cache_layout``.
 
-Quantised caches are arrays of uint8 (or of an 8-bit type of the same bits) in the layouts of
+Quantised caches are arrays of uint8 (or of an 8-bit type with the same bits) in the layouts of
 :mod:`fastattn.reference.layout`. Scales are always dequantisation multipliers: x ~ code * scale.
 """
 
@@ -27,7 +27,7 @@ DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", "block_wise_int4", "block_
 
 
 def code_of(cache_quant_type: str, fp8_format: str = "e4m3") -> str:
-    """Format of a quantised cache's codes: "int8", "e4m3", "e5m2", "int4" or "e2m1"."""
+    """Format of the codes of a quantised cache: "int8", "e4m3", "e5m2", "int4" or "e2m1"."""
     if cache_quant_type in ("cache_int8", "block_wise_int8"):
         return "int8"
     if cache_quant_type == "block_wise_fp8":
@@ -50,16 +50,16 @@ def static_scales(scales: Array, kv_heads: int, head_dim: int) -> Array:
 
 
 def _row(cache: Array) -> int:
-    """Elements of a token in K or V, whichever of its last two dimensions has the tokens."""
+    """Elements of a token in K or V, in which either of the last two dimensions may be tokens."""
     return int(cache.shape[2]) * int(cache.shape[3]) // BLOCK_SIZE
 
 
 def dynamic_scales(scales: Array, cache_quant_type: str) -> Array:
-    """Dynamic scales as fp32, one more dimension for channels: of size 1, or D for MXFP4 blocks.
+    """Dynamic scales as fp32, with another dimension for channels: of size 1, or D for MXFP4.
 
     Parameters
     ----------
-    scales : array, shape [..., 64], or uint8 [..., 64, D / 32] of ``block_wise_mxfp4``
+    scales : array, shape [..., 64], or uint8 [..., 64, D / 32] for ``block_wise_mxfp4``
     cache_quant_type : str
     """
     if cache_quant_type == "block_wise_mxfp4":
@@ -68,7 +68,7 @@ def dynamic_scales(scales: Array, cache_quant_type: str) -> Array:
 
 
 def block_of(block_table: Array, position: int, num_blocks: int) -> int | None:
-    """Physical block of a position of one sequence, None if none is assigned."""
+    """Physical block of a position of one sequence; None if no block is assigned."""
     if position < 0 or position // BLOCK_SIZE >= len(block_table):
         return None
     block = int(block_table[position // BLOCK_SIZE])
@@ -100,21 +100,21 @@ def new_tokens(
 def quantize_token(
     x: Array, scales: Array, cache_quant_type: str, fp8_format: str = "e4m3"
 ) -> tuple[Array, Array | None]:
-    """Codes of a token's K or V, or of several tokens'.
+    """Codes of the K or V of one or several tokens.
 
     Parameters
     ----------
     x : array, shape [..., KV, D]
     scales : array
-        Static scales; for dynamic types any array of the dtype in which scales are stored.
+        Static scales. For dynamic types, any array with the dtype of the stored scales.
 
     Returns
     -------
-    codes : array of uint8, shape [..., KV, D], or [..., KV, D / 2] where two share a byte
+    codes : array of uint8, shape [..., KV, D], or [..., KV, D / 2] for two codes per byte
     token_scales : array, shape [..., KV] or [..., KV, D / 32], or None
-        For dynamic types, ``max(amax, 1e-6) / QMAX`` of each head (of int4 with a sign), rounded to
-        the dtype of `scales` before the token is quantised. Of ``block_wise_mxfp4`` the UE8M0 byte
-        of each 32 channels.
+        For dynamic types, ``max(amax, 1e-6) / QMAX`` of each head (with a sign for int4), rounded
+        to the dtype of `scales` before the token is quantised. For ``block_wise_mxfp4``, the UE8M0
+        byte of each group of 32 channels.
     """
     code = code_of(cache_quant_type, fp8_format)
     x = np.asarray(x).astype(np.float32)
@@ -156,7 +156,7 @@ def write_cache_kv(
         (key, key_cache, cache_k_scales, key_offsets("fastattn", _row(key_cache))),
         (value, value_cache, cache_v_scales, value_offsets(value_layout, _row(value_cache))),
     )
-    found = []  # token, block and slot of all that is written
+    found = []  # token, block and slot of every write
     for token, b, position in new_tokens(
         len(key), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
     ):
@@ -199,8 +199,8 @@ def append_cache_kv_c8(
 ) -> None:
     """Dequantise cached tokens; see :func:`fastattn.functional.append_cache_kv_c8`.
 
-    `key` and `value` [sum k, KV, D] change in place: an element is ``code * scale``, one fp32
-    product rounded to their type. K that was transformed is restored ahead of the rounding.
+    `key` and `value` [sum k, KV, D] change in place. An element is ``code * scale``, one fp32
+    product rounded to their dtype. Transformed K is restored before the rounding.
     """
     code = code_of(cache_quant_type, fp8_format)
     for kind, cache, scales, out in (

@@ -20,7 +20,7 @@ def compact_block_tables(
     window_size: tuple[int, int] = (-1, -1),
     mask_offsets: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Compact tables; see :func:`fastattn.functional.compact_block_tables`.
+    """Compacted tables; see :func:`fastattn.functional.compact_block_tables`.
 
     Returns
     -------
@@ -39,7 +39,7 @@ def compact_block_tables(
         end = int(np.clip(cu_seqlens_q[b + 1], begin, num_tokens))
         new = int(np.clip(seq_lens_this_time[b], 0, end - begin))
         cached = max(int(seq_lens_decoder[b]), 0)
-        # One entry a key: whether its block is there, up to the table's end.
+        # One entry per key, up to the table's end: whether its block is assigned.
         there = (block_tables[b] >= 0) & (block_tables[b] < num_blocks)
         mine = np.repeat(there, block_size)[: cached + new]
         first = 0 if left < 0 else min(max(cached - left, 0) // block_size, len(there))
@@ -47,7 +47,7 @@ def compact_block_tables(
         used = first + np.flatnonzero(there[first : -(-len(mine) // block_size)])
         tables[b, : len(used)] = block_tables[b, used]
         seq_lens[b] = max(int(mine.sum()) - new, 0)
-        local = np.concatenate([[0], np.cumsum(mine)])  # keys of its own before each position
+        local = np.concatenate([[0], np.cumsum(mine)])  # number of local keys before each position
         for i in range(new):
             position, t = cached + i, begin + i
             see = [0, len(mine)]

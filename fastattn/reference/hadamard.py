@@ -1,4 +1,4 @@
-"""NumPy model of what is done to K before it is quantised: `k_center` and `k_rotation`."""
+"""NumPy model of the transformation of K before quantisation: `k_center` and `k_rotation`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from fastattn.reference.numerics import Array
 
 
 def hadamard_size(head_dim: int) -> int:
-    """Channels that a rotation mixes: the largest power of two that divides the head dimension."""
+    """Number of channels that a rotation mixes: the largest power of two that divides the head
+    dimension.
+    """
     return head_dim & -head_dim
 
 
 def hadamard(x: Array) -> Array:
     """Rotate the last dimension by the normalised Hadamard matrix, in fp32.
 
-    Butterflies (a + b, a - b) of channels that are 1, 2, 4, .. apart, then one product with
-    1 / sqrt(size). That order is every implementation's, so that all have the same bits. The matrix
-    is symmetric and its own inverse: ``hadamard(hadamard(x))`` is x within rounding.
+    Butterflies (a + b, a - b) combine channels at distances 1, 2, 4, ..; then the result is
+    multiplied by 1 / sqrt(size). Every implementation uses this order, so all have the same bits.
+    The matrix is symmetric and its own inverse: ``hadamard(hadamard(x))`` is x within rounding.
 
     Parameters
     ----------
     x : array, shape [..., D]
-        Where D is no power of two, each ``D & -D`` channels are a block of their own.
+        If D is not a power of two, each group of ``D & -D`` channels is rotated separately.
 
     Returns
     -------
@@ -50,7 +52,7 @@ def hadamard_matrix(head_dim: int) -> Array:
 
 
 def rotate_keys(x: Array, rotation: str) -> Array:
-    """`x` [..., D] as float32, rotated as `rotation` says.
+    """Return `x` [..., D] as float32, rotated according to `rotation`.
 
     Raises
     ------
@@ -65,7 +67,9 @@ def rotate_keys(x: Array, rotation: str) -> Array:
 
 
 def transform_key(key: Array, k_rotation: str, k_center: Array | None) -> Array:
-    """K [T, KV, D] as it is quantised: less `k_center` [KV, D], then rotated; float32."""
+    """K [T, KV, D] before quantisation: `k_center` [KV, D] is subtracted, then K is rotated;
+    float32.
+    """
     x = np.asarray(key).astype(np.float32)
     if k_center is not None:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -74,6 +78,6 @@ def transform_key(key: Array, k_rotation: str, k_center: Array | None) -> Array:
 
 
 def restore_key(key: Array, k_rotation: str, k_center: Array | None) -> Array:
-    """What :func:`transform_key` was given, within rounding, from what it returned; float32."""
+    """The inverse of :func:`transform_key`, within rounding; float32."""
     x = rotate_keys(key, k_rotation)
     return x if k_center is None else x + np.asarray(k_center, np.float32)

@@ -10,7 +10,7 @@ INT32_MAX = 2**31 - 1
 
 
 def _rows(rows: list[list[int]], width: int) -> tuple[Array, Array]:
-    """Rows padded with -1, and one past each row's last index."""
+    """Rows padded with -1, and for each row one more than the column of its last index."""
     out = np.full((len(rows), width), -1, np.int32)
     lengths = np.zeros(len(rows), np.int32)
     for i, row in enumerate(rows):
@@ -26,7 +26,7 @@ def _or_none(index: int) -> int:
 def _slot(
     table: list[int], token: int, block_size: int, stride: int, num_blocks: int | None
 ) -> int:
-    """Slot of a token; -1 where the table has no block for it."""
+    """Slot of a token; -1 if the table has no block for it."""
     index, row = divmod(token, block_size)
     if index >= len(table) or table[index] < 0:
         return -1

@@ -1,6 +1,6 @@
 """NumPy model of the DeepSeek-V4 indexer operators.
 
-The fp32 operations are those of the kernels in the same order, so that codes, scales and weights
+The fp32 operations are the same as in the kernels, in the same order. So codes, scales and weights
 agree bit by bit: sums are trees of a fixed shape, and exp is a polynomial.
 """
 
@@ -30,7 +30,9 @@ WIDE_BLOCK = 64
 
 
 class PageFormat(NamedTuple):
-    """A page of n tokens is n * `code_bytes` bytes of codes, then n * `scale_bytes` of scales."""
+    """Layout of a page of n tokens: n * `code_bytes` bytes of codes, then n * `scale_bytes` of
+    scales.
+    """
 
     head_dim: int
     code_bytes: int
@@ -47,8 +49,8 @@ PAGE_FORMATS = {
 def power_of_two_scale(block_amax: Array, floor: float = FP8_AMAX_FLOOR) -> Array:
     """Smallest power of two that is at least ``max(amax, floor) / 448``, fp32.
 
-    The exponent comes from the bits of the quotient, not from a logarithm. An infinite amax counts
-    as the largest fp32 value; NaN stays NaN.
+    The exponent comes from the bits of the quotient, without a logarithm. An infinite amax counts
+    as the largest fp32 value. NaN stays NaN.
     """
     block_amax = np.asarray(block_amax, np.float32)
     finite = np.where(np.isinf(block_amax), np.finfo(np.float32).max, block_amax)
@@ -77,7 +79,7 @@ def rotate_last(x: Array, cos_sin: Array) -> Array:
 
 
 def tree_sum(x: Array) -> Array:
-    """Sum of a power of two of elements of the last axis: neighbours first, pairs of pairs next."""
+    """Sum of a power of two of elements of the last axis: neighbours first, then pairs of pairs."""
     while x.shape[-1] > 1:
         x = x[..., 0::2] + x[..., 1::2]
     return x[..., 0]
@@ -140,7 +142,7 @@ def indexer_q_rope_quant(
 
 
 def compress_group(kv: Array, score: Array) -> Array:
-    """Average of `kv` over the states of a group, weighted by a softmax of `score` in each channel.
+    """Average of `kv` over the states of a group, weighted by a softmax of `score` per channel.
 
     Parameters
     ----------
@@ -150,10 +152,11 @@ def compress_group(kv: Array, score: Array) -> Array:
     Returns
     -------
     array of float32, shape [HEAD]
-        0 where all scores are -inf. States are summed one by one in 8 segments, then pairwise.
+        0 if all scores are -inf. States are summed one by one in 8 segments, then pairwise.
     """
     with np.errstate(all="ignore"):
-        maximum = np.fmax.reduce(score, axis=0)  # a NaN score makes its own weight NaN below
+        # a NaN score makes its own weight NaN in the next lines
+        maximum = np.fmax.reduce(score, axis=0)
         maximum = np.where(np.isneginf(maximum), np.float32(0), maximum)
         weight = exp_non_positive(score - maximum)
         shape = (8, score.shape[0] // 8, score.shape[1])
@@ -198,7 +201,7 @@ def _gather(
 
 
 def token_bytes(x: Array, quant: str) -> tuple[Array, Array]:
-    """Code bytes and scale bytes of one token from its bf16-rounded channels."""
+    """Code bytes and scale bytes of one token, from its bf16-rounded channels."""
     if quant == "fp8":
         codes, scale = fp8_block(x)
         return codes, np.asarray([scale], "<f4").view(np.uint8)

@@ -32,7 +32,7 @@ def key_bytes(x: Array, quant: str, scale_rule: str) -> tuple[Array, Array]:
 
 
 def _pages(cache: Array, page_size: int | None) -> tuple[Array, int]:
-    """The cache as [num_pages, bytes], which shares its memory, and tokens of a page."""
+    """View of the cache as [num_pages, bytes], and the number of tokens of a page."""
     size = int(cache.shape[1]) if page_size is None else page_size
     return cache.reshape(len(cache), math.prod(cache.shape[1:])), size
 
@@ -73,13 +73,13 @@ def indexer_k_gather(
     out: Array | None = None,
     out_scales: Array | None = None,
 ) -> tuple[Array, Array]:
-    """See :func:`fastattn.functional.indexer_k_gather`; rows that are not gathered are `out`'s."""
+    """See :func:`fastattn.functional.indexer_k_gather`; other rows come from `out`."""
     layout = PAGE_FORMATS[quant]
     pages, size = _pages(np.asarray(cache), page_size)
     codes = np.zeros((num_tokens, layout.code_bytes), np.uint8) if out is None else np.array(out)
     scale_dtype = np.float32 if quant == "fp8" else np.int32
     scales = np.zeros(num_tokens, scale_dtype) if out_scales is None else np.array(out_scales)
-    words = scales.reshape(-1).view(np.uint8).reshape(-1, 4)  # a row's four bytes
+    words = scales.reshape(-1).view(np.uint8).reshape(-1, 4)  # the four bytes of a row
     starts = np.asarray(cu_seqlens_k).tolist()
     for seq, (begin, end) in enumerate(zip(starts, starts[1:])):
         for row in range(max(begin, 0), min(end, num_tokens)):

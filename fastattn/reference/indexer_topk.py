@@ -1,4 +1,4 @@
-"""NumPy model of the indexer's choice of keys: logits in fp64, then their top-k."""
+"""NumPy model of the indexer's selection of keys: logits in fp64, then their top-k."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def indexer_topk(
     k: int,
     **options: Any,
 ) -> NDArray[np.int32]:
-    """See :func:`fastattn.functional.indexer_topk`; `options` are those of :func:`mqa_logits`."""
+    """See :func:`fastattn.functional.indexer_topk`; :func:`mqa_logits` takes the `options`."""
     count = len(np.asarray(keys))
     first = np.clip(np.asarray(starts, np.int64), 0, count)
     last = np.clip(np.asarray(ends, np.int64), first, count)
@@ -39,7 +39,7 @@ def paged_indexer_topk(
     k: int,
     **options: Any,
 ) -> NDArray[np.int32]:
-    """See :func:`fastattn.functional.paged_indexer_topk`; `options` as of the logits."""
+    """See :func:`fastattn.functional.paged_indexer_topk`; the logits take the `options`."""
     lengths, next_n = np.asarray(context_lens, np.int64), np.asarray(q).shape[1]
     if lengths.ndim == 1:
         lengths = lengths[:, None] - next_n + 1 + np.arange(next_n)

@@ -1,8 +1,8 @@
 """Byte layouts of an 8-bit cache: the offset of element (token, channel) in a block.
 
 ``logical`` is [64, D] in token order for K and V, the form that people and tests read. ``fastattn``
-has K in that order, and V as [D, 64] with the tokens of each group of 16 in the order of
-:func:`token_slot`. ``fastdeploy`` has the same codes in MMA fragment order, int8 codes with 128
+has K in that order, and V as [D, 64], with the tokens of each group of 16 in the order of
+:func:`token_slot`. ``fastdeploy`` has the same codes in MMA fragment order, and int8 codes with 128
 added.
 """
 
@@ -14,14 +14,14 @@ import numpy as np
 
 from fastattn.reference.numerics import Array
 
-#: Tokens of one cache block.
+#: Number of tokens of a cache block.
 BLOCK_SIZE = 64
 
 LAYOUTS = ("fastattn", "fastdeploy", "logical")
 
 
 def token_slot(token: Array) -> Array:
-    """Slot of a token (0..63) among the 64 of a channel of V in the ``fastattn`` layout.
+    """Slot of a token (0..63) within the 64 tokens of a channel of V in layout ``fastattn``.
 
     Groups of 16 are stored 0,1,8,9, 2,3,10,11, 4,5,12,13, 6,7,14,15. A 32-bit word then holds the
     accumulator columns of one thread of an m16n8 MMA instruction in two neighbouring tiles.
@@ -76,19 +76,19 @@ def _order(kind: str, layout: str, head_dim: int) -> tuple[Array, Array]:
 def cache_shape(
     kind: str, layout: str, num_blocks: int, kv_heads: int, head_dim: int
 ) -> tuple[int, ...]:
-    """Shape of an 8-bit cache tensor; of a 4-bit one with half of the head dimension."""
+    """Shape of an 8-bit cache tensor, or of a 4-bit one for half of the head dimension."""
     if kind == "v" and layout == "fastattn":
         return (num_blocks, kv_heads, head_dim, BLOCK_SIZE)
     return (num_blocks, kv_heads, BLOCK_SIZE, head_dim)
 
 
 def pack_nibbles(codes: Array) -> Array:
-    """4-bit codes [..., D], one in a byte, as [..., D / 2]: the even channel in the low nibble."""
+    """Pack 4-bit codes [..., D] to bytes [..., D / 2], with the even channel in the low nibble."""
     return np.asarray(codes[..., 0::2] | codes[..., 1::2] << 4, np.uint8)
 
 
 def unpack_nibbles(codes: Array) -> Array:
-    """4-bit codes [..., D] of bytes [..., D / 2]; the inverse of :func:`pack_nibbles`."""
+    """Unpack bytes [..., D / 2] to 4-bit codes [..., D]; the inverse of :func:`pack_nibbles`."""
     return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
 
 
@@ -101,9 +101,9 @@ def pack(logical: Array, kind: str, layout: str, *, int8: bool, nibbles: bool = 
     kind : {"k", "v"}
     layout : {"fastattn", "fastdeploy", "logical"}
     int8 : bool
-        The codes are int8; FastDeploy stores those with 128 added.
+        Whether the codes are int8, to which FastDeploy adds 128.
     nibbles : bool
-        The codes are of 4 bits: bytes of two channels take the place of codes.
+        Whether the codes have 4 bits: then a byte holds two channels.
     """
     if nibbles:
         logical = pack_nibbles(logical)

@@ -29,18 +29,18 @@ def merge_attn_states(
         out = prefix * (wp / z) + suffix * (ws / z)
         lse = log(z) + m
 
-    exp is :func:`fastattn.reference.numerics.exp_non_positive`, so that the output has the same
-    bits everywhere; log is rounded from fp64. An empty side is left out of the sum.
+    exp is :func:`fastattn.reference.numerics.exp_non_positive`, so the output has the same bits on
+    every platform. log is rounded from fp64. An empty side is left out of the sum.
 
     Parameters
     ----------
     groups : int, optional
-        Number of dynamic FP8 scales a token, the last dimension of `output_scales`.
+        Number of dynamic FP8 scales per token, the last dimension of `output_scales`.
 
     Returns
     -------
     output : array, shape [T, H, D]
-        dtype of the inputs, or uint8 codes.
+        Dtype of the inputs, or uint8 codes.
     output_lse : array of float32, shape [H, T]
     output_scales : array of float32, shape [T, groups], with `groups` only
     """
@@ -76,5 +76,4 @@ def merge_attn_states(
 
 
 def _per_channel(x: Array) -> Array:
-    """[H, T] to [T, H, 1]."""
     return x.T[:, :, None]

@@ -19,20 +19,20 @@ def merge_many_attn_states(
 ) -> tuple[Array, Array]:
     """Merge partial attentions; see :func:`fastattn.functional.merge_many_attn_states`.
 
-    Every step is one fp32 operation, in the order of the states, the sink last::
+    Every step is one fp32 operation, in the order of the states, with the sink last::
 
         m   = max(lse_0, lse_1, ..., sink)
         z   = exp(lse_0 - m) + exp(lse_1 - m) + ... + exp(sink - m)
         out = output_0 * (exp(lse_0 - m) / z) + output_1 * (exp(lse_1 - m) / z) + ...
         lse = log(z) + m
 
-    States without keys are left out of the sums. exp and log are those of
+    States without keys are left out of the sums. exp and log are the same as in
     :func:`fastattn.reference.merge_attn_states`.
 
     Returns
     -------
     output : array, shape [T, H, D]
-        dtype of the states, or uint8 codes with `output_scale`.
+        Dtype of the states, or uint8 codes if `output_scale` is given.
     output_lse : array of float32, shape [H, T]
     """
     states = np.where(np.isposinf(lses), _EMPTY, np.asarray(lses, np.float32))
@@ -63,7 +63,7 @@ def merge_many_attn_states(
 
 
 def _total(states: Array, sink: Array) -> tuple[Array, Array]:
-    """Largest of all LSEs, NaN left out, and the sum of their exponentials relative to it."""
+    """The largest LSE, ignoring NaN, and the sum of the exponentials relative to it."""
     largest = np.broadcast_to(
         np.fmax.reduce([*states, np.broadcast_to(sink, states[0].shape)]), states[0].shape
     )
@@ -76,5 +76,4 @@ def _total(states: Array, sink: Array) -> tuple[Array, Array]:
 
 
 def _per_channel(x: Array) -> Array:
-    """[H, T] to [T, H, 1]."""
     return x.T[:, :, None]

@@ -1,4 +1,4 @@
-"""NumPy model of latent caches: bytes of a token, the writer and the reader."""
+"""NumPy model of latent caches: the bytes of a token, the writer and the reader."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ROPE_DIM = 64
 class Format(NamedTuple):
     """Sizes of a latent cache."""
 
-    latent: int  #: channels that are not rotated
-    row_bytes: int  #: of a token, scales in a plane of their own left out
-    scale_plane_bytes: int  #: of a token, behind the rows of the page
-    tile: int  #: channels that share a dynamic scale, rotated ones too in "fp8_528"; 0: none
+    latent: int  #: number of channels that are not rotated
+    row_bytes: int  #: per token, without a separate plane of scales
+    scale_plane_bytes: int  #: per token, after the rows of the page
+    tile: int  #: channels per dynamic scale, including rotated ones in "fp8_528"; 0: none
 
     @property
     def token_bytes(self) -> int:
@@ -39,7 +39,7 @@ _TINY = np.finfo(np.float32).tiny
 
 
 def tile_scale(tile_amax: Array, scale_rule: str) -> Array:
-    """Dequantisation scale of a tile; an infinite amax counts as the largest fp32 value."""
+    """Dequantisation scale of a tile. An infinite amax counts as the largest fp32 value."""
     if scale_rule == "pow2":
         return power_of_two_scale(tile_amax)
     with np.errstate(under="ignore"):
@@ -61,7 +61,7 @@ def token_bytes(
 ) -> tuple[Array, Array]:
     """Row bytes and scale plane bytes of tokens.
 
-    "fp8_528", which no operator writes, has the scales of "pow2" here.
+    No operator writes "fp8_528"; here it has the scales of "pow2".
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def token_bytes(
 def exact_values(
     rows: Array, scales: Array, cache_format: str, scale: Array | None = None
 ) -> Array:
-    """Latent and rotated channels of :func:`token_bytes`: codes times scales in float64, exactly.
+    """Latent and rotated channels of :func:`token_bytes`: exact codes times scales, float64.
 
     The rows of a "bf16" cache may have any number of channels.
     """
@@ -118,7 +118,7 @@ def exact_values(
     codes = from_codes(rows[:, :coded], "e4m3").astype(np.float64)
     with np.errstate(invalid="ignore"):
         values = codes.reshape(tokens, tiles, fmt.tile) * factors[..., None]
-    if cache_format == "fp8_528":  # the rotated channels are codes, too
+    if cache_format == "fp8_528":  # the rotated channels are also codes
         return values.reshape(tokens, coded)
     rope = np.ascontiguousarray(rows[:, -2 * ROPE_DIM :]).view(bfloat16).astype(np.float64)
     return np.concatenate([values.reshape(tokens, coded), rope], 1)
@@ -127,10 +127,10 @@ def exact_values(
 def token_values(
     rows: Array, scales: Array, cache_format: str, scale: Array | None = None
 ) -> Array:
-    """Latent and rotated channels, bfloat16 [T, latent + 64], of :func:`token_bytes`.
+    """Latent and rotated channels of :func:`token_bytes`, bfloat16 [T, latent + 64].
 
-    Each is the product of a code and its scale in fp32, rounded; channels that the cache has in
-    bfloat16 are copied. Every NaN that comes of a product is 0x7FFF.
+    Each is the fp32 product of a code and its scale, rounded. Channels that the cache has in
+    bfloat16 are copied. Every NaN from a product is 0x7FFF.
     """
     if cache_format == "bf16":
         return np.ascontiguousarray(rows).view(bfloat16)
@@ -153,7 +153,7 @@ def format_of(cache_format: str, channels: int = 576) -> Format:
 
 
 def pages_of(cache: Array, fmt: Format, page_size: int | None) -> tuple[Array, int]:
-    """A contiguous cache as bytes [num_pages, page_bytes], a view, and a page's tokens."""
+    """View of a contiguous cache as bytes [num_pages, page_bytes], and the tokens of a page."""
     if cache.ndim > 2:
         assert cache.shape[-1] * cache.itemsize == fmt.token_bytes
         page_size = math.prod(cache.shape[1:-1])
@@ -162,14 +162,14 @@ def pages_of(cache: Array, fmt: Format, page_size: int | None) -> tuple[Array, i
 
 
 def places_of(slots: Array, page_size: int, fmt: Format) -> tuple[Array, Array, Array]:
-    """Where the tokens at `slots` lie: pages [n, 1], and in them their bytes [n, ...].
+    """Pages [n, 1] of the tokens at `slots`, and the offsets of their bytes [n, ...] in the page.
 
     Returns
     -------
     pages : array of int64, shape [n, 1]
     rows : array of int64, shape [n, row_bytes]
     scales : array of int64, shape [n, scale_plane_bytes]
-        In the plane behind the page's rows.
+        In the plane after the rows of the page.
     """
     slots = np.asarray(slots, np.int64)
     row = (slots % page_size)[:, None]
@@ -182,7 +182,7 @@ def places_of(slots: Array, page_size: int, fmt: Format) -> tuple[Array, Array, 
 
 
 def bytes_at(slots: Array, pages: Array, page_size: int, fmt: Format) -> tuple[Array, Array]:
-    """Row bytes and scale plane bytes of the tokens at `slots`, as of :func:`token_bytes`."""
+    """Row bytes and scale plane bytes of the tokens at `slots`, as in :func:`token_bytes`."""
     page, rows, scales = places_of(slots, page_size, fmt)
     return pages[page, rows], pages[page, scales]
 
@@ -211,9 +211,9 @@ def mla_write_cache(
 
 
 def assigned_slots(table: Array, count: int, num_pages: int, page_size: int) -> tuple[Array, Array]:
-    """Slots of the first `count` tokens of a sequence, and the tokens' positions.
+    """Slots of the first `count` tokens of a sequence, and the positions of these tokens.
 
-    Tokens of a page that is not assigned are left out.
+    Tokens of an unassigned page are left out.
     """
     table = np.asarray(table, np.int64)
     positions = np.arange(min(max(count, 0), len(table) * page_size))

@@ -11,7 +11,7 @@ VALUE_DIM = 512
 
 
 def softmax_of(scores: Array) -> tuple[Array, Array]:
-    """Weights of each row of scores, and their LSE; scores of -inf are no keys."""
+    """Weights of each row of scores, and their LSE. A score of -inf means no key."""
     with np.errstate(all="ignore"):
         top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
         weights = np.exp(scores - np.where(np.isneginf(top), 0, top))

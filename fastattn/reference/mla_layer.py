@@ -1,4 +1,4 @@
-"""NumPy model of what surrounds the latent attention of a DeepSeek-V4 layer."""
+"""NumPy model of the operators before and after the latent attention of a DeepSeek-V4 layer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fastattn.reference.mla import ROPE_DIM, mla_write_cache
 from fastattn.reference.numerics import Array, bfloat16, round_to
 from fastattn.reference.rope import rms_norm
 
-#: Channels of the attention's output that share a scale.
+#: Number of channels of the attention's output that share a scale.
 OUTPUT_BLOCK = 128
 #: Smallest amax of such a block.
 OUTPUT_AMAX_FLOOR = 1e-10
 
 
 def _angles(cos_sin_cache: Array, positions: Array) -> Array:
-    """Rows of the table, fp32 [T, 64]; positions are clamped to it."""
+    """Rows of the table, fp32 [T, 64], for positions that are clamped to it."""
     at = np.clip(np.asarray(positions, np.int64), 0, len(cos_sin_cache) - 1)
     return np.asarray(cos_sin_cache, np.float32)[at]
 
@@ -38,7 +38,7 @@ def inverse_rope_quantize_fp8(
 
 
 def _rounded(x: Array) -> Array:
-    """Computed channels in bfloat16, every NaN as 0x7FFF."""
+    """Computed channels in bfloat16, with every NaN as 0x7FFF."""
     bits = round_to(x, bfloat16).astype(bfloat16).view(np.uint16)
     return np.where(np.isnan(x), np.uint16(0x7FFF), bits).view(bfloat16)
 

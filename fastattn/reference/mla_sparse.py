@@ -21,7 +21,7 @@ def key_values(
     page_size: int | None = None,
     channels: int = 576,
 ) -> Array:
-    """Channels of the tokens at `slots`, float64 [n, 576 or 512]: codes times scales, exactly.
+    """Channels of the tokens at `slots`, float64 [n, 576 or 512]: exact codes times scales.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def key_values(
     cache_format, scale, page_size
         As for :func:`fastattn.functional.mla_sparse_attention`.
     channels : int
-        Those of a "bf16" cache.
+        Number of channels of a "bf16" cache.
     """
     fmt = mla.format_of(cache_format, channels)
     pages, size = mla.pages_of(np.ascontiguousarray(cache), fmt, page_size)
@@ -48,7 +48,7 @@ def selected_keys(
     page_size: int | None,
     dim: int,
 ) -> Array:
-    """Keys that a query names in one cache, [n, dim]; `indices` are the query's own."""
+    """Keys [n, dim] that a query names in one cache; `indices` are the query's own."""
     if cache is None or indices is None or cache.size == 0:
         return np.zeros((0, dim))
     size = math.prod(cache.shape[1:-1]) if cache.ndim > 2 else page_size
@@ -122,7 +122,8 @@ def mla_sparse_attention(
             total = weights.sum(axis=1)
             lse[:, t] = top[:, 0] + np.log(total)
             max_logits[:, t] = np.where(np.isnan(total), np.nan, top[:, 0])
-            # Scores of -inf are no keys: their weights add up to 0, sinks or none.
+            # A score of -inf means no key. If all are -inf, the weights add up to 0, with or
+            # without sinks.
             none = total == 0
             out[t] = weights @ keys[:, :VALUE_DIM] / np.where(none, 1, total)[:, None]
             if sinks is not None:

@@ -14,13 +14,13 @@ _SCALE_BYTES = 4
 
 
 def index_values(codes: Array, scales: ArrayLike | None, quant: str) -> NDArray[np.float64]:
-    """Values of queries or keys: e4m3 codes without their scale, or E2M1 codes with theirs.
+    """Values of queries or keys: e4m3 codes without their scale, or E2M1 codes with their scale.
 
     Parameters
     ----------
     codes : array of uint8, shape [..., D] ("fp8") or [..., D / 2] ("mxfp4")
     scales : array of int32, shape [...]
-        Of "mxfp4": byte b is the UE8M0 exponent of channels 32b .. 32b + 31.
+        Scales of "mxfp4": byte b is the UE8M0 exponent of channels 32b .. 32b + 31.
     """
     codes = np.asarray(codes).view(np.uint8)
     if quant == "fp8":
@@ -33,7 +33,7 @@ def index_values(codes: Array, scales: ArrayLike | None, quant: str) -> NDArray[
 
 
 def score(q: Array, keys: Array, weights: Array, k_scales: Array | None) -> NDArray[np.float64]:
-    """``sum_h relu(q[h] . k) * weights[h]``, times the keys' scales; NaN stays NaN."""
+    """``sum_h relu(q[h] . k) * weights[h]``, times the scales of the keys. NaN stays NaN."""
     with np.errstate(all="ignore"):
         result = np.asarray(weights, np.float64) @ np.maximum(q @ keys.T, 0.0)
         return result if k_scales is None else result * np.asarray(k_scales, np.float64)

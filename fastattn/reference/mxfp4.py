@@ -1,4 +1,4 @@
-"""NumPy model of MXFP4: E2M1 codes, two a byte, with one UE8M0 exponent for 32 elements."""
+"""NumPy model of MXFP4: E2M1 codes, two per byte, with one UE8M0 exponent for 32 elements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from fastattn.reference.numerics import Array, from_e2m1, to_e2m1
 
-#: Elements that share one exponent.
+#: Number of elements that share an exponent.
 BLOCK = 32
 
 #: Smallest amax of a block.
@@ -37,18 +37,18 @@ def block_scale(scales: Array) -> Array:
 
 
 def pack_e2m1(codes: Array) -> Array:
-    """Codes [..., C] to bytes [..., C / 2]: the even index in the low nibble."""
+    """Codes [..., C] as bytes [..., C / 2], with the even index in the low nibble."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def unpack_e2m1(pairs: Array) -> Array:
-    """Bytes [..., C / 2] to codes [..., C]; the inverse of :func:`pack_e2m1`."""
+    """Bytes [..., C / 2] as codes [..., C]; the inverse of :func:`pack_e2m1`."""
     codes = np.stack([pairs & 0xF, pairs >> 4], axis=-1)
     return codes.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])
 
 
 def block_scales(x: Array) -> Array:
-    """UE8M0 bytes (uint8) [..., C / 32] of fp32 values [..., C]; a NaN does not count."""
+    """UE8M0 bytes (uint8) [..., C / 32] of fp32 values [..., C]. NaNs are ignored."""
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
     magnitude = np.where(np.isnan(blocks), np.float32(0), np.abs(blocks))
     return (block_exponent(magnitude.max(axis=-1)) + 127).astype(np.uint8)

@@ -1,7 +1,7 @@
 """Rounding, FP8 and integer codes, and scales: the arithmetic that all operators share.
 
-All roundings are to nearest, ties to even. FP8 saturates, infinities included; NaN has the code
-0x7F. The CPU and CUDA kernels must agree with these definitions bit by bit.
+All roundings are to nearest, ties to even. FP8 saturates, including infinities, and NaN has the
+code 0x7F. The CPU and CUDA kernels must agree with these definitions bit by bit.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-#: Largest finite value of each format, of int4 the lowest code's: the ``QMAX`` of a scale.
+#: Largest finite value of each format (for int4, the value of the lowest code): the ``QMAX`` of a
+#: scale.
 QMAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "int4": 8.0}
 
 #: Magnitude of each E2M1 code 0..7; code 8 + i is its negative.
 E2M1_VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 
-#: Codes of 4 bits, of which two share a byte.
+#: Formats with 4-bit codes, two per byte.
 NIBBLES = ("int4", "e2m1")
 
-#: Smallest amax of a cache token; keeps the scale of an all-zero token away from 0.
+#: Smallest amax of a cache token. It keeps the scale of an all-zero token above 0.
 CACHE_AMAX_FLOOR = 1e-6
 
 _FP8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
@@ -33,10 +34,10 @@ bfloat16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def to_e2m1(x: Array) -> Array:
-    """E2M1 codes 0..15 (uint8, one a byte) of fp32 values.
+    """E2M1 codes 0..15 (uint8, one per byte) of fp32 values.
 
-    The nearest value, ties to the even code. Saturates, infinities included; the sign is the sign
-    bit, so that -0 is code 8; NaN is code 7.
+    Codes are the nearest values, ties to the even code. Infinities and large values saturate. The
+    sign is the sign bit, so -0 is code 8. NaN is code 7.
     """
     x = np.asarray(x, np.float32)
     magnitude = np.abs(x)
@@ -57,7 +58,7 @@ def from_e2m1(codes: Array) -> Array:
 
 
 def to_codes(x: Array, code: str) -> Array:
-    """Round fp32 values to codes, one in a byte.
+    """Round fp32 values to codes, one per byte.
 
     Parameters
     ----------
@@ -67,9 +68,9 @@ def to_codes(x: Array, code: str) -> Array:
     Returns
     -------
     array of uint8
-        The codes' bits. int8 codes lie in [-127, 127] and NaN becomes 0; FP8 saturates and NaN
-        becomes 0x7F. int4 codes lie in [-8, 7] and have 8 added; NaN becomes 8. e2m1: see
-        :func:`to_e2m1`.
+        The bits of the codes. int8 codes are in [-127, 127] and NaN becomes 0. FP8 saturates and
+        NaN becomes 0x7F. int4 codes are in [-8, 7] plus 8, and NaN becomes 8. See :func:`to_e2m1`
+        for e2m1.
     """
     x = np.asarray(x, np.float32)
     if code == "e2m1":
@@ -96,7 +97,7 @@ def from_codes(codes: Array, code: str) -> Array:
 
 @functools.lru_cache(maxsize=8)
 def _values_of(code: str) -> Array:
-    """Values of the codes 0..255: to look them up is several times faster than to convert."""
+    """Values of the codes 0..255. A lookup is several times faster than a conversion."""
     bits = np.arange(256, dtype=np.uint8)
     if code == "int4":
         return bits.astype(np.float32) - np.float32(8)
@@ -106,7 +107,7 @@ def _values_of(code: str) -> Array:
 
 
 def amax(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
-    """Largest magnitude along `axis`, fp32; a NaN anywhere makes it NaN."""
+    """Largest magnitude along `axis`, fp32. Any NaN makes it NaN."""
     magnitude = np.abs(np.asarray(x, np.float32))
     return np.asarray(np.max(magnitude, axis=axis, initial=np.float32(0)), np.float32)
 
@@ -114,7 +115,7 @@ def amax(x: Array, axis: int | tuple[int, ...] | None = None) -> Array:
 def dynamic_scale(group_amax: Array, code: str, floor: float = CACHE_AMAX_FLOOR) -> Array:
     """Dequantisation scale ``max(amax, floor) / QMAX`` in fp32.
 
-    An infinite amax counts as the largest finite fp32 value; NaN stays NaN.
+    An infinite amax counts as the largest finite fp32 value. NaN stays NaN.
     """
     group_amax = np.asarray(group_amax, np.float32)
     finite = np.where(np.isinf(group_amax), np.finfo(np.float32).max, group_amax)
@@ -125,8 +126,8 @@ def dynamic_scale(group_amax: Array, code: str, floor: float = CACHE_AMAX_FLOOR)
 def group_scale(x: Array, code: str) -> Array:
     """Dynamic scales (fp32) of the groups along the last axis of `x`.
 
-    Those of int4 have a sign: the value of the largest magnitude, the negative one if there are
-    both, gets code -8, which has no opposite.
+    An int4 scale has a sign: the value with the largest magnitude (the negative one of an equal
+    pair) gets code -8, which has no positive counterpart.
     """
     x = np.asarray(x, np.float32)
     largest = amax(x, axis=-1)
@@ -140,7 +141,7 @@ def group_scale(x: Array, code: str) -> Array:
 def quantize(x: Array, scale: Array, code: str) -> Array:
     """Codes ``round(saturate(x * (1 / scale)))``; `scale` broadcasts against `x`.
 
-    The reciprocal is one fp32 division, the product one fp32 multiplication.
+    The reciprocal is one fp32 division, and the product is one fp32 multiplication.
     """
     with np.errstate(all="ignore"):
         inverse = np.float32(1.0) / np.asarray(scale, np.float32)
@@ -154,10 +155,10 @@ def round_to(x: Array, dtype: Any) -> Array:
 
 
 def exp_non_positive(x: Array) -> Array:
-    """exp(x) for x <= 0 in plain fp32 steps: 0 below -87, within 2 ulp above; NaN stays NaN.
+    """exp(x) for x <= 0 in plain fp32 steps: 0 below -87, within 2 ulp above. NaN stays NaN.
 
-    ``x = n ln2 + r``, and exp(r) is its Taylor polynomial of degree 7. A library's exp differs in
-    the last bit between platforms, and so would the codes of values that it weights.
+    ``x = n ln2 + r``, and exp(r) is its Taylor polynomial of degree 7. The exp of a library differs
+    between platforms in the last bit, and then so would the codes of values that it weights.
     """
     f = np.float32
     x = np.asarray(x, np.float32)

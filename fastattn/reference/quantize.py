@@ -41,7 +41,7 @@ def quantize_fp8(
 def quantize_query(q: Array) -> tuple[Array, Array]:
     """Queries as e4m3 codes with one scale for each token and head.
 
-    What the attention operators' `quantize_q` means, and ``q_quant="per_token_head"`` of
+    This is `quantize_q` of the attention operators, and ``q_quant="per_token_head"`` of
     :func:`fastattn.functional.rope_write_cache_kv`: ``scale = max(amax, 1e-6) / 448``.
 
     Parameters

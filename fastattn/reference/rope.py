@@ -1,7 +1,7 @@
 """NumPy model of :func:`fastattn.functional.rope_write_cache_kv`.
 
-Bias, rotation and RMSNorm of a head are fp32; the result is rounded to the dtype of ``qkv`` and
-then quantised. Each fp32 operation below is one IEEE rounding in the order written, so that the
+Bias, rotation and RMSNorm of a head are fp32. The result is rounded to the dtype of ``qkv`` and
+then quantised. Each fp32 operation of this module is one IEEE rounding in the written order, so the
 codes of every implementation are the same.
 """
 
@@ -42,7 +42,7 @@ def rotate(x: Array, cos: Array, sin: Array, *, neox: bool) -> Array:
     x : array of float32, shape [..., R]
     cos, sin : array of float32, shape [..., R / 2] (broadcast)
     neox : bool
-        Pairs are (i, i + R / 2), else (2i, 2i + 1).
+        Pairs are (i, i + R / 2); otherwise (2i, 2i + 1).
     """
     half = x.shape[-1] // 2
     a, b = (x[..., :half], x[..., half:]) if neox else (x[..., 0::2], x[..., 1::2])
@@ -57,12 +57,12 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """RMSNorm over the last dimension in fp32: ``(x * (1 / sqrt(mean(x^2) + eps))) * weight``.
 
     The squares of each half are summed as a balanced binary tree of neighbours, (0 + 1) + (2 + 3) +
-    ..., filled up with zeros to a power of two, and then both sums.
+    ..., padded with zeros to a power of two. Then the two sums are added.
 
     Raises
     ------
     ValueError
-        If the last dimension is odd, for which the halves are not defined.
+        If the last dimension is odd, because it has no halves.
     """
     x = np.asarray(x, np.float32)
     if x.shape[-1] % 2:
@@ -87,11 +87,11 @@ def angles_of(
     neox: bool,
     batch_ids: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Cosines and sines [T, 1, R / 2] of each token; positions are clamped to the table.
+    """Cosines and sines [T, 1, R / 2] of each token. Positions are clamped to the table.
 
-    A table with a column for every channel holds each angle twice, for neox as
-    ``[a, b, .., a, b, ..]``, else as ``[a, a, b, b, ..]``. An array of 4 or 6 dimensions has a
-    table for each sequence, of which a token takes that of its entry of `batch_ids`.
+    A table with one column per channel holds each angle twice: as ``[a, b, .., a, b, ..]`` for
+    neox, otherwise as ``[a, a, b, b, ..]``. An array of 4 or 6 dimensions has one table per
+    sequence; a token uses the table that its entry of `batch_ids` names.
     """
     tables = np.asarray(rotary_embs, np.float32)
     own = tables.ndim in (4, 6)
@@ -128,7 +128,7 @@ def rope_qkv(
     qkv : array of bfloat16 or float16, shape [T, (H + 2 KV) * D]
     positions : array of int, shape [T]
     batch_ids : array of int, shape [T], optional
-        Sequence of each token, where `rotary_embs` has a table for each.
+        Sequence of each token, if `rotary_embs` has one table per sequence.
 
     Returns
     -------
@@ -214,7 +214,7 @@ def rope_write_cache_kv(
     Returns
     -------
     q : array, shape [T, H, D], the dtype of `qkv`, or uint8 e4m3 codes
-        0 for tokens of no sequence and for skipped ones.
+        0 for tokens of no sequence and for skipped tokens.
     q_descale : array or None
     """
     positions, batch_ids = np.zeros((2, len(qkv)), np.int64)

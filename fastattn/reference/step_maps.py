@@ -45,7 +45,7 @@ def query_rows(
     *,
     tile: int = 1,
 ) -> tuple[Array, Array, Array, Array]:
-    """See :func:`fastattn.functional.query_rows`; `cu_seqlens_q` has to ascend from 0 on."""
+    """See :func:`fastattn.functional.query_rows`; `cu_seqlens_q` must ascend from 0."""
     positions, tables = np.asarray(positions), np.asarray(block_tables)
     seqs = np.asarray(batch_ids).reshape(-1)[: len(positions)]
     starts = np.asarray(cu_seqlens_q).astype(np.int64)
@@ -54,7 +54,7 @@ def query_rows(
     tokens = np.full(rows * tile, -1, np.int32)
     queries = np.full(len(positions), -1, np.int32)
     owners = np.full(rows, -1, np.int64)
-    firsts = starts[:-1] // tile + np.arange(count)  # of each sequence; ascending
+    firsts = starts[:-1] // tile + np.arange(count)  # of each sequence, ascending
     for row in range(rows):
         owner = seqs[row] if tile == 1 else np.searchsorted(firsts, row, "right") - 1
         owners[row] = owner if 0 <= owner < count else -1

@@ -23,7 +23,7 @@ def topk_indices(
     Returns
     -------
     array of int32, shape [rows, k]
-        Relative to the row's start.
+        Relative to the start of the row's range.
     """
     values = np.asarray(logits, np.float32)
     rows, columns = values.shape
@@ -32,7 +32,7 @@ def topk_indices(
     out = np.full((rows, k), -1, np.int32)
     for row, (begin, size) in enumerate(zip(first.tolist(), sizes.tolist())):
         part: NDArray[Any] = values[row, begin : begin + size]
-        # The last key counts first. -x sorts -0 and +0 alike; NaN is behind every number.
+        # The last sort key counts first. -x sorts -0 and +0 alike, and NaN is after every number.
         order = np.lexsort((np.arange(size), -part, np.isnan(part)))
         chosen = np.sort(order[:k])
         out[row, : len(chosen)] = chosen

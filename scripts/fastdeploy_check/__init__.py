@@ -1,1 +1,1 @@
-"""What ``scripts/check_fastdeploy.py`` needs to run FastDeploy's Python without a GPU."""
+"""Parts of ``scripts/check_fastdeploy.py`` that run FastDeploy's Python without a GPU."""

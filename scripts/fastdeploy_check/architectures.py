@@ -6,7 +6,7 @@ import importlib
 import types
 from typing import Any
 
-#: Fields that one or another kind of model reads from its config.json.
+#: Fields that some kind of model reads from its config.json.
 MOE = {
     "moe_num_experts": 4,
     "num_experts": 4,
@@ -100,7 +100,7 @@ GPT_OSS = {
 
 
 def architectures() -> list[str]:
-    """Names under which FastDeploy has registered a model."""
+    """Names of the models that FastDeploy has registered."""
     registry = importlib.import_module("fastdeploy.model_executor.models.model_base").ModelRegistry
     return sorted(registry._arch_to_model_cls)
 
@@ -127,7 +127,7 @@ def fields_of(name: str) -> dict[str, Any]:
         fields.update(MULTIMODAL)
     if name.startswith("Qwen3VL"):
         fields["vision_config"] = {**VISION, "hidden_act": "gelu_pytorch_tanh"}
-    if name.startswith("Ernie4_5_VL"):  # one number for text, one for pictures
+    if name.startswith("Ernie4_5_VL"):  # one number for text, one for images
         fields.update(
             {key: [fields[key]] * 2 for key in ("moe_num_experts", "moe_intermediate_size")},
             moe_layer_start_index=[0, 0],

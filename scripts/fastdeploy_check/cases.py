@@ -1,4 +1,4 @@
-"""What is run in FastDeploy's tree: functions that yield (name, run) and return an error."""
+"""The cases to run in FastDeploy's tree: functions that yield (name, run) and return an error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "neox D 128": ({}, {"use_neox_rotary_style": True}),
     "interleaved D 64": ({**ERNIE, "head_dim": 64, "num_attention_heads": 8}, {}),
 }
-#: A day of a server: new tokens of each sequence, and which of them are in prefill.
+#: Typical steps of a server: new tokens of each sequence, and which of them are in prefill.
 STEPS: dict[str, tuple[list[int], list[bool]]] = {
     "prefill": ([70, 20, 5, 64, 1, 33, 9, 2], [True] * 8),
     "chunk": ([40, 9, 60, 1, 0, 0, 0, 0], [True, True, True, True, False, False, False, False]),
@@ -48,12 +48,14 @@ STEPS: dict[str, tuple[list[int], list[bool]]] = {
 
 
 class NotRun(RuntimeError):
-    """Nothing of the plug-in's: this FastDeploy lacks it, or its model cannot be made here."""
+    """The case does not depend on the plug-in: this FastDeploy lacks it, or its model cannot be
+    made here.
+    """
 
 
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Variables of the environment, and FastDeploy's choice of a backend forgotten."""
+    """Set environment variables, and reset FastDeploy's choice of a backend."""
     selecter = importlib.import_module(
         "fastdeploy.model_executor.layers.attention.attention_selecter"
     )
@@ -73,13 +75,13 @@ def environment(**values: str) -> Iterator[None]:
 
 
 class Later:
-    """A server that is made by the first of its cases and shared by the others."""
+    """A server that the first of its cases makes and the others share."""
 
     def __init__(self, make: Callable[[], Serving]) -> None:
         self._make, self._made, self._error = make, None, None
 
     def get(self) -> Serving:
-        """The server, or the error of making it."""
+        """The server, or the error that its creation raised."""
         if self._error is not None:
             raise self._error
         if self._made is None:
@@ -92,7 +94,7 @@ class Later:
 
 
 def steps(label: str, make: Callable[[], Serving], chosen: Any = STEPS) -> Iterator[Case]:
-    """The steps of a day as cases."""
+    """The steps as cases."""
     server = Later(make)
     for name in chosen:
         new, prefill = STEPS[name]
@@ -100,7 +102,7 @@ def steps(label: str, make: Callable[[], Serving], chosen: Any = STEPS) -> Itera
 
 
 def caches() -> Iterator[Case]:
-    """Cache types by layouts by steps."""
+    """All combinations of cache types, layouts and steps."""
     for label, (model, options) in LAYOUTS.items():
         for kind in KINDS:
             yield from steps(
@@ -191,7 +193,7 @@ def options() -> Iterator[Case]:
 
 
 def _window_of_some_layers() -> float:
-    """Where FastDeploy keeps the list and gives every layer the window."""
+    """FastDeploy keeps the list here and gives every layer the window."""
     model = {"window_size": 24, "window_attn_skip_freq": [0, 1]}
     server = Serving(make_config(model), None, **NEOX)
     server.models[0].window = 0
@@ -206,13 +208,16 @@ def _not_causal() -> float:
 
 
 def _replay() -> float:
-    """What a captured graph reads in later steps: the same memory in the shapes of the capture."""
+    """The data that a captured graph reads in later steps: the same memory, with the shapes of the
+    capture.
+    """
     graphs = {"use_cudagraph": True}
     server = Serving(make_config({}, "int8", graph_optimization_config=graphs), "int8", **NEOX)
     names = ("cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
     captured = server.prepare([1] * SLOTS, [False] * SLOTS)
     tensors = {name: getattr(captured, name) for name in names}
-    views = {name: x.view(x.shape) for name, x in tensors.items()}  # FastDeploy reshapes its own
+    # FastDeploy reshapes its own tensors
+    views = {name: x.view(x.shape) for name, x in tensors.items()}
     worst = 0.0
     for new in ([9, 30, 5, 2, 7, 1, 1, 1], [1, 1, 1], [3, 3], [0, 0, 0, 1, 1, 1], [1, 1]):
         meta = server.prepare(new, [n > 3 for n in new])
@@ -238,7 +243,7 @@ def _piecewise() -> float:
 
 
 def _deterministic() -> float:
-    """The mode reaches the backend; a sequence has the same bits alone and among others."""
+    """The mode reaches the backend. A sequence has the same bits alone and among others."""
     found, worst = [], 0.0
     with environment(FD_DETERMINISTIC_MODE="1"):
         for count in (SLOTS, 1):
@@ -256,7 +261,7 @@ def _deterministic() -> float:
 
 
 def _unknown_lengths() -> float:
-    """FastDeploy's backends fill in lengths on the host; nobody does for these."""
+    """FastDeploy's backends fill in lengths on the host; nobody does so for these."""
     server, worst = Serving(make_config({}, "int8"), "int8", **NEOX), 0.0
     for new, prefill in STEPS.values():
         worst = max(worst, server.step(new, prefill))
@@ -266,7 +271,7 @@ def _unknown_lengths() -> float:
 
 
 def _second_loader() -> float:
-    """Scales by the parameters' ``weight_loader``, then ``process_weights_after_loading``."""
+    """Scales through the parameters' ``weight_loader``, then ``process_weights_after_loading``."""
     kind = "float8_e4m3fn"
     config = make_config({}, kind)
     layers = make_layers(config, **NEOX)
@@ -303,7 +308,6 @@ def _split(server: Serving, meta: Any) -> list[Any]:
 
 
 def _by_parts(server: Serving, index: int, new: list[int], parts: list[Any]) -> Any:
-    """What a layer gives for a step in parts, one after the other."""
     fused, outs, start = server.fused(index, new), [], 0
     for part in parts:
         count = sum_of(part)
@@ -314,11 +318,11 @@ def _by_parts(server: Serving, index: int, new: list[int], parts: list[Any]) -> 
 
 
 def sum_of(meta: Any) -> int:
-    """Tokens of a step."""
+    """Number of tokens of a step."""
     return int(meta.ids_remove_padding.shape[0])
 
 
-#: New tokens of a step that is split: the split asks for 1024 or more.
+#: New tokens of a step that is split: the split requires 1024 or more.
 LONG = [150, 130, 140, 120, 128, 150, 140, 130]
 
 
@@ -334,7 +338,7 @@ def _micro_batches() -> float:
 
 
 def _offsets(split: bool) -> float:
-    """Masks of pictures' tokens: those of a group of 4 see each other. No split cuts a group."""
+    """Masks of image tokens: the tokens of a group of 4 see each other. No split cuts a group."""
     server = Serving(make_config({}, "int8"), "int8", **NEOX)
     new = LONG if split else [40, 20, 70]
     meta = server.prepare(new, [True] * len(new))
@@ -351,7 +355,7 @@ def _offsets(split: bool) -> float:
 
 
 def drafts() -> Iterator[Case]:
-    """The proposer of multi-token prediction: its own backend, caches and ForwardMeta."""
+    """The proposer of multi-token prediction, with its own backend, caches and ForwardMeta."""
     for kind in KINDS:
         yield f"MTP, {kind or 'none'}", lambda kind=kind: _propose(kind)
 
@@ -405,7 +409,7 @@ def _propose(kind: str | None) -> float:
 
 
 def registered() -> Iterator[Case]:
-    """Every architecture that FastDeploy registers, its layers made by its own model."""
+    """Every architecture that FastDeploy registers, with layers from its own model."""
     for name in architectures.architectures():
 
         def run(name: str = name) -> float:

@@ -1,8 +1,8 @@
-"""Prefill and decode on different servers: what a worker signals, and whom its engine agrees with.
+"""Prefill and decode on different servers: signals of a worker, and agreements of its engine.
 
-This process is the worker, and the other end of its signals as well: FastDeploy's cache messager,
-which waits for them, then moves bytes on GPUs. Nothing here waits: signals are taken after each
-layer, so that a queue never fills.
+This process is both the worker and the receiver of its signals. In FastDeploy the receiver is the
+cache messager, which waits for them and then moves bytes on GPUs. Nothing waits here: signals are
+taken after each layer, so a queue never fills.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastdeploy_check.cases import NEOX, STEPS, Case, NotRun, environment
 from fastdeploy_check.serving import Serving, Wrong, make_config
 from fastdeploy_check.stubs import OPS
 
-#: What FastDeploy's engine sets for the workers of a server, by mode and by role.
+#: Variables that FastDeploy's engine sets for the workers of a server, by mode and by role.
 MODES = {
     "per_chunk": "FLAGS_use_pd_disaggregation_per_chunk",
     "per_query": "FLAGS_use_pd_disaggregation",
@@ -51,7 +51,7 @@ def _sources() -> Path:
 
 
 def _key(rank: int) -> int:
-    """The queue's key: C's ``ftok``, or the function that newer trees have in its place."""
+    """Key of the queue: C's ``ftok``, or its replacement in newer trees."""
     sources = _sources()
     if not (sources / "custom_ftok.h").exists():
         sender = (sources / "remote_cache_kv_ipc.h").read_text(encoding="utf-8")
@@ -65,7 +65,7 @@ def _key(rank: int) -> int:
 
 @contextlib.contextmanager
 def _strings_of_operators() -> Iterator[None]:
-    """A file in the place of FastDeploy's compiled operators, with the strings of its sources."""
+    """A file in place of FastDeploy's compiled operators, with the strings of its sources."""
     module = sys.modules[OPS]
     sources = [_sources() / name for name in ("remote_cache_kv_ipc.h", "custom_ftok.h")]
     before = module.__path__
@@ -89,7 +89,7 @@ class Queue:
         self.take()
 
     def take(self) -> list[list[int]]:
-        """The messages that are in it."""
+        """Take the messages from the queue."""
         found, message = [], _Message()
         size = ctypes.sizeof(message.text)
         no_wait = 0o4000
@@ -98,11 +98,11 @@ class Queue:
         return found
 
     def close(self) -> None:
-        """Remove it."""
+        """Remove the queue."""
         LIBC.msgctl(self.number, 0, None)
 
     def expected(self, before: Any, layer: int, prefilled: list[list[int]]) -> list[list[int]]:
-        """What a layer of a step says: slot, cached and new tokens of what prefills."""
+        """Expected signal of a layer: slot, cached and new tokens of each prefill sequence."""
         words = [word for sequence in prefilled for word in sequence]
         return [[len(prefilled), layer, *words]] if prefilled else []
 
@@ -127,24 +127,24 @@ class Integers:
             one.value[0] = -1
 
     def take(self) -> list[list[int]]:
-        """Step and layer."""
+        """Return step and layer."""
         return [[int(one.value[0]) for one in self.signals]]
 
     def close(self) -> None:
-        """Remove them."""
+        """Remove the signals."""
         for one in self.signals:
             one.clear()
 
     def expected(self, before: Any, layer: int, prefilled: list[list[int]]) -> list[list[int]]:
-        """The next step's number, and the layer if anything prefills."""
+        """Number of the next step, and the layer if any sequence is in prefill."""
         return [[before[0][0] + 1, layer if prefilled else -1]]
 
 
 @functools.cache
 def _receiver(mode: str) -> Queue | Integers:
-    """The receiver of a worker's signals, once the worker has set the number of its queue.
+    """Receiver of a worker's signals, after the worker has set the number of its queue.
 
-    A worker opens a queue once, so that there is one for all cases.
+    A worker opens a queue only once, so all cases share one.
     """
     receiver = Queue() if mode == "per_chunk" else Integers()
     atexit.register(receiver.close)
@@ -152,7 +152,7 @@ def _receiver(mode: str) -> Queue | Integers:
 
 
 def _worker(mode: str, role: str, kind: str | None) -> Serving:
-    """A worker of its own number, so that no other server has its queue."""
+    """A worker with a number of its own, so that no other server has its queue."""
     port = 1024 + os.getpid() % 60_000
     config = make_config(
         {},
@@ -168,7 +168,7 @@ def _worker(mode: str, role: str, kind: str | None) -> Serving:
 
 
 def _serve(mode: str, role: str, kind: str | None, silent: bool = False, **more: str) -> float:
-    """Steps of a worker: its results, and after each layer what it has signalled."""
+    """Steps of a worker: its results, and its signals after each layer."""
     device = str(1_000_000 + os.getpid())
     with environment(
         **{MODES[mode]: "1", "CUDA_VISIBLE_DEVICES": device, "INFERENCE_MSG_QUEUE_ID": "", **more}
@@ -204,12 +204,12 @@ def _via_storage(mode: str) -> float:
     return _serve(mode, "prefill", None, silent=True, **SIGNALS, **{name: "1"})
 
 
-# ---- what engines tell each other ----
+# ---- messages between engines ----
 
 
 @contextlib.contextmanager
 def _engine(kind: str | None, protocol: str, **more: Any) -> Iterator[tuple[Any, Any]]:
-    """An engine's process: FastDeploy's connector as it is, and as a backend leaves it."""
+    """An engine's process: FastDeploy's connector unchanged, and as a backend modifies it."""
     module = importlib.import_module(CONNECTOR)
     plain = type("Plain", (), dict(vars(module.SplitwiseConnector)))
     try:
@@ -242,15 +242,15 @@ def _request() -> Any:
 
 
 def _pass_on(sender: Any, receiver: Any, kind: str, payload: Any) -> tuple[str, Any]:
-    """A message from one engine to another, in the bytes of FastDeploy."""
+    """A message from one engine to another, as FastDeploy's bytes."""
     message = sender._serialize_message(kind, payload)
-    return receiver._deserialize_message(  # 2.5 and newer: frames, the sender's name first
+    return receiver._deserialize_message(  # 2.5 and newer: frames, with the sender's name first
         message if isinstance(message, bytes) else [b"", *message]
     )
 
 
 def _agree(kind: str | None, protocol: str = "rdma") -> float:
-    """Requests between servers of fastattn, and with one of FastDeploy's own backends."""
+    """Requests between servers of fastattn, and with a server of FastDeploy's own backends."""
     with _engine(kind, protocol) as (plain, ours):
         sent: list[Any] = []
         here, there, foreign = (one.__new__(one) for one in (ours, ours, plain))
@@ -296,7 +296,7 @@ def _pool_names() -> Iterator[Any]:
 
 
 def cases() -> Iterator[Case]:
-    """Workers of both roles in both modes; what their engines accept."""
+    """Workers of both roles in both modes, and the messages that their engines accept."""
     found: dict[str, Callable[[], float]] = {}
     for mode in MODES:
         for kind in (None, "int8", "block_wise_fp8"):

@@ -1,8 +1,8 @@
 """Models of latent attention (MLA, DSA): FastDeploy's own layers, from hidden states to outputs.
 
-Their projections, norms, rotation, indexer and loaders run as they are in the tree. The results are
-compared with attention in float64 whose keys and values are expanded for every head, as a model is
-trained; the layers themselves absorb those projections.
+Their projections, norms, rotation, indexer and loaders run as they are in the tree. The reference
+is attention in float64 with keys and values expanded for every head, as in training; the layers
+themselves use absorbed projections.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fastdeploy_check.cases import STEPS, Case, Later, NotRun, environment
 from fastdeploy_check.oracle import relative_error
 from fastdeploy_check.serving import BLOCKS, MAX_LEN, SLOTS, Wrong, array, make_config, make_runner
 
-#: Largest error of a layer, relative: its inputs go through seven roundings to bfloat16, and those
-#: of a sparse one move latents from one e4m3 code to the next.
+#: Upper bound of the relative error of a layer. Its inputs are rounded to bfloat16 seven times. In
+#: a sparse layer these roundings move latents from one e4m3 code to the next.
 TOLERANCE = {"MLA_ATTN": 0.02, "DSA_ATTN": 0.03}
 
-#: Least part of the best keys that an indexer chooses, from FP8 queries and keys.
+#: Minimum fraction of the best keys that an indexer selects from FP8 queries and keys.
 RECALL = 0.93
 
 HIDDEN, RANK, LATENT, ROPE, NOPE, VALUE, INDEX = 256, 64, 512, 64, 64, 64, 128
@@ -57,9 +57,9 @@ MODEL = {
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
-    "first_k_dense_replace": LAYERS,  # no layer has experts, which are not what is checked
+    "first_k_dense_replace": LAYERS,  # no layer has experts, because this check does not cover them
 }
-#: Models by what they ask for: their backend, and what their config.json has besides.
+#: Models by their backend, and additional fields of their config.json.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepseekV3ForCausalLM": ("MLA_ATTN", {"model_type": "deepseek_v3", "rope_scaling": YARN}),
     "Glm4MoeLiteForCausalLM": ("MLA_ATTN", {"model_type": "glm4_moe_lite"}),
@@ -69,12 +69,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"model_type": "glm_moe_dsa", "rope_parameters": {"rope_theta": 10000.0}},
     ),
 }
-#: Keys that an indexer chooses: fewer than a sequence has, and more.
+#: Numbers of keys that an indexer selects: fewer than a sequence has, and more.
 TOPK = (16, 512)
 
 
 def checkpoint() -> tuple[dict[str, np.ndarray], Any]:
-    """Weights of both layers in float64 by their names, and an iterator over bfloat16 tensors."""
+    """float64 weights of both layers by name, and an iterator over bfloat16 tensors."""
     rng = np.random.default_rng(9)
     shapes = {
         "q_a_proj": (RANK, HIDDEN),
@@ -123,7 +123,7 @@ def turn(x: np.ndarray, table: np.ndarray, halves: bool) -> np.ndarray:
 
 
 def e4m3(x: np.ndarray, tile: int) -> np.ndarray:
-    """What a cache gives back: bfloat16 values as e4m3 with a power of two for each tile."""
+    """bfloat16 values after a round trip through e4m3 with a power-of-two scale per tile."""
     tiles = x.astype(ml_dtypes.bfloat16).astype(np.float64).reshape(len(x), -1, tile)
     amax = np.maximum(np.abs(tiles).max(-1, keepdims=True), 1e-4)
     scale = np.exp2(np.ceil(np.log2(amax / 448)))
@@ -222,7 +222,7 @@ class LatentServing:
         self.cached = [0] * SLOTS
 
     def prepare(self, new: list[int], prefill: list[bool]) -> Any:
-        """Set the slots, the runner's own ``_prepare_inputs``, and its positions."""
+        """Set the slots, then call the runner's own ``_prepare_inputs``, and set its positions."""
         from fastdeploy_check.serving import Serving
 
         self.images: list[Any] = []
@@ -234,7 +234,7 @@ class LatentServing:
         return meta
 
     def forward(self, index: int, hidden: Any, meta: Any) -> Any:
-        """A layer's attention, called as its release calls it."""
+        """Call a layer's attention as its release does."""
         layer = self.layers[index]
         names = inspect.signature(layer.forward).parameters
         if "position_ids" not in names:
@@ -244,7 +244,7 @@ class LatentServing:
         return layer(meta, hidden, meta.position_ids.cast("int32"))
 
     def step(self, new: list[int], prefill: list[bool]) -> float:
-        """One step of all layers; the sequences grow. Returns the largest error."""
+        """Run one step of all layers; the sequences grow. Returns the largest error."""
         meta = self.prepare(new, prefill)
         worst = 0.0
         for index in range(LAYERS):
@@ -265,7 +265,7 @@ class LatentServing:
         return list(enumerate(zip(self.cached, new)))
 
     def watch(self) -> None:
-        """Remember what the backend chooses."""
+        """Record the keys that the backend selects."""
         if self.name not in SPARSE:
             return
         choose = type(self.backend).select
@@ -298,7 +298,7 @@ class LatentServing:
         return worst
 
     def chosen_keys(self, slot: int, done: int, n: int, start: int, logits: np.ndarray) -> Any:
-        """Keys that the step's tokens of a slot chose [n, done + n], if they are the best ones."""
+        """Keys [n, done + n] that a slot's tokens of the step selected, if they are the best."""
         positions = np.arange(done + n)
         own = self.tables[slot, positions // 64] * 64 + positions % 64
         seen = np.zeros((n, done + n), bool)
@@ -313,7 +313,7 @@ class LatentServing:
 
 
 def options() -> Iterator[Case]:
-    """What a server of such a model may ask for besides."""
+    """Further options of a server of such a model."""
     dense, sparse = "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM"
     known = [name for name in (dense, sparse) if name in architectures.architectures()]
     graphs = {"graph_optimization_config": {"use_cudagraph": True}}
@@ -345,7 +345,7 @@ def _day(name: str, variables: dict[str, str] | None = None, **options: Any) -> 
 
 
 def _drafts(name: str, **options: Any) -> float:
-    """Two queries of each decoding sequence, of which some drafts are rejected."""
+    """Two queries per decoding sequence, with some rejected draft tokens."""
     server = _serving(name, **options)
     if server.backend.config.decode_tokens != 2:
         raise Wrong("the backend does not know of drafts")
@@ -358,7 +358,7 @@ def _drafts(name: str, **options: Any) -> float:
 
 
 def _engine(name: str) -> float:
-    """What the engine's prefix cache does with shapes before it starts its processes."""
+    """The engine's prefix cache uses shapes in this way before it starts its processes."""
     module = importlib.import_module("fastdeploy.cache_manager.prefix_cache_manager")
     server = _serving(name)
     manager = object.__new__(module.PrefixCacheManager)
@@ -382,12 +382,12 @@ def _shared_prefix(name: str) -> float:
 
 
 def not_there() -> float:
-    """What a model is that no release has yet."""
+    """A model that no release has yet."""
     raise NotRun("this FastDeploy has no such model")
 
 
 def cases() -> Iterator[Case]:
-    """The steps of a day through every model, and what else a server may ask for."""
+    """The steps through every model, and further options of a server."""
     for name, (backend, _) in MODELS.items():
         if name not in architectures.architectures():
             yield name, lambda: not_there()

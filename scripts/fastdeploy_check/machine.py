@@ -1,4 +1,4 @@
-"""A machine without a GPU that FastDeploy takes for one with: platform, streams, compiled ops."""
+"""Makes FastDeploy believe that this machine has a GPU: platform, streams, compiled ops."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastdeploy_check.stubs import OPS
 
 
 class OpNotStoodInFor(RuntimeError):
-    """FastDeploy called a compiled operator that this check has no stand-in for."""
+    """FastDeploy called a compiled operator for which this check has no stand-in."""
 
 
 def pretend_cuda() -> None:
-    """Answer FastDeploy, and nobody else, that Paddle was built with CUDA."""
+    """Tell FastDeploy, and no other package, that Paddle was built with CUDA."""
     really = paddle.is_compiled_with_cuda
 
     def is_compiled_with_cuda() -> bool:
@@ -57,7 +57,7 @@ def pretend_cuda() -> None:
     wanted = paddle.set_flags
 
     def set_flags(flags: dict[str, Any]) -> None:
-        for name, value in flags.items():  # this Paddle lacks those of a GPU
+        for name, value in flags.items():  # this Paddle lacks the flags of a GPU build
             with contextlib.suppress(ValueError, RuntimeError):
                 wanted({name: value})
             FLAGS[name] = value
@@ -81,7 +81,7 @@ def pretend_cuda() -> None:
 
 
 def _one_process() -> None:
-    """Groups of processes, of which there is one: models ask for their sizes and ranks."""
+    """Process groups of the only process: models ask for their sizes and ranks."""
 
     class Groups:
         def __getattr__(self, name: str) -> Any:
@@ -96,7 +96,7 @@ def _one_process() -> None:
 
 
 def _divide_in_float32() -> None:
-    """Paddle divides no bfloat16 on a CPU, which FastDeploy does to load scales."""
+    """Paddle cannot divide bfloat16 on a CPU, but FastDeploy does so to load scales."""
     for name in ("__truediv__", "__rtruediv__"):
         really = getattr(paddle.Tensor, name)
 
@@ -110,7 +110,7 @@ def _divide_in_float32() -> None:
 
 
 def _multiply_in_float32() -> None:
-    """Products and norms of bfloat16, which Paddle has on a GPU only: one rounding at the end."""
+    """Products and norms of bfloat16, which Paddle has only on a GPU, with one final rounding."""
 
     def widened(really: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -153,7 +153,7 @@ FLAGS: dict[str, Any] = {}
 
 
 def install_ops(ops: dict[str, Callable[..., Any]]) -> None:
-    """Put stand-ins in the place of FastDeploy's module of compiled operators."""
+    """Replace FastDeploy's module of compiled operators by stand-ins."""
 
     class Ops(types.ModuleType):
         def __getattr__(self, name: str) -> Any:

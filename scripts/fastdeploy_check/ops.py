@@ -1,7 +1,7 @@
 """Stand-ins for the compiled operators of FastDeploy that a runner's step calls.
 
-They are told apart by name, and by their tensors rather than their number of arguments, which
-changes from version to version.
+They are identified by name, and by their tensors instead of their number of arguments, which
+changes between versions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _int32(values: Any) -> Any:
 
 
 def _lengths(args: tuple[Any, ...]) -> np.ndarray:
-    """``seq_lens_this_time``: the first int32 tensor with one entry a sequence."""
+    """``seq_lens_this_time``: the first int32 tensor with one entry per sequence."""
     for value in args[1:]:
         tensor = isinstance(value, paddle.Tensor) and value.dtype == paddle.int32 and value.ndim
         if tensor and value.size == value.shape[0]:
@@ -40,12 +40,12 @@ def get_padding_offset(input_ids: Any, *args: Any) -> list[Any]:
 
 
 def speculate_get_padding_offset(input_ids: Any, draft: Any, cum: Any, num: Any, *args: Any) -> Any:
-    """The same for 2.4's speculative decoding."""
+    """The same for the speculative decoding of 2.4."""
     return _offsets(args[0].numpy().reshape(-1), input_ids)
 
 
 def speculate_pre_process(num: Any, input_ids: Any, lens: Any, *_: Any) -> list[Any]:
-    """The same since 2.6, with what the outputs need."""
+    """The same since 2.6, with additional data for the outputs."""
     found = _offsets(lens.numpy().reshape(-1), input_ids)
     return [*found, found[2], found[1], _int32([found[1].shape[0]])]
 
@@ -53,7 +53,7 @@ def speculate_pre_process(num: Any, input_ids: Any, lens: Any, *_: Any) -> list[
 def update_attn_mask_offsets(
     ids: Any, lens: Any, encoder: Any, decoder: Any, starts: Any, full: Any, *_: Any
 ) -> Any:
-    """Ends of the masks: those of the request in prefill, behind the token itself in decode."""
+    """Ends of the masks: from the request in prefill, and after the token itself in decode."""
     ends = np.zeros(ids.shape[0], np.int32)
     encoder, decoder = (x.numpy().reshape(-1) for x in (encoder, decoder))
     for slot, n in enumerate(lens.numpy().reshape(-1)):
@@ -64,7 +64,7 @@ def update_attn_mask_offsets(
 
 
 def fill_positions(encoder: Any, decoder: Any, lens: Any, positions: Any, *masks: Any) -> None:
-    """Position of each token in its sequence and, until 2.5, whether that is in prefill."""
+    """Position of each token in its sequence and, until 2.5, whether it is in prefill."""
     starts, prefills, counts = (x.numpy().reshape(-1) for x in (decoder, encoder, lens))
     places = np.concatenate([a + np.arange(n) for a, n in zip(starts, counts)])
     positions.set_value(paddle.to_tensor(places.astype(positions.numpy().dtype)))
@@ -77,7 +77,7 @@ def fill_positions_and_slots(
     encoder: Any, decoder: Any, lens: Any, owners: Any, tables: Any, positions: Any, slots: Any,
     block_size: int,
 ) -> None:  # fmt: skip
-    """The same of 2.6, and the place of each token in the cache."""
+    """The same for 2.6, and the slot of each token in the cache."""
     fill_positions(encoder, decoder, lens, positions)
     places = positions.numpy()
     blocks = tables.numpy()[owners.numpy()[: len(places)], places // block_size]
@@ -97,7 +97,7 @@ def rotate_in_place(query: Any, key: Any, positions: Any, table: Any, dim: int, 
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """An operator that changes only what this check does not look at."""
+    """An operator whose effects this check does not examine."""
 
 
 #: Stand-ins by operator.
@@ -113,6 +113,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "set_data_ipc": nothing,
     "recover_decode_task": nothing,
     "update_attn_mask_offsets": update_attn_mask_offsets,
-    # Memory of the cache manager, another process.
+    # Memory of the cache manager, which is another process.
     "share_external_data": lambda data, name, shape: paddle.zeros(shape, data.dtype),
 }

@@ -1,4 +1,4 @@
-"""Attention in float64 NumPy: what a layer of FastDeploy must give, whatever serves it."""
+"""Attention in float64 NumPy: the required output of a FastDeploy layer with any backend."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 
 def rotate(x: np.ndarray, table: np.ndarray, positions: np.ndarray, neox: bool) -> np.ndarray:
-    """Rotate x [T, heads, D] by the table [2, 1, max_seq, 1, columns] of FastDeploy.
+    """Rotate x [T, heads, D] by FastDeploy's table [2, 1, max_seq, 1, columns].
 
-    Neox style turns channel i with channel i + R / 2, where R is the number of rotated channels: D
-    columns store every angle twice (R = D), fewer store it once (R = twice their number). The other
-    style turns neighbours, a column a pair.
+    Neox style rotates channel i with channel i + R / 2; R is the number of rotated channels. D
+    columns store every angle twice (R = D). Fewer columns store it once (R = twice their number).
+    The other style rotates neighbours, with one column per pair.
     """
     cos, sin = (np.asarray(part, np.float64)[0, positions, 0][:, None] for part in table)
     dim, columns = x.shape[-1], table.shape[-1]
@@ -33,18 +33,18 @@ def rotate(x: np.ndarray, table: np.ndarray, positions: np.ndarray, neox: bool) 
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray | None, eps: float) -> np.ndarray:
-    """RMSNorm over the channels of each head; None: no norm."""
+    """RMSNorm over the channels of each head; None means no norm."""
     if weight is None:
         return x
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
 def through_cache(x: np.ndarray, kind: str | None, scales: np.ndarray | None) -> np.ndarray:
-    """[T, KV, D] as a cache of FastDeploy's `kind` gives it back.
+    """[T, KV, D] after a round trip through a cache of FastDeploy's `kind`.
 
     `scales`: dequantisation multipliers, [KV] for FP8 and [KV * D] for INT8.
     """
-    x = x.astype(ml_dtypes.bfloat16).astype(np.float64)  # as the projection's dtype has it
+    x = x.astype(ml_dtypes.bfloat16).astype(np.float64)  # in the dtype of the projection
     if kind is None:
         return x
     if kind == "block_wise_fp8":
@@ -53,7 +53,7 @@ def through_cache(x: np.ndarray, kind: str | None, scales: np.ndarray | None) ->
     else:
         assert scales is not None
         scale = np.broadcast_to(scales.reshape(x.shape[1], -1), x.shape[1:])[None]
-    # Values and scales of 8 bits make ties: which way they fall depends on the arithmetic.
+    # 8-bit values and scales make ties, and the arithmetic determines their rounding.
     codes = x.astype(np.float32) * (np.float32(1) / np.asarray(scale, np.float32))
     if kind == "int8":
         return np.clip(np.rint(codes), -127, 127) * scale
@@ -63,7 +63,7 @@ def through_cache(x: np.ndarray, kind: str | None, scales: np.ndarray | None) ->
 
 @dataclass
 class LayerModel:
-    """A layer's parameters as NumPy arrays.
+    """Parameters of a layer as NumPy arrays.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class LayerModel:
     scales : pair of array or None
         Dequantisation multipliers of K and V.
     window : int
-        Keys that a query sees, its own included; 0: all.
+        Number of keys that a query sees, including its own; 0 means all.
     """
 
     heads: int
@@ -93,7 +93,7 @@ class LayerModel:
     def attend(self, qkv: np.ndarray, first: int, ends: Any = None) -> np.ndarray:
         """Outputs [n - first, heads * D] of a sequence's tokens from `first` on.
 
-        `ends`: keys that each of those queries sees, from the first on, instead of a causal mask.
+        `ends`: number of leading keys that each of these queries sees, instead of a causal mask.
         """
         tokens = len(qkv)
         rows = qkv.astype(np.float64).reshape(tokens, -1, self.dim)
@@ -127,7 +127,7 @@ class LayerModel:
 
 
 def relative_error(actual: np.ndarray, exact: np.ndarray) -> float:
-    """Root of the mean squared error over that of the exact values; inf for what is not finite."""
+    """Root mean square error relative to the exact values; inf if a value is not finite."""
     actual = np.asarray(actual, np.float64)
     if actual.shape != exact.shape or not np.isfinite(actual).all():
         return float("inf")

@@ -15,7 +15,7 @@ import paddle
 
 from fastdeploy_check.oracle import LayerModel, relative_error
 
-#: Largest root mean squared error of a result in bfloat16, relative to the exact values.
+#: Upper bound of the root mean square error of a bfloat16 result, relative to the exact values.
 TOLERANCE = 0.01
 SLOTS = 8
 MAX_LEN = 512
@@ -40,11 +40,11 @@ MODEL = {
 
 
 class Wrong(AssertionError):
-    """A result that is not the exact one."""
+    """A result differs from the exact one."""
 
 
 def tolerable(error: float) -> float:
-    """The error, if it is not above :data:`TOLERANCE`."""
+    """The error, if it is at most :data:`TOLERANCE`."""
     if error > TOLERANCE:
         raise Wrong(f"error {error:.3f}")
     return error
@@ -56,12 +56,12 @@ def make_config(
     rank: int = 0,
     **options: Any,
 ) -> Any:
-    """FastDeploy's own ``FDConfig``, made as a worker makes it from its command line.
+    """FastDeploy's own ``FDConfig``, made from a command line as a worker makes it.
 
     Parameters
     ----------
     model : dict, optional
-        What the model's ``config.json`` has besides :data:`MODEL`.
+        Fields of the model's ``config.json`` in addition to :data:`MODEL`.
     kind : str, optional
         ``kv_cache_quant_type``.
     rank : int
@@ -106,7 +106,7 @@ def make_config(
 
 
 class _Signal:
-    """FastDeploy's signal to another process; there is none, but it says that caches are there."""
+    """FastDeploy's signal to another process. There is none; it reports that the caches exist."""
 
     def __init__(self, name: str = "", array: Any = None, **_: Any) -> None:
         self.value = np.ones_like(array) if name == "cache_ready_signal" else array
@@ -116,7 +116,8 @@ def make_runner(config: Any) -> Any:
     """FastDeploy's own ``GPUModelRunner`` with its caches."""
     module = importlib.import_module("fastdeploy.worker.gpu_model_runner")
     module.IPCSignal = importlib.import_module("fastdeploy.spec_decode.mtp").IPCSignal = _Signal
-    module.GPUModelRunner._init_image_preprocess = lambda self: None  # a package that is not here
+    # a package that is not installed
+    module.GPUModelRunner._init_image_preprocess = lambda self: None
     runner = module.GPUModelRunner(config, "gpu", 0, config.parallel_config.tensor_parallel_rank, 0)
     runner.num_gpu_blocks = BLOCKS
     runner.initialize_kv_cache()
@@ -124,7 +125,7 @@ def make_runner(config: Any) -> Any:
 
 
 def make_layers(config: Any, count: int = 2, **options: Any) -> list[Any]:
-    """FastDeploy's own ``Attention`` layers, their scales and norms loaded by its own loaders."""
+    """FastDeploy's own ``Attention`` layers, with scales and norms from its own loaders."""
     attention = importlib.import_module("fastdeploy.model_executor.layers.attention").Attention
     layers = []
     for index in range(count):
@@ -135,7 +136,7 @@ def make_layers(config: Any, count: int = 2, **options: Any) -> list[Any]:
 
 
 def load(layer: Any, config: Any, seed: int = 0) -> None:
-    """A checkpoint's scales, norms and sinks, unequal, through the layer's ``load_state_dict``."""
+    """A checkpoint's scales, norms and sinks, all different, through ``load_state_dict``."""
     rng = np.random.default_rng(seed + 10 * layer.layer_id)
     prefix, state = layer.prefix, {}
     if getattr(layer, "cache_k_scale", None) is not None:
@@ -154,12 +155,12 @@ def load(layer: Any, config: Any, seed: int = 0) -> None:
 
 
 def array(tensor: Any) -> Any:
-    """float64 values of a tensor, None for None."""
+    """float64 values of a tensor; None for None."""
     return None if tensor is None else tensor.astype("float32").numpy().astype(np.float64)
 
 
 def model_of(layer: Any, config: Any, table: np.ndarray, kind: str | None) -> LayerModel:
-    """A layer in NumPy: the rank's own heads and scales."""
+    """A layer in NumPy, with the rank's own heads and scales."""
     scales = []
     for name in ("cache_k_out_scale", "cache_v_out_scale"):
         values = array(getattr(layer, name, None))
@@ -213,16 +214,16 @@ class Serving:
         self._assign_blocks()
 
     def _assign_blocks(self) -> None:
-        """Four blocks a slot, out of order."""
+        """Four blocks per slot, in random order."""
         tables = np.full(self.inputs["block_tables"].shape, -1, np.int32)
         tables[:, :4] = self.rng.permutation(BLOCKS)[: SLOTS * 4].reshape(SLOTS, 4)
         self.inputs["block_tables"].set_value(paddle.to_tensor(tables))
 
     def _place_images(self) -> None:
-        """An image in each slot, in another place, and the rotary tables that FastDeploy makes.
+        """Place an image in each slot, at different positions, with FastDeploy's rotary tables.
 
-        Positions along three axes: text counts on along all of them, an image of 2 rows stands
-        still along the first.
+        Positions have three axes. Text advances along all of them; an image of 2 rows does not
+        advance along the first.
         """
         self.images = [(slot + 1, slot + 1 + 2 * (slot + 2)) for slot in range(SLOTS)]
         for slot, (first, last) in enumerate(self.images):
@@ -230,7 +231,8 @@ class Serving:
             row, column = np.divmod(np.arange(last - first), (last - first) // 2)
             image = first + np.stack([np.zeros_like(row), row, column], 1)
             ids = paddle.to_tensor(np.concatenate([text, image]).astype(np.int64))
-            # One at a time: of several, 2.4 and 2.5 give all of ERNIE's slots the last one's table.
+            # One at a time: for several slots, 2.4 and 2.5 give all of ERNIE's slots the table of
+            # the last one.
             (table,) = self.runner.prepare_rope3d(ids, [MAX_LEN // 2], [0, last])
             self.inputs["rope_emb"][slot : slot + 1, :] = table
         self.tables = self.inputs["rope_emb"].numpy()
@@ -238,14 +240,14 @@ class Serving:
             raise Wrong("slots have the same rotary table")
 
     def _image_ends(self, slot: int, n: int) -> np.ndarray:
-        """Keys that the next tokens of a slot see where tokens of an image see all of it."""
+        """Number of keys that a slot's next tokens see if image tokens see their whole image."""
         ends = self.cached[slot] + 1 + np.arange(n)
         first, last = self.images[slot]
         inside = (ends > first) & (ends <= last) & (last <= self.cached[slot] + n)
         return np.where(inside, last, ends)
 
     def _set_mask(self, new: list[int], prefill: list[bool]) -> None:
-        """Ends of the prefilled tokens' masks, as the runner takes them from a request."""
+        """Ends of the masks of prefilled tokens, as the runner takes them from a request."""
         full = self.inputs["attn_mask_offsets_full"].numpy()
         for slot, n in enumerate(new):
             if prefill[slot]:
@@ -253,7 +255,9 @@ class Serving:
         self.inputs["attn_mask_offsets_full"].set_value(paddle.to_tensor(full))
 
     def prepare(self, new: list[int], prefill: list[bool]) -> Any:
-        """Set the slots as the scheduler's tasks do, then the runner's own ``_prepare_inputs``."""
+        """Set the slots as the scheduler's tasks do, then call the runner's own
+        ``_prepare_inputs``.
+        """
         runner, inputs = self.runner, self.inputs
         buffer = getattr(runner, "seq_lens_this_time_buffer", None)
         buffer = inputs["seq_lens_this_time_buffer"] if buffer is None else buffer
@@ -287,7 +291,9 @@ class Serving:
     def check(
         self, layer: int, out: Any, new: list[int], ends: list[np.ndarray] | None = None
     ) -> float:
-        """Largest error of a sequence of the step; `ends`: keys that each of its tokens sees."""
+        """Largest error of a sequence of the step. `ends`: number of keys that each of its tokens
+        sees.
+        """
         worst, start, values = 0.0, 0, array(out)
         for slot, n in enumerate(new):
             if n == 0:
@@ -307,12 +313,12 @@ class Serving:
         return worst
 
     def step(self, new: list[int], prefill: list[bool] | None = None) -> float:
-        """One step of all layers; the sequences grow. Returns the largest error.
+        """Run one step of all layers; the sequences grow. Returns the largest error.
 
         Raises
         ------
         Wrong
-            If it is above :data:`TOLERANCE`.
+            If the error is above :data:`TOLERANCE`.
         """
         prefill = [n > 1 for n in new] if prefill is None else prefill
         meta = self.prepare(new, prefill)

@@ -1,4 +1,4 @@
-"""Stand-ins for the packages that FastDeploy imports and that are not installed."""
+"""Stand-ins for packages that FastDeploy imports and that are not installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 #: FastDeploy's package of compiled operators.
 OPS = "fastdeploy.model_executor.ops.gpu"
 
-#: Packages that FastDeploy asks for and does without.
+#: Packages that FastDeploy tries to import and does not need.
 ABSENT = {"torch", "use_triton_in_paddle", "deep_gemm", "flash_attn", "flashinfer"}
 
 
@@ -41,11 +41,11 @@ class _StubType(type):
 
 
 class Stub(metaclass=_StubType):
-    """Base of stand-ins; a call with one function returns it, as a decorator's does."""
+    """Base of stand-ins. A call with one function returns that function, like a decorator."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls is not Stub and Stub not in cls.__bases__:
-            return super().__new__(cls)  # a class of FastDeploy's that derives from one
+            return super().__new__(cls)  # a class of FastDeploy that derives from a stand-in
         if len(args) == 1 and not kwargs and isinstance(args[0], (types.FunctionType, type)):
             return args[0]
         return super().__new__(cls)
@@ -105,7 +105,7 @@ class _StubModule(types.ModuleType):
 
 
 class PretrainedConfig:
-    """What FastDeploy's configuration asks of PaddleFormers' class: a model's config.json."""
+    """The part of PaddleFormers' class that FastDeploy's configuration uses: config.json."""
 
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update(fields)
@@ -126,7 +126,7 @@ class PretrainedConfig:
         return self.__dict__.get(name, default)
 
 
-#: Names whose stand-in has to do something.
+#: Names whose stand-ins need behaviour.
 OWN: dict[str, Any] = {
     "paddleformers.transformers.configuration_utils.PretrainedConfig": PretrainedConfig,
     "paddleformers.transformers.PretrainedConfig": PretrainedConfig,
@@ -134,14 +134,14 @@ OWN: dict[str, Any] = {
 
 
 class StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Last on ``sys.meta_path``: finds what nobody else has, but for FastDeploy's own modules."""
+    """Last on ``sys.meta_path``: finds modules that no other finder has, but not FastDeploy's."""
 
     def __init__(self) -> None:
         self.found: set[str] = set()
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         root = fullname.partition(".")[0]
-        if fullname.startswith(OPS):  # compiled packages inside FastDeploy's
+        if fullname.startswith(OPS):  # compiled packages in FastDeploy's package
             root = OPS
         if root in ABSENT or root in sys.stdlib_module_names or root in ("fastdeploy", "paddle"):
             return None
@@ -160,7 +160,7 @@ class StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _asked_by_fastdeploy() -> bool:
-    """Whether the import statement that runs is in a file of FastDeploy."""
+    """Whether the running import statement is in a file of FastDeploy."""
     frame = sys._getframe(2)
     while frame is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back  # type: ignore[assignment]

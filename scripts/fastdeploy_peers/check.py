@@ -1,8 +1,8 @@
-"""Whether what is timed is right: FastDeploy's operators beside attention in float64.
+"""Check that the timed operators are right: FastDeploy's operators against float64 attention.
 
-Three sequences are prefilled, one goes on with a chunk while the others decode, then all decode.
-The reference rounds keys and values as the cache does (`rounding.py`) and queries to bf16, so what
-is left is the error of the kernels, and a fault is not hidden behind that of 8 bits.
+Three sequences are prefilled. Then one continues with a chunk while the others decode, and then all
+decode. The reference rounds keys and values as the cache does (`rounding.py`) and queries to bf16.
+So the remaining error is the error of the kernels, and 8-bit rounding does not hide a fault.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from library import BLOCK, Cache, Library, Shape, Step
 from rounding import FP8_MAX, INT8_MAX, Scales, dynamic_scales, stored
 
-#: Relative RMS error of an output that counts as right. On an H100 16 bits and dynamic scales have
-#: 0.1 to 0.6 %, static scales 1.0 to 2.7 %: the rounding of those is not modelled in full. A wrong
-#: table or a head's scale taken for another's gives 35 % and more.
+#: Relative RMS error up to which an output counts as right. On an H100 the error is 0.1 to 0.6 %
+#: for 16 bits and dynamic scales, and 1.0 to 2.7 % for static scales, whose rounding is not
+#: modelled completely. A wrong table, or the scale of another head, gives 35 % and more.
 BOUND = 0.03
 MAX_MODEL_LEN = 4096
 #: Steps of (cached, new, in prefill).
@@ -30,7 +30,9 @@ _SEQUENCES, _LONGEST, _SAMPLES = 3, 2802, 16
 
 
 def rotary_table(shape: Shape, sequences: int, max_model_len: int) -> torch.Tensor:
-    """Cosines and sines, float32: (2, 1, L, 1, D) for neox, D / 2 else; first B with rope_3d."""
+    """Cosines and sines, float32: (2, 1, L, 1, D) for neox, otherwise D / 2; rope_3d adds B in
+    front.
+    """
     half = shape.dim // 2
     frequencies = 1e4 ** (-torch.arange(half, device="cuda") / half)
     positions = torch.arange(max_model_len, device="cuda")[:, None]
@@ -55,18 +57,19 @@ def _rotated(x: torch.Tensor, table: torch.Tensor, start: int, neox: bool) -> to
 
 
 def misread_table(table: torch.Tensor, sequence: int) -> torch.Tensor:
-    """Rotary table (2, 1, L, 1, D) with which FastDeploy's decode rotates a sequence by mistake.
+    """Rotary table (2, 1, L, 1, D) with which FastDeploy's decode mistakenly rotates a sequence.
 
-    With block_wise_fp8, neox and a table for each sequence, a sequence's cosines are sought L * D
-    floats behind those of the one before it; sines lie there, and the next table twice as far:
-    `append_decode_cache_T_int8_neox_rope_kernel` in `decoder_write_cache_with_rope_impl.cuh` (lines
-    952 and 1042 of FastDeploy 2.6, 933 and 1021 of 2.4 and 2.5; its other neox kernels have
-    `HeadDim * 2` there). Every sequence but the first is rotated wrongly.
+    With block_wise_fp8, neox and one table per sequence, FastDeploy reads the cosines of a sequence
+    L * D floats after the cosines of the previous one. At that offset are the sines; the next table
+    is at twice the offset. The fault is in `append_decode_cache_T_int8_neox_rope_kernel` in
+    `decoder_write_cache_with_rope_impl.cuh` (lines 952 and 1042 of FastDeploy 2.6, 933 and 1021 of
+    2.4 and 2.5; its other neox kernels have `HeadDim * 2` there). Every sequence but the first is
+    rotated wrongly.
 
     Parameters
     ----------
     table : torch.Tensor
-        Of all sequences, (B, 2, 1, L, 1, D).
+        Tables of all sequences, (B, 2, 1, L, 1, D).
     sequence : int
     """
     halves = table.flatten(0, 1)
@@ -79,13 +82,13 @@ def rotates_wrongly(shape: Shape) -> bool:
 
 
 def known_fault(shape: Shape, gathers: bool = False) -> str:
-    """What FastDeploy itself does wrong with such a layer; nothing if not known.
+    """Known fault of FastDeploy with such a layer; empty if none is known.
 
     Parameters
     ----------
     shape : Shape
     gathers : bool
-        Whether prefill goes through `prefill.run`.
+        Whether prefill uses `prefill.run`.
     """
     decode = "decode rotates with other sequences' rotary tables" if rotates_wrongly(shape) else ""
     prefill = prefill_path.known_fault(shape) if gathers else ""
@@ -93,10 +96,10 @@ def known_fault(shape: Shape, gathers: bool = False) -> str:
 
 
 def make_cache(shape: Shape, blocks: int) -> tuple[Cache, torch.Tensor]:
-    """An empty cache; magnitudes (2, kv) that keys and values may have.
+    """An empty cache, and magnitudes (2, kv) for keys and values.
 
-    Every head has others, lest one be taken for another, but none so large that the softmax
-    magnifies the rounding of keys.
+    Every head has another magnitude, so that mixed-up heads are detected. None is so large that the
+    softmax magnifies the rounding of keys.
     """
     kv, dim = shape.kv, shape.dim
     heads = torch.arange(kv, device="cuda")
@@ -109,7 +112,7 @@ def make_cache(shape: Shape, blocks: int) -> tuple[Cache, torch.Tensor]:
         k, v = torch.zeros(2, blocks, kv, BLOCK, dtype=torch.bfloat16, device="cuda")
         return Cache(key, value, (k, v)), sizes
     bound = INT8_MAX if shape.quant == "cache_int8" else FP8_MAX
-    largest = 6 * sizes  # of normal numbers, which a rotation mixes by pairs
+    largest = 6 * sizes  # for normal numbers, which a rotation mixes in pairs
     k, v = (bound / largest).bfloat16()
     back_k, back_v = (largest / bound).bfloat16()
     return Cache(key, value, (k, v), (back_k, back_v)), sizes
@@ -121,10 +124,10 @@ class _History:
     def __init__(self) -> None:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.value_scales: list[torch.Tensor] = []  # of block_wise_fp8, (T, kv, 1)
+        self.value_scales: list[torch.Tensor] = []  # for block_wise_fp8, (T, kv, 1)
 
     def misread_values(self) -> list[torch.Tensor]:
-        """Values as a cached prefix is read by mistake."""
+        """Values of a cached prefix as FastDeploy mistakenly reads them."""
         if not self.values:
             return []
         scales = torch.cat(self.value_scales).double()
@@ -152,7 +155,7 @@ def _attended(
 
 
 class _Reference:
-    """Three sequences in float64, right or (`misread`) with FastDeploy's known fault."""
+    """Three sequences in float64: right, or with FastDeploy's known fault (`misread`)."""
 
     def __init__(
         self, shape: Shape, rotary: torch.Tensor, cache: Cache, sinks: torch.Tensor | None
@@ -175,9 +178,9 @@ class _Reference:
         picked: torch.Tensor,
         gathers: bool = False,
     ) -> torch.Tensor:
-        """Write a sequence's rows (T, H + 2 kv, D) and return outputs of the picked ones.
+        """Write a sequence's rows (T, H + 2 kv, D) and return the outputs of the picked ones.
 
-        With `gathers`, prefill attends to the new keys and values as they came, in bf16.
+        With `gathers`, prefill attends to the unquantised new keys and values, in bf16.
         """
         shape, history = self._shape, self._histories[index]
         table = self._rotary[index] if shape.rope_3d else self._rotary
@@ -202,14 +205,14 @@ class _Reference:
 class Found(NamedTuple):
     """Relative RMS errors of a step's outputs."""
 
-    #: Of what should come out.
+    #: Relative to the right output.
     error: float
-    #: Of what comes out with the known fault, where there is one.
+    #: Relative to the output with the known fault, if there is one.
     as_known: float | None
 
 
 def _relative(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Relative RMS error of all (got, expected) together."""
+    """Relative RMS error of all (got, expected) pairs together."""
     wrong = sum(float((got - expected).square().sum()) for got, expected in pairs)
     return float((wrong / sum(float(expected.square().sum()) for _, expected in pairs)) ** 0.5)
 
@@ -219,7 +222,7 @@ def errors(
 ) -> dict[str, Found]:
     """Errors of each step, over samples of its rows.
 
-    With `gathers`, steps with prefill go through `prefill.run`.
+    With `gathers`, steps with prefill use `prefill.run`.
     """
     torch.manual_seed(0)
     shape = shape._replace(max_model_len=MAX_MODEL_LEN)

@@ -1,6 +1,6 @@
-"""FastDeploy's operators, as `scripts/build_fastdeploy_peers.py` builds them, on torch tensors.
+"""FastDeploy's operators from `scripts/build_fastdeploy_peers.py`, on torch tensors.
 
-Needs torch with CUDA and no Paddle. Every call runs on torch's current stream.
+This needs torch with CUDA and no Paddle. Every call runs on torch's current stream.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-#: torch's types -> places in the stand-in's phi::DataType.
+#: torch's types -> indices in the stand-in's phi::DataType.
 _TYPES = {
     torch.uint8: 2,
     torch.int32: 3,
@@ -20,8 +20,8 @@ _TYPES = {
     torch.float32: 7,
     torch.float8_e4m3fn: 9,
 }
-#: Rows of queries in a block of prefill and of decode, and tokens of a chunk of decode, as
-#: FastDeploy's runner and backend set them.
+#: Query rows per block in prefill and in decode, and tokens per chunk in decode, as FastDeploy's
+#: runner and backend set them.
 ENCODER_ROWS, DECODER_ROWS, PARTITION = 64, 16, 1024
 BLOCK = 64
 
@@ -68,7 +68,7 @@ class _Prefill(ctypes.Structure):
 
 
 class Shape(NamedTuple):
-    """Heads of a layer, and how it caches and rotates."""
+    """Heads of a layer, its cache type and its rotation."""
 
     heads: int
     kv: int
@@ -82,8 +82,8 @@ class Shape(NamedTuple):
 class Cache(NamedTuple):
     """A layer's cache [blocks, kv, 64, D] and scales.
 
-    `quant_scales` multiply what is written: (kv,) for the static types; of block_wise_fp8 they are
-    what the writer stores, (blocks, kv, 64). `dequant_scales` multiply what is read.
+    `quant_scales` multiply values at the write: (kv,) for static types. For block_wise_fp8 the
+    writer stores them, (blocks, kv, 64). `dequant_scales` multiply codes at the read.
     """
 
     key: torch.Tensor
@@ -102,10 +102,10 @@ def _given(tensor: torch.Tensor | None) -> _Tensor:
 
 
 class Library:
-    """The shared library, and the memory that its operators allocate from."""
+    """The shared library, and the memory from which its operators allocate."""
 
     def __init__(self, path: Path, workspace_bytes: int = 512 << 20) -> None:
-        # ctypes binds all symbols at once, and the library leaves open those that nothing calls.
+        # ctypes binds all symbols at once, but the library leaves unused symbols undefined.
         loader = ctypes.CDLL(None).dlopen
         loader.restype, loader.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
         handle = loader(str(path.resolve()).encode(), os.RTLD_LAZY)
@@ -148,7 +148,7 @@ class Library:
     ) -> None:
         """Rotate (qkv too), write the cache and attend: `append_attention_with_output`.
 
-        With `decode_only` for the sequences that are not in prefill.
+        With `decode_only`, only for sequences that are not in prefill.
         """
         longest = step.longest_decode if decode_only else step.longest
         given: list[torch.Tensor | None] = [qkv, cache.key, cache.value, *step.append, longest, out]
@@ -174,15 +174,17 @@ class Library:
     def gqa_rope_write_cache(
         self, step: Step, shape: Shape, qkv: torch.Tensor, cache: Cache, rotary: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotate, write the cache of prefill, and gather Q, K and V of the step, prefixes too.
+        """Rotate, write the cache of prefill, and gather Q, K and V of the step, including
+        prefixes.
 
-        They are (T, heads, D) and twice (K, kv, D) and lie where the next operator allocates.
+        The results are (T, heads, D) and twice (K, kv, D), in memory where the next operator
+        allocates.
         """
         lengths = step.this_time, step.encoder, step.decoder
         given: list[torch.Tensor | None] = [qkv, cache.key, cache.value, step.starts]
         given += [step.key_starts, rotary, *lengths, step.batch, step.tables, *step.kv]
         given += [*step.prefix, None, None, *cache.quant_scales, *cache.dequant_scales]
-        # The operator reads the handle of zero points that a cache does not have.
+        # The operator reads the handle of zero points, which a cache does not have.
         given += [step.starts, step.starts, None]
         tensors = (_Tensor * 26)(*map(_given, given))
         attributes = _Prefill(
@@ -202,7 +204,7 @@ class Library:
         return q, k, v
 
     def _made(self, pointer: int | None, size: tuple[int, int, int]) -> torch.Tensor:
-        """A tensor in bf16 that an operator left in the workspace."""
+        """A bf16 tensor that an operator left in the workspace."""
         begin = (pointer or 0) - self._workspace.data_ptr()
         bytes_of_it = 2 * size[0] * size[1] * size[2]
         return self._workspace[begin : begin + bytes_of_it].view(torch.bfloat16).view(size)
@@ -210,7 +212,7 @@ class Library:
     def merge_prefill_decode(
         self, step: Step, shape: Shape, prefill: torch.Tensor, decode: torch.Tensor
     ) -> None:
-        """Copy the rows of sequences that decode into those of prefill (T, heads * D)."""
+        """Copy the rows of decoding sequences into the rows of prefill sequences (T, heads * D)."""
         lengths = step.encoder, step.decoder, step.this_time
         tensors = (_Tensor * 6)(*map(_given, (prefill, decode, *lengths, step.starts)))
         where, merge = self._call(), self._library.peer_merge_prefill_decode
@@ -218,14 +220,14 @@ class Library:
 
 
 class Step:
-    """A step's metadata as FastDeploy's runner makes them.
+    """Metadata of a step, as FastDeploy's runner makes them.
 
     Parameters
     ----------
     sequences : list of (int, int, bool)
         Cached tokens, new tokens, and whether the sequence is in prefill.
     tables : torch.Tensor
-        Blocks of each sequence (B, width), int32 on the GPU, -1 where there is none.
+        Blocks of each sequence (B, width), int32 on the GPU; -1 for no block.
     group_size, max_model_len : int
     """
 
@@ -270,7 +272,7 @@ class Step:
         self.encoder, self.decoder, self.this_time = lengths
         self.starts, self.batch, self.tables, self.kv = starts, batch, tables, kv
         self.longest = longest
-        # What pre_cache_len_concat makes once a step: cached tokens of sequences in prefill.
+        # pre_cache_len_concat computes this once per step: cached tokens of sequences in prefill.
         prefixes = [cached if prefill else 0 for cached, _, prefill in sequences]
         keys = [n + prefix for n, prefix in zip(new, prefixes)]
         self.kv_tokens = sum(keys)
@@ -279,7 +281,7 @@ class Step:
         tiles = [(i, at) for i, prefix in enumerate(prefixes) for at in range(-(-prefix // BLOCK))]
         of_prefix = ints([i for i, _ in tiles] or [0]), ints([at for _, at in tiles] or [0])
         self.prefix = *of_prefix, torch.tensor([len(tiles)], dtype=torch.int32)
-        #: Queries and keys of a sequence, at most, for the flash attention.
+        #: Maximum numbers of queries and keys of a sequence, for the flash attention.
         self.longest_ragged = max(new), max(keys)
 
     @property

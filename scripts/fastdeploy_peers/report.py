@@ -1,6 +1,6 @@
-"""Rows of other libraries in the file that FASTATTN_BENCH_PEERS names: merge, and narrow tables.
+"""Rows of other libraries in the file of FASTATTN_BENCH_PEERS: merges, and narrow tables.
 
-Needs neither torch nor Paddle.
+This needs neither torch nor Paddle.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-#: Start of the name of every peer of a library.
+#: Prefix of the names of all peers of a library.
 FASTDEPLOY, VLLM = "FastDeploy", "vLLM"
 Row = dict[str, Any]
 
 
 def fastdeploy_name(max_model_len: int, same_rope: bool, wrong: str, gathers: bool = False) -> str:
-    """Name of FastDeploy as a peer: its max_model_len, which sets its grid, and marks.
+    """Name of FastDeploy as a peer: its max_model_len, which determines its grid, and marks.
 
     Parameters
     ----------
     max_model_len : int
     same_rope : bool
-        Whether it ran the model's own rotary style.
+        Whether it ran the rotary style of the model.
     wrong : str
-        What is wrong with its output; empty if it is right.
+        Fault of its output; empty if it is right.
     gathers : bool
-        Whether prefill went through `gqa_rope_write_cache` and a flash attention, vLLM's.
+        Whether prefill used `gqa_rope_write_cache` and vLLM's flash attention.
     """
     marks = ("" if same_rope else ", other rope", ", wrong output" if wrong else "")
     name = f"{FASTDEPLOY} + vLLM's FA3" if gathers else FASTDEPLOY
@@ -36,13 +36,13 @@ def fastdeploy_name(max_model_len: int, same_rope: bool, wrong: str, gathers: bo
 def step_row(
     model: str, step: str, quants: Iterable[str], peer: str, us: float, **facts: object
 ) -> Row:
-    """A row as `fastattn.bench.core.peers` reads it: microseconds of one layer, and more facts."""
+    """A row in the form of `fastattn.bench.core.peers`: microseconds per layer, and facts."""
     row = {"section": "step", "model": model, "step": step, "quants": list(quants), "peer": peer}
     return {**row, "us": us, **facts}
 
 
 def is_of(library: str, row: Mapping[str, Any]) -> bool:
-    """Whether a row is a library's step, or what it does once a step."""
+    """Whether a row is a step of a library, or its work once per step."""
     section, peer = str(row.get("section", "")), str(row.get("peer", ""))
     return section.startswith("step") and peer.startswith(library)
 
@@ -50,18 +50,18 @@ def is_of(library: str, row: Mapping[str, Any]) -> bool:
 def merged(
     theirs: Mapping[str, Any], library: str, rows: Iterable[Row], facts: Mapping[str, Any]
 ) -> Row:
-    """A report with these rows in place of those that an earlier run put there.
+    """A report with these rows in place of the rows of an earlier run.
 
     Parameters
     ----------
     theirs : mapping
-        A report with other libraries' rows; may be empty. Its other fields are kept.
+        A report with rows of other libraries; may be empty. Its other fields are kept.
     library : str
-        Whose steps are replaced: FASTDEPLOY or VLLM.
+        Library whose steps are replaced: FASTDEPLOY or VLLM.
     rows : iterable of dict
-        What was timed now.
+        The timed rows.
     facts : mapping
-        What to keep beside the rows, such as what was left out and why.
+        Facts to keep with the rows, such as what was left out and why.
     """
     kept = [row for row in theirs.get("rows", []) if not is_of(library, row)]
     return {**theirs, "rows": [*kept, *rows], library.lower(): dict(facts)}
@@ -78,7 +78,7 @@ def write_merged(
 def write_section(
     path: Path, section: str, rows: Iterable[Row], facts: Mapping[str, Any]
 ) -> None:  # fmt: skip
-    """Replace a section's rows in a file, which need not exist; `facts` are kept beside them."""
+    """Replace a section's rows in a file, which need not exist. `facts` are kept with them."""
     theirs = json.loads(path.read_text()) if path.exists() else {}
     kept = [row for row in theirs.get("rows", []) if row.get("section") != section]
     merged = {**theirs, "rows": [*kept, *rows], section: dict(facts)}
@@ -86,14 +86,14 @@ def write_section(
 
 
 def replaced(theirs: Mapping[str, Any], rows: Iterable[Row]) -> Row:
-    """A report with these rows in place of those of the same section, peer and shape.
+    """A report with these rows in place of the rows with the same section, peer and shape.
 
     Parameters
     ----------
     theirs : mapping
-        A report; may be empty. Its other fields, and its other rows, are kept.
+        A report; may be empty. Its other fields and rows are kept.
     rows : iterable of dict
-        What was timed now: section, peer, a shape's fields, and `us`.
+        The timed rows: section, peer, the fields of a shape, and `us`.
     """
     new = [dict(row) for row in rows]
     shapes = [{name: value for name, value in row.items() if name != "us"} for row in new]

@@ -1,6 +1,6 @@
-"""What FastDeploy's cache makes of keys and values, so that a check sees the kernels' error alone.
+"""Rounding of keys and values in FastDeploy's cache, so that a check sees only kernel errors.
 
-Needs torch on any device, and neither FastDeploy nor a GPU.
+This needs torch on any device, and neither FastDeploy nor a GPU.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ FP8_MAX, INT8_MAX = 448.0, 127.0
 
 
 class Scales(NamedTuple):
-    """Scales of a static cache type, bf16 (kv,): multipliers of what is written, and read."""
+    """Scales of a static cache type, bf16 (kv,): multipliers for the write and for the read."""
 
     quant: torch.Tensor
     dequant: torch.Tensor
 
 
 def dynamic_scales(x: torch.Tensor) -> Scales:
-    """Scales (T, kv, 1) of block_wise_fp8 for (T, kv, D): of each token and head, in bf16."""
+    """Scales (T, kv, 1) of block_wise_fp8 for (T, kv, D): per token and head, in bf16."""
     scale = (FP8_MAX / x.float().abs().amax(-1, keepdim=True)).bfloat16()
     return Scales(scale, (1 / scale.float()).bfloat16())
 
 
 def stored(x: torch.Tensor, quant: str, scales: Scales | None = None) -> torch.Tensor:
-    """What is read back, float64, of keys or values (T, kv, D) that were written.
+    """Keys or values (T, kv, D) after a round trip through the cache, float64.
 
-    The product with the scale is rounded to bf16, then to an integer (for FP8 too), then to the
+    The product with the scale is rounded to bf16, then to an integer (also for FP8), then to the
     cache's type.
 
     Parameters
     ----------
     x : torch.Tensor
-        Rotated where they are keys; taken as bf16.
+        Keys are rotated. Values are taken as bf16.
     quant : str
         none, cache_int8, cache_fp8 or block_wise_fp8.
     scales : Scales or None
-        Of cache_int8 and cache_fp8, (kv,).
+        For cache_int8 and cache_fp8, (kv,).
     """
     x = x.bfloat16()
     if quant == "none":

@@ -1,6 +1,7 @@
-"""Models and steps of `python -m fastattn bench --op step`, and how a layer's step is timed there.
+"""Models and steps of `python -m fastattn bench --op step`, and its method to time a layer.
 
-For programs that time other libraries in torch; a test holds this to `fastattn.bench.cases.step`.
+Programs that time other libraries in torch use it. A test compares this file with
+`fastattn.bench.cases.step`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 
 class Model(NamedTuple):
-    """What a rank has of a layer, as in `fastattn.bench.cases.layers`."""
+    """A rank's part of a layer, as in `fastattn.bench.cases.layers`."""
 
     heads: int
     kv: int
@@ -30,9 +31,9 @@ MODELS = {
     "PaddleOCR-VL": Model(16, 2, 128, neox=True, rope_3d=True),
 }
 CONTEXT = 8192
-#: Longest sequence that the benchmark's server takes.
+#: Longest sequence of the benchmark's server.
 MAX_MODEL_LEN = 32768
-#: Tokens of a block of the cache.
+#: Number of tokens of a cache block.
 BLOCK = 64
 #: Name of a step -> (cached, new, in prefill) of each sequence.
 STEPS = {
@@ -44,21 +45,21 @@ REPLAYS = 15
 
 
 def layer_count(bytes_of_layer: int) -> int:
-    """Layers whose caches exceed the L2 cache together, as the benchmark counts them."""
+    """Number of layers whose caches together exceed the L2 cache, as in the benchmark."""
     return int(min(max(LAYER_BYTES / bytes_of_layer, 1), MOST_LAYERS))
 
 
 def block_tables(lengths: list[int], spare: int, width: int = 0) -> tuple[torch.Tensor, int]:
-    """Blocks of sequences in random order, and how many there are.
+    """Blocks of sequences in random order, and their number.
 
     Parameters
     ----------
     lengths : list of int
-        Tokens of each sequence.
+        Number of tokens of each sequence.
     spare : int
-        What stands where a sequence has no block.
+        Entry for a position without a block.
     width : int
-        Columns, int32; as many as the longest sequence needs if 0.
+        Number of columns, int32; 0 means as many as the longest sequence needs.
     """
     counts = [-(-length // BLOCK) for length in lengths]
     order = torch.randperm(sum(counts), device="cuda").int()
@@ -70,7 +71,7 @@ def block_tables(lengths: list[int], spare: int, width: int = 0) -> tuple[torch.
 
 
 def graph_us(calls: list[Callable[[], object]]) -> float:
-    """Median microseconds of a call, from replays of a CUDA graph of all of them."""
+    """Median microseconds of a call, from replays of a CUDA graph of all calls."""
     calls = calls * max(1, -(-10 // len(calls)))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -3,12 +3,13 @@
 
     scripts/fastdeploy_peers/time_step.py --library DIR/libfastdeploy_peers.so --out peers.json
 
-Needs a Hopper GPU, torch with CUDA, and the library that `scripts/build_fastdeploy_peers.py` makes;
-no Paddle. A layer's time is one call of `append_attention_with_output`: rotation, cache write,
-attention and merging of its chunks, in a CUDA graph of as many layers as the benchmark has. With
-vLLM's FlashAttention-3 (`--vllm`, or `--peers FILE` as of `scripts/vllm_step_peers.py`), steps with
-prefill are timed a second time, as FastDeploy's FLASH_ATTN backend runs them (`prefill.py`). Rows
-are merged into the file, which may hold those of other libraries; name it in FASTATTN_BENCH_PEERS.
+The script needs a Hopper GPU, torch with CUDA, and the library from
+`scripts/build_fastdeploy_peers.py`, but no Paddle. A layer's time is one call of
+`append_attention_with_output`: rotation, cache write, attention and merge of its chunks, in a CUDA
+graph with as many layers as the benchmark. With vLLM's FlashAttention-3 (`--vllm`, or
+`--peers FILE` as for `scripts/vllm_step_peers.py`), steps with prefill are timed a second time, as
+FastDeploy's FLASH_ATTN backend runs them (`prefill.py`). Rows are merged into the file, which may
+have rows of other libraries; name it in FASTATTN_BENCH_PEERS.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from vllm_operators import load_operators
 
 QUANTS = ("cache_fp8", "block_wise_fp8", "cache_int8", "none")
 MAX_MODEL_LENS = (MAX_MODEL_LEN, CONTEXT)
-#: Model and cache type -> errors of each step that was checked.
+#: Model and cache type -> errors of each checked step.
 Checks = dict[str, dict[str, check.Found]]
 
 
 def filled_cache(shape: Shape, blocks: int) -> Cache:
-    """A cache of random bytes that stand for finite numbers below 2, or of normal numbers."""
+    """A cache of random bytes, which are finite numbers below 2, or of normal numbers."""
     size = (blocks, shape.kv, BLOCK, shape.dim)
     if shape.quant == "none":
         key, value = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -72,7 +73,7 @@ def times(
     sequences: list[tuple[int, int, bool]],
     gathers: bool = False,
 ) -> dict[int, float]:
-    """Microseconds of a layer's step for each max_model_len; with `gathers` as `prefill.run`."""
+    """Microseconds of a layer's step for each max_model_len; with `gathers`, of `prefill.run`."""
     found = {}
     caches: list[Cache] = []
     lengths = [cached + new for cached, new, _ in sequences]
@@ -104,9 +105,9 @@ def times(
 
 
 def preparation(library: Library, model: Model, name: str) -> report.Row:
-    """What a step costs once for all layers: in a graph, and on the host with its blocking copies.
+    """Cost of a step for all layers together: in a graph, and on the host with blocking copies.
 
-    The host's time is that of the stand-in's copies, not Paddle's.
+    The host's time is measured with the stand-in's copies, not with Paddle's.
     """
     lengths = [cached + new for cached, new, _ in STEPS[name]]
     tables, _ = block_tables(lengths, -1, CONTEXT // BLOCK + 2)
@@ -120,7 +121,7 @@ def preparation(library: Library, model: Model, name: str) -> report.Row:
         library.split_blocks(step, group)
         on_host.append((time.perf_counter() - begin) * 1e6)
     us = None
-    if "decode" in name:  # a step with prefill copies to the host, which a graph cannot hold
+    if "decode" in name:  # a step with prefill copies to the host, which a graph cannot contain
         us = graph_us([lambda: library.split_blocks(step, group)])
     return {
         "section": "step preparation",
@@ -132,7 +133,7 @@ def preparation(library: Library, model: Model, name: str) -> report.Row:
 
 
 def verdict(fault: str, found: dict[str, check.Found], step: str) -> tuple[str, bool]:
-    """What is wrong with the outputs of a step, and whether FastDeploy is known to be the cause."""
+    """Fault of the outputs of a step, and whether FastDeploy is known to cause it."""
     names = ("decode", "next decode") if step.startswith("decode") else ("prefill", "mixed")
     errors = [found[name] for name in names]
     worst = max(e.error if math.isfinite(e.error) else math.inf for e in errors)
@@ -154,10 +155,10 @@ def model_rows(
 ) -> Iterator[report.Row]:
     """Rows of a model and cache type whose outputs are right, or wrong for a known reason.
 
-    With `gathers` those of steps with prefill, which go through `prefill.run`.
+    With `gathers`, rows of steps with prefill, which use `prefill.run`.
     """
     model, what = MODELS[name], f"{name} {quant}{' gathered' if gathers else ''}"
-    # The writer of this pair stores INT8 codes in an FP8 cache: outputs are not finite.
+    # The writer of this pair stores INT8 codes in an FP8 cache, so outputs are not finite.
     neox = model.neox and quant != "cache_fp8"
     shape = Shape(model.heads, model.kv, model.dim, quant, neox, model.rope_3d, CONTEXT)
     if gathers and (why := prefill.lacking(shape, model.sinks)):
@@ -183,7 +184,7 @@ def model_rows(
 def all_rows(
     library: Library, has_vllm: bool, left_out: dict[str, str], checks: Checks
 ) -> Iterator[report.Row]:
-    """Every row; what is not timed goes to `left_out`, errors against float64 to `checks`."""
+    """Every row. Cases that are not timed go to `left_out`, errors against float64 to `checks`."""
     for gathers in (False, True) if has_vllm else (False,):
         for name, model in MODELS.items():
             for quant in QUANTS:

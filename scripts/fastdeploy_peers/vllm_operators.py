@@ -1,4 +1,4 @@
-"""vLLM's operators in torch.ops: how to register them, and FlashAttention-3 of ragged tensors."""
+"""vLLM's operators in torch.ops: their registration, and FlashAttention-3 of ragged tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def load_operators(file: Path | None) -> None:
     Parameters
     ----------
     file : Path or None
-        A Python file that loads the libraries which define them: its `unpack`, if it has one, is
-        called with its folder, then its `load`. None: an installed vLLM.
+        A Python file that loads the libraries with the operators. Its `unpack`, if it has one, is
+        called with its folder, then its `load`. None means an installed vLLM.
     """
     if file is None:
         for name in MODULES:
@@ -43,15 +43,15 @@ def attend_ragged(
     starts: tuple[torch.Tensor, torch.Tensor],
     longest: tuple[int, int],
 ) -> torch.Tensor:
-    """Causal attention of (T, heads, D) in bf16, aligned to the end.
+    """Causal attention of (T, heads, D) in bf16, aligned at the end.
 
     Parameters
     ----------
     q, k, v : torch.Tensor
     starts : (torch.Tensor, torch.Tensor)
-        Where each sequence's queries and keys begin, and the ends; int32 (B + 1,).
+        Starts of each sequence's queries and keys, and the ends; int32 (B + 1,).
     longest : (int, int)
-        Queries and keys of a sequence, at most.
+        Maximum numbers of queries and keys of a sequence.
     """
     rows = None, None, None, None, *starts, None, None, None, *longest, None
     rotation, descales = (None,) * 5, (None,) * 3

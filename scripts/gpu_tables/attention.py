@@ -20,7 +20,7 @@ from gpu_tables.results import (
 )
 
 QUANTS = ("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8", "none")
-#: Lines of the decode table, those of 4 bits with the rest.
+#: Rows of the decode table, including the 4-bit types.
 _DECODE_QUANTS = (*QUANTS[:-1], "block_wise_int4", "block_wise_mxfp4", QUANTS[-1])
 #: Batch, context, heads: columns of the decode table.
 _DECODE = [
@@ -30,14 +30,14 @@ _DECODE = [
     (64, "64..32768 ragged", "32/8"),
     (64, "8192", "16/1"),
 ]  # fmt: skip
-#: Peer: label, cache type whose rows it stands beside, start of its name.
+#: Peer: label, cache type of the rows for comparison, prefix of its name.
 _DECODE_PEERS = [
     ("vLLM FlashAttention-3, FP8, e4m3 queries", "cache_fp8", "vllm_fa3_fp8"),
     ("vLLM Triton, FP8", "cache_fp8", "vllm_triton_fp8"),
     ("vLLM Triton, INT8 a token and head", "block_wise_int8", "vllm_triton_int8"),
     ("vLLM FlashAttention-3, bf16", "none", "vllm_fa3_bf16"),
 ]
-#: Peers of decode are timed call by call: below so many us a slow host shows in what they take.
+#: Peers of decode are timed per call. Below this many us, a slow host affects their times.
 _LAUNCHED = 60
 
 
@@ -53,7 +53,7 @@ def decode_row(results: Results, quant: str, column: tuple[int, str, str]) -> Me
 
 
 def decode(results: Results) -> str:
-    """Times and fractions of reading K, V and scales once; then peers."""
+    """Times, and fractions of one read of K, V and scales; then peers."""
     rows = {q: [decode_row(results, q, column) for column in _DECODE] for q in _DECODE_QUANTS}
     head = [
         f"{b} x {_context(context)}{'' if heads == '32/8' else ', MQA'}"
@@ -80,7 +80,7 @@ _PROMPTS = [
     (4, 4096, "64/8"),
     (1, 16384, "64/8"),
 ]
-#: Label, operator, name in the shape, start of the peer's name if it is a peer's line.
+#: Label, operator, name in the shape, and prefix of the peer's name for a peer's row.
 _PREFILL = [
     ("`cache_fp8`, e4m3 queries", "paged_attention", "cache_fp8", ()),
     ("`block_wise_fp8`, e4m3 queries", "paged_attention", "block_wise_fp8", ()),
@@ -113,7 +113,7 @@ def prefill_row(
 
 
 def prefill(results: Results) -> str:
-    """TFLOP/s of ours and of peers."""
+    """TFLOP/s of fastattn and of peers."""
     lines, used = [], []
     for label, op, name, peer in _PREFILL:
         rows = [prefill_row(results, op, name, prompts) for prompts in _PROMPTS]
@@ -129,7 +129,7 @@ def prefill(results: Results) -> str:
 
 
 def mixed(results: Results) -> str:
-    """What a call of several kinds of sequences gains, and the pass of quantize_q."""
+    """Gain of a call with several kinds of sequences, and the pass of quantize_q."""
     steps = results.find("paged_attention", "mixed .*")
     alone = results.find("flash_attention", "quantize_q alone .*")
     lines = []
@@ -153,14 +153,14 @@ _MARKS = {"other rope": "r", "wrong output": "w"}
 
 
 def _marked(row: Measured, peer: str) -> str:
-    """Ratio of a way of FastDeploy's, with the marks of its name."""
+    """Ratio to one of FastDeploy's paths, with the marks of its name."""
     names = [name for name in row.peers if name.startswith(peer)]
     marks = (mark for text, mark in _MARKS.items() if any(text in name for name in names))
     return cell(row.ratio(peer), ratio) + "".join(marks)
 
 
 def right(row: Measured, peer: str) -> float | None:
-    """Ratio of a way of FastDeploy's whose output is right."""
+    """Ratio to one of FastDeploy's paths whose output is right."""
     names = [name for name in row.peers if name.startswith(peer)]
     return None if any("wrong output" in name for name in names) else row.ratio(peer)
 
@@ -175,7 +175,7 @@ def _step_cell(row: Measured | None) -> str:
 
 
 def step_rows(results: Results, quant: str, names: Sequence[str], how: str) -> list[Measured]:
-    """Rows of all models in some steps; `how` is graph or eager."""
+    """Rows of all models for some steps; `how` is graph or eager."""
     shapes = [f"{model} {quant} {name}, {how}" for model in _MODELS for name in names]
     return [row for shape in shapes if (row := results.get("layer step", shape))]
 
@@ -196,7 +196,7 @@ def step(results: Results) -> str:
 
 
 def step_ranges(results: Results) -> str:
-    """Least and most over all models."""
+    """Minimum and maximum over all models."""
     lines = []
     for quant in QUANTS:
         cells = []
@@ -220,14 +220,14 @@ def step_ranges(results: Results) -> str:
 
 _INVARIANT = "paged_attention, batch_invariant"
 _BATCHES = (1, 16, 64, 128)
-#: Cache type, context and new tokens of each line.
+#: Cache type, context and new tokens of each row.
 _INVARIANT_LINES = [
     *((quant, context, new)
       for new in (1, 4)
       for quant in ("cache_fp8", "block_wise_fp8", "none")
       for context in (1024, 8192, 32768)),
 ]  # fmt: skip
-#: Label and shape of the lines below the table.
+#: Label and shape of the rows below the table.
 _INVARIANT_MORE = (
     ("64 sequences of 64 to 32k keys", "B 64 ctx 64..32768 ragged new 1"),
     ("4 sequences of 8k with 16 new tokens", "B 4 ctx 8192 new 16"),
@@ -236,7 +236,7 @@ _INVARIANT_MORE = (
 
 
 def batch_invariant(results: Results) -> str:
-    """Times without and with `batch_invariant`, of one run."""
+    """Times without and with `batch_invariant`, from one run."""
 
     def both(row: Measured | None) -> str:
         if row is None:
@@ -267,12 +267,12 @@ _LARGE_PAGED = ("none", *QUANTS[:-1], "block_wise_int4", "block_wise_mxfp4")
 
 
 def head_dims(results: Results) -> str:
-    """Head dimensions besides 64 and 128: prefill of 4 x 4k, decode of 64 x 8k."""
+    """Head dimensions other than 64 and 128: prefill of 4 x 4k, decode of 64 x 8k."""
     return f"{_large(results)}\n\n{_large_paged(results)}"
 
 
 def _large_paged(results: Results) -> str:
-    """Bf16 queries over caches of those with kernels for them."""
+    """Bf16 queries over the cache types that have such kernels."""
     lines, used = [], []
     for dim, heads in _LARGE:
         shapes = [
@@ -312,7 +312,7 @@ def _large(results: Results) -> str:
 
 
 def signals(results: Results) -> str:
-    """A layer of a prompt's chunk with signals of complete layers, and without."""
+    """A layer of a prompt's chunk with and without signals of complete layers."""
     lines, used = [], []
     for chunk in (256, 2048, 8192):
         for how, label in (("eager", "eager"), ("host", "host's time"), ("graph", "CUDA graph")):
@@ -329,7 +329,7 @@ def signals(results: Results) -> str:
 
 
 def dcp(results: Results) -> str:
-    """Steps over a cache on two GPUs beside one, in CUDA graphs."""
+    """Steps over a cache on two GPUs and on one, in CUDA graphs."""
     lines, used = [], []
     for step in (
         "decode {} B 1 ctx 1048576",

@@ -1,4 +1,4 @@
-"""Tables for who chooses: the cache types beside each other, and what the plug-in gains."""
+"""Tables for a choice: the cache types in comparison, and the gain from the plug-in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpu_tables.attention import (
 )
 from gpu_tables.results import NONE, Results, cell, grid, links, ratio, span
 
-#: Bytes of K and V, scales included, of one token, KV head and 128 channels.
+#: Bytes of K and V, including scales, per token and KV head of 128 channels.
 _BYTES = {
     "none": 512,
     "cache_fp8": 256,
@@ -25,14 +25,14 @@ _BYTES = {
     "block_wise_fp8": 256 + 2 * 4,
     "block_wise_int8": 256 + 2 * 4,
     "block_wise_int4": 128 + 2 * 4,
-    "block_wise_mxfp4": 128 + 2 * 4,  # four exponents of a byte each
+    "block_wise_mxfp4": 128 + 2 * 4,  # four exponents of one byte each
 }
 _KV_HEADS = 8
 _PROMPTS = (4, 4096, "16/16")
 
 
 def _perplexity(folder: Path) -> dict[str, str]:
-    """The demo's perplexity of each type against `none`."""
+    """The demo's perplexity of each type relative to `none`."""
     path = folder / "experiments" / "demo.json"
     if not path.exists():
         return {}
@@ -42,7 +42,7 @@ def _perplexity(folder: Path) -> dict[str, str]:
 
 
 def cache_types(results: Results) -> str:
-    """Bytes, speed and the demo's perplexity of every type; times are of one machine."""
+    """Bytes, speed and the demo's perplexity of every type. All times are from one machine."""
     rows = Results.read(Path(results.folder), ("h100-decode.json", "h100-prefill.json"))
     quality = _perplexity(Path(results.folder))
     lines, used = [], []
@@ -79,7 +79,7 @@ _CONFIGURED = {
 
 
 def gain(results: Results) -> str:
-    """A layer's step beside FastDeploy's own operators."""
+    """A layer's step against FastDeploy's own operators."""
     lines, used = [], []
     for label, quant in _CONFIGURED.items():
         decode = step_rows(results, quant, STEPS[:-1], "graph")

@@ -19,20 +19,20 @@ from gpu_tables.results import (
     two_digits,
 )
 
-#: What stands where no row of a table is committed.
+#: Text of a table without committed rows.
 MISSING = "No row of these shapes is committed."
 
 _GATHERED = "mla_gather_cache, then bf16 keys"
 
 
 def _table(head: Sequence[str], lines: list[list[str]], rows: Iterable[Measured | None]) -> str:
-    """A table and the files of its rows, or a word that there are none."""
+    """A table and the files of its rows, or a note that there are none."""
     used = [row for row in rows if row]
     return f"{grid(head, lines)}\n{links(used)}" if used else MISSING
 
 
 def sparse_attention(results: Results) -> str:
-    """Decode steps beside FlashMLA, which pads queries of few heads, then prefill."""
+    """Decode steps against FlashMLA, which pads queries with few heads, then prefill."""
     op, lines, used = "mla_sparse_attention", [], []
     for row in results.find(op, r"decode .*"):
         match = re.fullmatch(
@@ -70,7 +70,7 @@ def sparse_attention(results: Results) -> str:
 
 
 _LENGTHS, _BATCHES = (4, 8, 32), (1, 16, 64, 128)
-#: Format of a cache -> label, and that of FlashMLA's kernel over it.
+#: Format of a cache -> label, and the label of FlashMLA's kernel over it.
 _FORMATS = {"bf16": ("`bf16`", "FlashMLA BF16"), "fp8": ("`fp8`", "FlashMLA FP8"),
             "fp8_656": ("`fp8_656`", "")}  # fmt: skip
 
@@ -104,7 +104,7 @@ def dense_attention(results: Results) -> str:
 
 
 def latent_writers(results: Results) -> str:
-    """Writers of latent caches beside vLLM's."""
+    """Writers of latent caches against vLLM's."""
     tokens = (1, 128, 1024, 4096, 8192, 16384, 65536)
     cases = [
         ("`mla_write_cache` bf16", "mla_write_cache", "T {}, bf16"),
@@ -146,7 +146,7 @@ _STEP_OP, _SHARED = "sparse step", ", parts of vLLM"
 
 
 def sparse_step(results: Results) -> str:
-    """Steps of layers with an indexer beside vLLM's kernels."""
+    """Steps of layers with an indexer against vLLM's kernels."""
     lines, used = [], []
     for row in results.find(_STEP_OP, r".*, graph"):
         at = row.shape.removesuffix(", graph")

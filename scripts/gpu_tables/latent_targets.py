@@ -1,4 +1,4 @@
-"""The table of goals of latent attention and of the indexer's logits, beside what an H100 gave."""
+"""The table of goals of latent attention and of the indexer's logits, with results of an H100."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _teraflops(heads: int, batch: int, keys: int) -> Callable[[Rows], str]:
 
 
 def _logits(results: Results) -> list[tuple[str, str, Rows, Callable[[Rows], str]]]:
-    """Goals of the indexer's logits: every cell, as their shapes are few."""
+    """Goals of the indexer's logits. Every element is shown, because there are few shapes."""
 
     def cells(op: str, shapes: Iterable[str]) -> tuple[Rows, Callable[[Rows], str]]:
         found = [results.get(op, shape) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Tables of the operators that memory bounds: caches, merge, indexer, quantisation."""
+"""Tables of memory-bound operators: caches, merge, indexer, quantisation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Line = tuple[str, str, Sequence[str]]
 
 
 def _patterns() -> list[Line]:
-    """Label, operator, and pattern of the shapes of each part of a line."""
+    """Label, operator, and pattern of the shapes of each part of a row."""
     prompts, batches = [p for _, p in _PROMPTS], ("batch 1 x 1", "batch 64 x 1", "batch 256 x 1")
     sizes = " / ".join(name for name, _ in _PROMPTS)
     lines: list[Line] = [
@@ -141,7 +141,7 @@ _OPTIONS = {
     "half rotated, norm and bias": "that, norm and bias",
     "a table for each sequence": "a table for each sequence",
 }
-#: Label, cache types, how Q is returned, steps; as patterns.
+#: Label, cache types, form of the returned Q, and steps, as patterns.
 _OPTION_STEPS = (
     ("prompts of 8k to 64k, Q in bf16", r"\w+", "none", r"1 x \d{4,}"),
     ("the same, Q in e4m3, `none` and static caches", r"(?:none|cache_\w+)", "per_token_head",
@@ -154,7 +154,7 @@ _OPTION_STEPS = (
 
 
 def rope_options(results: Results) -> str:
-    """Times of the plain step of the same run."""
+    """Times relative to the plain step of the same run."""
     lines, used = [], []
     for label, quants, q_quant, steps in _OPTION_STEPS:
         line = [label]
@@ -169,7 +169,7 @@ def rope_options(results: Results) -> str:
 
 
 def cache_writers(results: Results) -> str:
-    """Both writers beside vLLM's kernels."""
+    """Both writers against vLLM's kernels."""
     tokens, lines, used = (1, 16, 128, 1024, 4096, 16384), [], []
     for op, what, peer, theirs in (
         ("write_cache_kv", "", "vllm reshape_and_cache_flash", "`reshape_and_cache_flash`"),
@@ -204,7 +204,6 @@ _SMALL = 10e6  # bytes
 
 
 def _merge_bytes(shape: str) -> int:
-    """Bytes that a fused merge moves."""
     match = re.match(r"(\d+) tokens, H (\d+), D (\d+), (\w+) to e4m3", shape)
     assert match, shape
     tokens, heads, dim = (int(match[i]) for i in (1, 2, 3))
@@ -239,7 +238,7 @@ def merge(results: Results) -> str:
 
 
 def indexer_queries(results: Results) -> str:
-    """The indexer's queries beside vLLM's kernel."""
+    """The indexer's queries against vLLM's kernel."""
     tokens = (1, 7, 32, 128, 512, 1024, 4096, 16384)
     rows = [results.get("indexer_q_rope_quant", f"T {n}, H 64, fp8") for n in tokens]
     others = [row and row.peer_us("vLLM Triton", "vllm triton") for row in rows]
@@ -251,7 +250,7 @@ def indexer_queries(results: Results) -> str:
     return grid(head, lines) + "\n" + links(rows)
 
 
-#: Heading, start of the peer's name.
+#: Heading, prefix of the peer's name.
 _TOPK_PEERS = (
     ("vLLM `persistent_topk`", "vllm persistent"),
     ("`cooperative_topk`", "vllm cooperative"),
@@ -262,7 +261,7 @@ _TOPK_PEERS = (
 
 
 def topk(results: Results) -> str:
-    """Selections beside reading once and beside peers."""
+    """Selections against one read and against peers."""
     normal = results.find("topk_indices", r"\d+ x \d+k, k \d+, normal")
     lines = []
     for row in normal:
@@ -280,7 +279,7 @@ def topk(results: Results) -> str:
 def _beside_mxfp4(
     results: Results, op: str, pattern: str, share: Callable[[Measured], str], heading: str
 ) -> tuple[str, list[Measured]]:
-    """Table of FP8 rows beside DeepGEMM, and of the same shapes in MXFP4."""
+    """Table of FP8 rows against DeepGEMM, and of the same shapes in MXFP4."""
     rows, lines = results.find(op, f"{pattern}, fp8"), []
     for row in rows:
         narrow = results.get(op, row.shape.removesuffix("fp8") + "mxfp4")

@@ -1,4 +1,4 @@
-"""Tables of the README, of host times and of the files themselves."""
+"""Tables of the README, of host times and of the result files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Plot(NamedTuple):
     """A drawing of committed rows."""
 
     source: str  # name of the file
-    what: str  # is seen
-    op: str = ""  # only its rows
+    what: str  # description of the content
+    op: str = ""  # restricts the rows to this operator
 
 
-#: Name of a drawing in benchmarks/plots -> what it is of.
+#: Name of a drawing in benchmarks/plots -> its content.
 PLOTS = {
     "h100-decode": Plot("h100-decode", "decode bandwidth over context on an H100"),
     "h100-prefill": Plot("h100-prefill", "prefill over the length of a sequence on an H100"),
@@ -53,7 +53,7 @@ PLOTS = {
 
 
 def plots(results: Results) -> str:
-    """The drawings of files that are committed."""
+    """The drawings whose files are committed."""
     found = [
         f"![{plot.what}](ROOT/benchmarks/plots/{name}.png)"
         for name, plot in PLOTS.items()
@@ -63,7 +63,7 @@ def plots(results: Results) -> str:
 
 
 def runs(results: Results) -> str:
-    """Machine, versions and commit of every run; files of one run share a line."""
+    """Machine, versions and commit of every run. Files of one run share a row."""
     named: dict[tuple[str, ...], list[str]] = {}
     for name, report in results.files.items():
         machine = report["machine"]
@@ -86,7 +86,7 @@ def runs(results: Results) -> str:
 def files(results: Results) -> str:
     """Every committed file."""
     lines = []
-    every = Results.read(results.folder, ("*.json",)).files  # of GPUs that no other table has, too
+    every = Results.read(results.folder, ("*.json",)).files  # also of GPUs that no other table has
     for name, report in every.items():
         machine = report["machine"]
         where = machine.get("gpu") or f"{machine['cores']} cores of an {machine['cpu']}"
@@ -102,7 +102,7 @@ _FOUR = (4, 4096, "16/16")
 
 
 def figures(results: Results) -> str:
-    """Five lines for the README, and what is behind."""
+    """Five lines for the README, and the cases in which peers are faster."""
     batch = decode_row(results, "cache_fp8", (64, "8192", "32/8"))
     step = results.get("layer step", "Qwen3-8B cache_fp8 decode 1 x 8k, graph")
     prompts = prefill_row(results, "paged_attention", "cache_fp8", _FOUR)
@@ -141,7 +141,7 @@ def figures(results: Results) -> str:
 
 
 def behind(results: Results) -> str:
-    """Where peers are ahead."""
+    """The cases in which peers are faster."""
     quants = ("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8", "none")
     names = (*(f"decode {n} x 8k" for n in (1, 16, 64, 128)), "2048 behind 6144 + 32 x 8k")
     steps = [
@@ -199,7 +199,7 @@ def behind(results: Results) -> str:
 
 
 def cpu(results: Results) -> str:
-    """The CPU's rows beside NumPy."""
+    """The CPU's rows against NumPy."""
     report = results.files.get("cpu-numpy-attention", {"rows": [], "machine": {}})
     machine = report["machine"]
     lines = [
@@ -213,7 +213,7 @@ def cpu(results: Results) -> str:
     return f"{where}{table}\n\nRows of {link}."
 
 
-#: Operator of a host row -> what stands beside it.
+#: Operator of a host row -> its peer.
 _HOST_PEERS = {
     "vllm fa3 paged": "FlashAttention-3 paged FP8 decode, batch 16",
     "vllm fa3 varlen": "FlashAttention-3 varlen bf16",

@@ -1,4 +1,4 @@
-"""Committed results of the benchmark, and how cells of a table are written."""
+"""Committed results of the benchmark, and the format of table cells."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Peers that are floors of the same run.
+#: Peers that are lower bounds of the same run.
 COPY, READ, EMPTY = "copy of as many bytes", "reading as many bytes", "empty kernel"
 NONE = "-"
-#: Files of results that tables are made of.
+#: Files of results from which tables are made.
 KINDS = ("h100-*.json", "*-dcp.json", "cpu-*.json")
 
 
 @dataclasses.dataclass
 class Measured:
-    """A call at a shape, and the times of what stood beside it in that run."""
+    """A call at a shape, and the times of its peers in the same run."""
 
     op: str
     shape: str
@@ -31,7 +31,7 @@ class Measured:
     peers: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def peer_us(self, *starts: str) -> float | None:
-        """Time of the first peer whose name starts so."""
+        """Time of the first peer whose name has this prefix."""
         found = (
             us for start in starts for name, us in self.peers.items() if name.startswith(start)
         )
@@ -43,12 +43,12 @@ class Measured:
         return other / self.us if other else None
 
     def peer_rate(self, *starts: str) -> float | None:
-        """Rate of a peer, which does the same work."""
+        """Rate of a peer that does the same work."""
         ratio = self.ratio(*starts)
         return self.rate / ratio if ratio and self.rate else None
 
     def of_copy(self) -> float | None:
-        """Fraction of a copy's speed; None where an empty kernel takes longer than a copy."""
+        """Fraction of a copy's speed; None if an empty kernel takes longer than a copy."""
         if EMPTY in self.peers or not self.rate or "copy_gbs" not in self.machine:
             return None
         if COPY in self.peers:
@@ -68,10 +68,10 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path, kinds: Sequence[str] = KINDS) -> Results:
-        """Rows of the H100's files, of several GPUs', and of the CPU's, or of other kinds of file.
+        """Rows from the files of one H100, of several GPUs and of the CPU, or of other kinds.
 
-        A row with fewer peers does not replace an older one: what stands in a line of a table was
-        measured in one run.
+        A row with fewer peers does not replace an older one, because all times in a row of a table
+        must come from one run.
         """
         paths = [path for kind in kinds for path in folder.glob(kind)]
         files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)}
@@ -91,7 +91,7 @@ class Results:
         return cls(list(newest.values()), files, folder)
 
     def get(self, op: str, shape: str) -> Measured | None:
-        """The row of a shape, if there is one."""
+        """The row of a shape, or None."""
         return self._rows.get((op, shape))
 
     def find(self, op: str, pattern: str) -> list[Measured]:
@@ -122,7 +122,7 @@ def links(rows: Iterable[Measured | None]) -> str:
 
 
 def date(machine: dict[str, Any]) -> str:
-    """When a run began, UTC."""
+    """Start time of a run, UTC."""
     return str(machine.get("date", NONE))[:16].replace("T", " ")
 
 
@@ -147,7 +147,7 @@ def percent(value: float) -> str:
 
 
 def span(values: Iterable[float | None], write: Callable[[float], str]) -> str:
-    """Least and most, as one number where they read the same."""
+    """Minimum and maximum, or one number if they read the same."""
     known = [value for value in values if value is not None]
     if not known:
         return NONE

@@ -1,4 +1,4 @@
-"""The table of goals: what the attention kernels should reach, and what each GPU gave."""
+"""The table of goals: required speeds of the attention kernels, and results of each GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_tables.attention import decode_row
 from gpu_tables.results import READ, Measured, Results, digits, grid, links, percent, ratio, span
 
 EIGHT_BITS = ("cache_fp8", "cache_int8", "block_wise_fp8", "block_wise_int8")
-#: Peers of prefill that sum FP8 products in one level.
+#: Peers of prefill that accumulate FP8 products in one level.
 _SINGLE_LEVEL = ("cudnn_fp8",)
 _LENGTHS = ((16, 1024), (8, 2048), (4, 4096), (2, 8192), (1, 16384))
 Rows = list[Measured]
@@ -60,7 +60,7 @@ def _block_wise(results: Results) -> tuple[Rows, str]:
 
 
 def _goals(results: Results) -> list[tuple[str, str, Rows, str]]:
-    """What, its goal, the rows that tell, and what they tell."""
+    """Description, goal, the rows that measure it, and the measured value."""
     short, long = ((1, 8192),), ((1, 131072),)
     static, dynamic = EIGHT_BITS[:2], EIGHT_BITS[2:]
     bf16 = _decode(
@@ -106,7 +106,7 @@ def _goals(results: Results) -> list[tuple[str, str, Rows, str]]:
 
 
 def targets(results: Results) -> str:
-    """Goals beside what an H100 and an H200 gave."""
+    """Goals and results of an H100 and an H200."""
     others = Results.read(Path(results.folder), ("h200-*.json",))
     lines, used = [], []
     for (what, goal, rows, here), (_, _, more, there) in zip(_goals(results), _goals(others)):

@@ -80,7 +80,7 @@ def test_the_recipe_is_that_of_the_code(recipe):
 def test_the_file_is_small_and_whole(weights):
     assert shipped.LATENT.model.stat().st_size < 2_000_000
     assert {name: w.shape for name, w in weights.items()} == weight_shapes(CONFIG)
-    with pytest.raises(ValueError, match="its sizes are not those of LatentConfig"):
+    with pytest.raises(ValueError, match="its sizes do not match LatentConfig"):
         shipped.load(LatentConfig(layers=3), shipped.LATENT)
 
 

@@ -212,7 +212,7 @@ def test_a_file_of_other_sizes_is_refused(copy):
     shipped.save(initial_weights(config), {"made_by": "a test"})
     assert shipped.recipe()["made_by"] == "a test"
     assert set(shipped.load(config)) == set(weight_shapes(config))
-    with pytest.raises(ValueError, match="its sizes are not those of Config"):
+    with pytest.raises(ValueError, match="its sizes do not match Config"):
         shipped.load(Config())
 
 

@@ -46,7 +46,7 @@ SPARSE = [
     ({"model_config__index_n_heads": 12}, "index_n_heads = 12"),
     ({"model_config__index_topk": 5000}, "index_topk = 5000"),
     ({"model_config__causal": False}, "causal = False"),
-    ({"parallel_config__pd_disaggregation_mode": "per_chunk"}, "which leaves index keys"),
+    ({"parallel_config__pd_disaggregation_mode": "per_chunk"}, "which does not move index keys"),
     ({"scheduler_config__splitwise_role": "decode"}, "splitwise_role = 'decode'"),
     ({"cache_config__kvcache_storage_backend": "mooncake"}, "kvcache_storage_backend"),
     ({"cache_config__num_cpu_blocks": 7}, "num_cpu_blocks = 7"),
