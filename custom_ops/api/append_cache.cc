@@ -3,8 +3,8 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/key_transform.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "cpu/append_cache.h"
 #include "params/cache.h"
@@ -56,12 +56,14 @@ int64_t CheckOutput(const char* name, const Tensor& tensor, const PagedCache& ca
 
 }  // namespace
 
-void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor& key, Tensor& value,
-                     const Tensor& block_tables, const Tensor& seq_lens_decoder,
-                     const Tensor& cu_seqlens_k, const Tensor& cache_k_scales,
-                     const Tensor& cache_v_scales, OptionalTensor& k_center, bool dynamic_quant,
-                     const std::string& cache_quant_type, const std::string& cache_layout,
-                     const std::string& fp8_format, const std::string& k_rotation) {
+FASTATTN_OPERATOR(void, kOp, AppendCacheKvC8, NoResults,
+                  (const Strided<Tensor>& key_cache, const Strided<Tensor>& value_cache,
+                   Tensor& key, Tensor& value, const Tensor& block_tables,
+                   const Tensor& seq_lens_decoder, const Tensor& cu_seqlens_k,
+                   const Strided<Tensor>& cache_k_scales, const Strided<Tensor>& cache_v_scales,
+                   const OptionalTensor& k_center, bool dynamic_quant,
+                   const std::string& cache_quant_type, const std::string& cache_layout,
+                   const std::string& fp8_format, const std::string& k_rotation)) {
   CheckType(cache_quant_type, dynamic_quant);
   Arg(kOp, "key_cache", key_cache);
   Arg(kOp, "key", key);
@@ -132,48 +134,5 @@ void AppendCacheKvC8(const Tensor& key_cache, const Tensor& value_cache, Tensor&
   RequireCpu(kOp, place);
   Guarded(kOp, [&] { cpu::AppendCache(p, transform); });
 }
-
-// Everything is written in place: there is no other output.
-std::vector<Shape> AppendCacheKvC8InferShape(
-    const Shape& key_cache, const Shape& value_cache, const Shape& key, const Shape& value,
-    const Shape& block_tables, const Shape& seq_lens_decoder, const Shape& cu_seqlens_k,
-    const Shape& cache_k_scales, const Shape& cache_v_scales, const Shape& k_center,
-    bool dynamic_quant, const std::string& cache_quant_type, const std::string& cache_layout,
-    const std::string& fp8_format, const std::string& k_rotation) {
-  return {};
-}
-
-std::vector<phi::DataType> AppendCacheKvC8InferDtype(
-    const phi::DataType& key_cache, const phi::DataType& value_cache, const phi::DataType& key,
-    const phi::DataType& value, const phi::DataType& block_tables,
-    const phi::DataType& seq_lens_decoder, const phi::DataType& cu_seqlens_k,
-    const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales,
-    const phi::DataType& k_center, bool dynamic_quant, const std::string& cache_quant_type,
-    const std::string& cache_layout, const std::string& fp8_format, const std::string& k_rotation) {
-  return {};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_append_cache_kv_c8)
-    .Inputs({"key_cache", "value_cache", "key", "value", "block_tables", "seq_lens_decoder",
-             "cu_seqlens_k", "cache_k_scales", "cache_v_scales", paddle::Optional("k_center")})
-    .Outputs({"key_out", "value_out"})
-    .Attrs({"dynamic_quant: bool", "cache_quant_type: std::string", "cache_layout: std::string",
-            "fp8_format: std::string", "k_rotation: std::string"})
-    .SetInplaceMap({{"key", "key_out"}, {"value", "value_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::AppendCacheKvC8>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::AppendCacheKvC8InferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::AppendCacheKvC8InferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect =
-    AddDirect<&AppendCacheKvC8>("fastattn_append_cache_kv_c8",
-                                {"key_cache", "value_cache", "cache_k_scales", "cache_v_scales"});
-
-}  // namespace
 
 }  // namespace fastattn::api

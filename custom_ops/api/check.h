@@ -21,7 +21,6 @@
 #include "common/types.h"
 #include "paddle/common/ddim.h"
 #include "paddle/phi/api/all.h"
-#include "paddle/phi/api/ext/op_meta_info.h"
 
 namespace fastattn::api {
 
@@ -299,17 +298,6 @@ inline void* MutableAddress(const Tensor& tensor) {
 template <typename T = void>
 const T* Data(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<const T*>(tensor.data());
-}
-
-// Result of an InferShape or InferDtype function. An exception out of one ends the process while
-// Paddle 3 traces a program, so an error gives `fallback`, and the kernel raises it at the run.
-template <typename T, typename F>
-std::vector<T> Inferred(std::vector<T> fallback, F&& infer) {
-  try {
-    return infer();
-  } catch (const std::exception&) {
-    return fallback;
-  }
 }
 
 // The bytes of a tensor that has elements.

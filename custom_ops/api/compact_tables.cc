@@ -6,7 +6,7 @@
 #include "api/attention_arguments.h"
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/ranges.h"
 #include "cpu/compact_tables.h"
@@ -26,14 +26,24 @@ const Tensor& WithPlace(const Tensor& tables, const Tensor& cu_seqlens_q) {
   return tables.numel() > 0 ? tables : cu_seqlens_q;
 }
 
+Results CompactResults(const Known& in) {
+  const KnownInput& tables = in["block_tables"];
+  const int64_t running = in["seq_lens_this_time"].size(0), slots = tables.size(0);
+  const int64_t batch = running < 0 || slots < 0 ? -1 : std::min(running, slots);
+  const int64_t tokens = in.Flag("want_masks") ? in.Integer("num_tokens") : 0;
+  return {{"tables", {batch, tables.size(1)}, phi::DataType::INT32},
+          {"seq_lens", {batch}, phi::DataType::INT32},
+          {"masks", {tokens, 2}, phi::DataType::INT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> CompactBlockTables(const Tensor& block_tables, const Tensor& cu_seqlens_q,
-                                       const Tensor& seq_lens_decoder,
-                                       const Tensor& seq_lens_this_time,
-                                       const OptionalTensor& mask_offsets, int64_t num_tokens,
-                                       int64_t num_blocks, int64_t block_size, bool causal,
-                                       int64_t window_left, int64_t window_right, bool masks) {
+FASTATTN_OPERATOR(Outputs, kOp, CompactBlockTables, CompactResults,
+                  (const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+                   const OptionalTensor& mask_offsets, int64_t num_tokens, int64_t num_blocks,
+                   int64_t block_size, bool causal, int64_t window_left, int64_t window_right,
+                   bool want_masks)) {
   Arg(kOp, "block_tables", block_tables);
   Arg(kOp, "cu_seqlens_q", cu_seqlens_q);
   const Tensor& where = WithPlace(block_tables, cu_seqlens_q);
@@ -53,18 +63,18 @@ std::vector<Tensor> CompactBlockTables(const Tensor& block_tables, const Tensor&
         .Dtype({phi::DataType::INT32})
         .Dims({num_tokens, 2})
         .Contiguous();
-    if (!masks) Fail("ValueError", kOp, "mask_offsets", "expected None without want_masks");
+    if (!want_masks) Fail("ValueError", kOp, "mask_offsets", "expected None without want_masks");
     p.mask_offsets = Data<int>(*given);
   }
   const int64_t batch = p.seqs.batch, max_blocks = p.seqs.max_blocks;
   constexpr auto kInt = phi::DataType::INT32;
   Tensor tables = paddle::empty({batch, max_blocks}, kInt, place);
   Tensor seq_lens = paddle::empty({batch}, kInt, place);
-  Tensor local_masks = paddle::empty({masks ? num_tokens : 0, 2}, kInt, place);
+  Tensor local_masks = paddle::empty({want_masks ? num_tokens : 0, 2}, kInt, place);
   Tensor before;  // workspace
   p.tables = MutableData<int>(tables);
   p.seq_lens = MutableData<int>(seq_lens);
-  if (masks) {
+  if (want_masks) {
     CheckedProduct(kOp, "block_tables", {batch, max_blocks + 1, SizeOf(DType::kFloat32)});
     before = paddle::empty({batch, max_blocks + 1}, kInt, place);
     p.before = MutableData<int>(before);
@@ -81,46 +91,5 @@ std::vector<Tensor> CompactBlockTables(const Tensor& block_tables, const Tensor&
   Guarded(kOp, [&] { cpu::CompactBlockTables(p); });
   return {tables, seq_lens, local_masks};
 }
-
-std::vector<Shape> CompactInferShape(const Shape& block_tables, const Shape& cu_seqlens_q,
-                                     const Shape& seq_lens_decoder, const Shape& seq_lens_this_time,
-                                     const paddle::optional<Shape>& mask_offsets,
-                                     int64_t num_tokens, int64_t num_blocks, int64_t block_size,
-                                     bool causal, int64_t window_left, int64_t window_right,
-                                     bool masks) {
-  return Inferred<Shape>({block_tables, seq_lens_decoder, {-1, 2}}, [&] {
-    const int64_t running = seq_lens_this_time.at(0), slots = block_tables.at(0);
-    const int64_t batch = running < 0 || slots < 0 ? -1 : std::min(running, slots);
-    return std::vector<Shape>{{batch, block_tables.at(1)}, {batch}, {masks ? num_tokens : 0, 2}};
-  });
-}
-
-std::vector<phi::DataType> CompactInferDtype(const phi::DataType& block_tables,
-                                             const phi::DataType& cu_seqlens_q,
-                                             const phi::DataType& seq_lens_decoder,
-                                             const phi::DataType& seq_lens_this_time,
-                                             const paddle::optional<phi::DataType>& mask_offsets) {
-  return {phi::DataType::INT32, phi::DataType::INT32, phi::DataType::INT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_compact_block_tables)
-    .Inputs({"block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time",
-             paddle::Optional("mask_offsets")})
-    .Outputs({"tables", "seq_lens", "masks"})
-    .Attrs({"num_tokens: int64_t", "num_blocks: int64_t", "block_size: int64_t", "causal: bool",
-            "window_left: int64_t", "window_right: int64_t", "want_masks: bool"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::CompactBlockTables>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::CompactInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::CompactInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect = AddDirect<&CompactBlockTables>("fastattn_compact_block_tables");
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -4,7 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "common/head_dims.h"
 #include "cpu/convert_layout.h"
@@ -121,11 +121,21 @@ void Run(const char* op, const Tensor& cache, const ConvertLayoutParams& p) {
   Guarded(op, [&] { cpu::ConvertLayout(p); });
 }
 
+Results ConvertResults(const Known& in) {
+  const KnownInput& cache = in["cache"];
+  const Shape shape = Inferred(cache.shape, [&] {
+    return OutputShape(cache.shape, Parse(kOp, in.Text("kind"), in.Text("cache_quant_type"),
+                                          in.Text("src"), in.Text("dst")));
+  });
+  return {{"out", shape, cache.dtype}};
+}
+
 }  // namespace
 
-std::vector<Tensor> ConvertCacheLayout(const Tensor& cache, const std::string& kind,
-                                       const std::string& cache_quant_type, const std::string& src,
-                                       const std::string& dst) {
+FASTATTN_OPERATOR(Outputs, kOp, ConvertCacheLayout, ConvertResults,
+                  (const Strided<Tensor>& cache, const std::string& kind,
+                   const std::string& cache_quant_type, const std::string& src,
+                   const std::string& dst)) {
   const Conversion conversion = Parse(kOp, kind, cache_quant_type, src, dst);
   const bool transposed = IsTransposed(conversion.type, conversion.is_value, conversion.src);
   const std::string expected =
@@ -142,9 +152,9 @@ std::vector<Tensor> ConvertCacheLayout(const Tensor& cache, const std::string& k
 }
 
 // Converts in place. A V cache of which only some blocks are converted may have either shape.
-void ConvertCacheBlocks(Tensor& cache, const std::string& kind, const std::string& cache_quant_type,
-                        const std::string& src, const std::string& dst, int64_t begin,
-                        int64_t end) {
+FASTATTN_OPERATOR(void, kInPlaceOp, ConvertCacheBlocks, NoResults,
+                  (Tensor & cache, const std::string& kind, const std::string& cache_quant_type,
+                   const std::string& src, const std::string& dst, int64_t begin, int64_t end)) {
   const Conversion conversion = Parse(kInPlaceOp, kind, cache_quant_type, src, dst);
   Arg(kInPlaceOp, "cache", cache).Rank(4);
   const Shape shape = cache.shape();
@@ -170,67 +180,5 @@ void ConvertCacheBlocks(Tensor& cache, const std::string& kind, const std::strin
   p.num_planes = CheckedProduct(kInPlaceOp, "cache", {end - begin, shape[1]});
   Run(kInPlaceOp, cache, p);
 }
-
-std::vector<Shape> ConvertCacheLayoutInferShape(const Shape& cache, const std::string& kind,
-                                                const std::string& cache_quant_type,
-                                                const std::string& src, const std::string& dst) {
-  return Inferred<Shape>({cache}, [&]() -> std::vector<Shape> {
-    return {OutputShape(cache, Parse(kOp, kind, cache_quant_type, src, dst))};
-  });
-}
-
-std::vector<phi::DataType> ConvertCacheLayoutInferDtype(const phi::DataType& cache,
-                                                        const std::string& kind,
-                                                        const std::string& cache_quant_type,
-                                                        const std::string& src,
-                                                        const std::string& dst) {
-  return {cache};
-}
-
-// Everything is written in place: there is no other output.
-std::vector<Shape> ConvertCacheBlocksInferShape(const Shape& cache, const std::string& kind,
-                                                const std::string& cache_quant_type,
-                                                const std::string& src, const std::string& dst,
-                                                int64_t begin, int64_t end) {
-  return {};
-}
-
-std::vector<phi::DataType> ConvertCacheBlocksInferDtype(
-    const phi::DataType& cache, const std::string& kind, const std::string& cache_quant_type,
-    const std::string& src, const std::string& dst, int64_t begin, int64_t end) {
-  return {};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_convert_cache_layout)
-    .Inputs({"cache"})
-    .Outputs({"out"})
-    .Attrs({"kind: std::string", "cache_quant_type: std::string", "src: std::string",
-            "dst: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::ConvertCacheLayout>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ConvertCacheLayoutInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ConvertCacheLayoutInferDtype));
-
-PD_BUILD_OP(fastattn_convert_cache_blocks)
-    .Inputs({"cache"})
-    .Outputs({"cache_out"})
-    .Attrs({"kind: std::string", "cache_quant_type: std::string", "src: std::string",
-            "dst: std::string", "begin: int64_t", "end: int64_t"})
-    .SetInplaceMap({{"cache", "cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::ConvertCacheBlocks>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ConvertCacheBlocksInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ConvertCacheBlocksInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectConvertCacheLayout =
-    AddDirect<&ConvertCacheLayout>("fastattn_convert_cache_layout", {"cache"});
-const bool kDirectConvertCacheBlocks =
-    AddDirect<&ConvertCacheBlocks>("fastattn_convert_cache_blocks");
-
-}  // namespace
 
 }  // namespace fastattn::api

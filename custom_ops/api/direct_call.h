@@ -20,9 +20,6 @@
 
 namespace fastattn::api {
 
-constexpr int kMostInputs = 24;
-constexpr int kMostAttrs = 16;
-
 // An operator as call() wants it: no look-up by name on the way.
 struct Handle {
   const DirectOp* op;
@@ -68,7 +65,7 @@ class Inputs {
 // often. wants_gradient tells whether one of them does.
 inline bool TakeInputs(const Handle& handle, PyObject* const* objects, bool checked, Inputs* inputs,
                        bool* wants_gradient) {
-  for (int i = inputs->size(); i < handle.op->num_inputs; ++i) {
+  for (int i = inputs->size(); i < handle.op->num_inputs(); ++i) {
     PyObject* object = *objects++;
     if (object == Py_None) {
       if (!handle.optional[i]) return false;
@@ -224,7 +221,7 @@ inline Tensor ViewOfSome(const Tensor& tensor, const Sizes& shape, const Sizes* 
 }
 
 inline void CountWrites(const Handle& handle, const Inputs& inputs) {
-  for (int i = 0; i < handle.op->num_inputs; ++i) {
+  for (int i = 0; i < handle.op->num_inputs(); ++i) {
     if (handle.written[i] && inputs[i] != nullptr) inputs[i]->bump_inplace_version();
   }
 }

@@ -76,12 +76,12 @@ inline Tensor TensorWithoutData(phi::DataType dtype, const std::vector<int64_t>&
 inline void Check(size_t index, const py::tuple& inputs, const py::tuple& attrs) {
   if (index >= handles.size()) throw py::index_error("no operator of this number");
   const Handle& handle = handles[index];
-  if (inputs.size() != static_cast<size_t>(handle.op->num_inputs)) {
-    throw py::value_error(std::string(handle.op->name) + ": wrong number of inputs");
+  if (inputs.size() != static_cast<size_t>(handle.op->num_inputs())) {
+    throw py::value_error(handle.op->name + ": wrong number of inputs");
   }
   DirectAttr values[kMostAttrs];
   if (attrs.size() != handle.op->kinds.size() || !TakeAttrs(handle, attrs.ptr(), 0, values)) {
-    throw py::type_error(std::string(handle.op->name) + ": wrong types of attributes");
+    throw py::type_error(handle.op->name + ": wrong types of attributes");
   }
   uintptr_t address = uintptr_t{1} << 40;
   Inputs tensors;

@@ -69,10 +69,10 @@ PyObject* CallChecked(PyObject* const* args, Py_ssize_t count) {
   }
   const Handle& handle = handles[index];
   const DirectOp& op = *handle.op;
-  if (PyTuple_GET_SIZE(args[1]) != op.num_inputs ||
+  if (PyTuple_GET_SIZE(args[1]) != op.num_inputs() ||
       PyTuple_GET_SIZE(args[2]) != static_cast<Py_ssize_t>(op.kinds.size())) {
-    PyErr_Format(PyExc_TypeError, "%s: expected %d inputs and %zu attributes", op.name,
-                 op.num_inputs, op.kinds.size());
+    PyErr_Format(PyExc_TypeError, "%s: expected %d inputs and %zu attributes", op.name.c_str(),
+                 op.num_inputs(), op.kinds.size());
     return nullptr;
   }
   Inputs inputs;
@@ -109,8 +109,8 @@ py::tuple Facts(size_t index) {
     if (op.output_inputs[i] >= 0) inplace[py::int_(i)] = py::int_(op.output_inputs[i]);
   }
   const auto mask = [&op](const std::array<bool, kMostInputs>& flags) {
-    py::tuple result(op.num_inputs);
-    for (int i = 0; i < op.num_inputs; ++i) result[i] = py::bool_(flags[i]);
+    py::tuple result(op.num_inputs());
+    for (int i = 0; i < op.num_inputs(); ++i) result[i] = py::bool_(flags[i]);
     return result;
   };
   return py::make_tuple(index, py::tuple(py::cast(op.inputs)), mask(handle.optional),
@@ -119,24 +119,22 @@ py::tuple Facts(size_t index) {
 }
 
 Handle MakeHandle(const DirectOp& op) {
-  if (op.inputs.size() != static_cast<size_t>(op.num_inputs) || op.num_inputs > kMostInputs ||
-      op.kinds.size() > static_cast<size_t>(kMostAttrs) || op.attrs.size() != op.kinds.size()) {
-    throw std::runtime_error(std::string(op.name) + " was built unlike its function");
-  }
   Handle handle{&op};
-  for (int i = 0; i < op.num_inputs; ++i) {
+  for (int i = 0; i < op.num_inputs(); ++i) {
     handle.optional[i] = op.optional[i];
-    for (const char* name : op.strided) handle.strided[i] |= op.inputs[i] == name;
+    handle.strided[i] = op.strided[i];
   }
   for (int input : op.output_inputs) {
-    if (input >= 0) handle.written[input] = handle.strided[input] = true;  // never a copy
+    if (input >= 0) handle.written[input] = true;
   }
   return handle;
 }
 
 py::dict AllFacts() {
   py::dict facts;
-  for (size_t i = 0; i < handles.size(); ++i) facts[handles[i].op->name] = Facts(i);
+  for (size_t i = 0; i < handles.size(); ++i) {
+    facts[py::str(handles[i].op->name)] = Facts(i);
+  }
   return facts;
 }
 
@@ -185,9 +183,9 @@ py::dict Bind(const std::string& path) {
   if (watch == nullptr) throw std::runtime_error(path + " is of another build");
   watch(HandleSignals);
   // Calls may be under way with the handles of a table that is bound already.
-  if (!handles.empty() && handles.front().op == table->ops->data()) return AllFacts();
+  if (!handles.empty() && handles.front().op == table->ops->front()) return AllFacts();
   std::vector<Handle> found;
-  for (const DirectOp& op : *table->ops) found.push_back(MakeHandle(op));
+  for (const DirectOp* op : *table->ops) found.push_back(MakeHandle(*op));
   handles = std::move(found);
   current_step = table->current_step;
   check_arguments = table->check;

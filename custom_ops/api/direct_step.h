@@ -94,7 +94,7 @@ class StepCall {
 
   // Takes the objects as the remaining inputs; false to decline.
   bool Take(const std::vector<PyObject*>& objects) {
-    if (inputs_.size() + static_cast<int>(objects.size()) != handle_.op->num_inputs) return false;
+    if (inputs_.size() + static_cast<int>(objects.size()) != handle_.op->num_inputs()) return false;
     bool wants_gradient = false;
     return TakeInputs(handle_, objects.data(), false, &inputs_, &wants_gradient) && !wants_gradient;
   }
@@ -108,7 +108,7 @@ class StepCall {
   bool Run() {
     const std::string message = RunWithoutGil(*handle_.op, inputs_, attrs_, &results_);
     if (!message.empty()) {
-      PyObject* text = Py_BuildValue("(ss)", message.c_str(), handle_.op->name);
+      PyObject* text = Py_BuildValue("(ss)", message.c_str(), handle_.op->name.c_str());
       if (text != nullptr) PyErr_SetObject(PyExc_RuntimeError, text);
       Py_XDECREF(text);
       return false;

@@ -4,7 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/rope_args.h"
 #include "cpu/gqa_rope.h"
@@ -50,16 +50,30 @@ int HeadsOf(const Tensor& qkv, const PagedCache& cache) {
   return static_cast<int>(heads);
 }
 
+Results GqaResults(const Known& in) {
+  const KnownInput &qkv = in["qkv"], &keys = in["key_cache"];
+  const int64_t channels = qkv.size(1), kv_heads = keys.size(1), head_dim = keys.size(3);
+  const bool known = channels >= 0 && kv_heads >= 0 && head_dim > 0;
+  const int64_t heads = known ? channels / head_dim - 2 * kv_heads : -1;
+  const Shape kv = {in.Integer("kv_token_num"), kv_heads, head_dim};
+  return {{"q", {qkv.size(0), std::max<int64_t>(heads, -1), head_dim}, qkv.dtype},
+          {"k", kv, qkv.dtype},
+          {"v", kv, qkv.dtype},
+          {"qkv_out", qkv.shape, qkv.dtype}};
+}
+
 }  // namespace
 
-std::vector<Tensor> GqaRopeWriteCache(
-    const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, const Tensor& cu_seqlens_q,
-    const Tensor& cu_seqlens_k, const Tensor& rotary_embs, const Tensor& seq_lens_this_time,
-    const Tensor& seq_lens_encoder, const Tensor& seq_lens_decoder, const Tensor& block_tables,
-    OptionalTensor& batch_id_per_token, OptionalTensor& q_norm_weight,
-    OptionalTensor& k_norm_weight, OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
-    int64_t kv_token_num, float rms_norm_eps, bool use_neox_rotary_style,
-    const std::string& cache_quant_type) {
+FASTATTN_OPERATOR(Outputs, kOp, GqaRopeWriteCache, GqaResults,
+                  (const Strided<Tensor>& qkv, Tensor& key_cache, Tensor& value_cache,
+                   const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                   const Tensor& rotary_embs, const Tensor& seq_lens_this_time,
+                   const Tensor& seq_lens_encoder, const Tensor& seq_lens_decoder,
+                   const Tensor& block_tables, const OptionalTensor& batch_id_per_token,
+                   const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,
+                   OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
+                   int64_t kv_token_num, float rms_norm_eps, bool use_neox_rotary_style,
+                   const std::string& cache_quant_type)) {
   CheckType(cache_quant_type);
   Arg(kOp, "qkv", qkv);
   const phi::Place place =
@@ -130,60 +144,5 @@ std::vector<Tensor> GqaRopeWriteCache(
   Guarded(kOp, [&] { cpu::GqaRopeWriteCache(p); });
   return {q, key, value, qkv_out};
 }
-
-std::vector<Shape> GqaRopeWriteCacheInferShape(
-    const Shape& qkv, const Shape& key_cache, const Shape& value_cache, const Shape& cu_seqlens_q,
-    const Shape& cu_seqlens_k, const Shape& rotary_embs, const Shape& seq_lens_this_time,
-    const Shape& seq_lens_encoder, const Shape& seq_lens_decoder, const Shape& block_tables,
-    const Shape& batch_id_per_token, const Shape& q_norm_weight, const Shape& k_norm_weight,
-    const Shape& cache_k_scales, const Shape& cache_v_scales, int64_t kv_token_num,
-    float rms_norm_eps, bool use_neox_rotary_style, const std::string& cache_quant_type) {
-  if (qkv.size() != 2 || key_cache.size() != 4) return {qkv, qkv, qkv, qkv};
-  const int64_t kv_heads = key_cache[1], head_dim = key_cache[3];
-  const bool known = qkv[1] >= 0 && kv_heads >= 0 && head_dim > 0;
-  const int64_t heads = known ? qkv[1] / head_dim - 2 * kv_heads : -1;
-  const Shape kv = {kv_token_num, kv_heads, head_dim};
-  return {{qkv[0], std::max<int64_t>(heads, -1), head_dim}, kv, kv, qkv};
-}
-
-std::vector<phi::DataType> GqaRopeWriteCacheInferDtype(
-    const phi::DataType& qkv, const phi::DataType& key_cache, const phi::DataType& value_cache,
-    const phi::DataType& cu_seqlens_q, const phi::DataType& cu_seqlens_k,
-    const phi::DataType& rotary_embs, const phi::DataType& seq_lens_this_time,
-    const phi::DataType& seq_lens_encoder, const phi::DataType& seq_lens_decoder,
-    const phi::DataType& block_tables, const phi::DataType& batch_id_per_token,
-    const phi::DataType& q_norm_weight, const phi::DataType& k_norm_weight,
-    const phi::DataType& cache_k_scales, const phi::DataType& cache_v_scales, int64_t kv_token_num,
-    float rms_norm_eps, bool use_neox_rotary_style, const std::string& cache_quant_type) {
-  return {qkv, qkv, qkv, qkv};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_gqa_rope_write_cache)
-    .Inputs({"qkv", "key_cache", "value_cache", "cu_seqlens_q", "cu_seqlens_k", "rotary_embs",
-             "seq_lens_this_time", "seq_lens_encoder", "seq_lens_decoder", "block_tables",
-             paddle::Optional("batch_id_per_token"), paddle::Optional("q_norm_weight"),
-             paddle::Optional("k_norm_weight"), paddle::Optional("cache_k_scales"),
-             paddle::Optional("cache_v_scales")})
-    .Outputs({"q", "k", "v", "qkv_out", "key_cache_out", "value_cache_out",
-              paddle::Optional("cache_k_scales_out"), paddle::Optional("cache_v_scales_out")})
-    .Attrs({"kv_token_num: int64_t", "rms_norm_eps: float", "use_neox_rotary_style: bool",
-            "cache_quant_type: std::string"})
-    .SetInplaceMap({{"key_cache", "key_cache_out"},
-                    {"value_cache", "value_cache_out"},
-                    {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},
-                    {paddle::Optional("cache_v_scales"), paddle::Optional("cache_v_scales_out")}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::GqaRopeWriteCache>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::GqaRopeWriteCacheInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::GqaRopeWriteCacheInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect = AddDirect<&GqaRopeWriteCache>("fastattn_gqa_rope_write_cache", {"qkv"});
-
-}  // namespace
 
 }  // namespace fastattn::api

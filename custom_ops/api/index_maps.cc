@@ -4,7 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/ranges.h"
 #include "api/slot_table.h"
@@ -17,9 +17,6 @@
 namespace fastattn::api {
 
 namespace {
-
-using OptionalShape = paddle::optional<Shape>;
-using OptionalDtype = paddle::optional<phi::DataType>;
 
 constexpr const char* kSlotsOp = "topk_to_slots";
 constexpr const char* kWindowOp = "window_indices";
@@ -97,19 +94,23 @@ int64_t PaddedWidth(int64_t first, int64_t second, int64_t multiple) {
   return (first + second + multiple - 1) / multiple * multiple;
 }
 
-int64_t SizeAt(const Shape& shape, size_t dimension) {
-  return dimension < shape.size() ? shape[dimension] : -1;
+// A map of each row to as many indices.
+Results MapResults(const char* name, int64_t rows, int64_t width) {
+  return {{name, {rows, width}, phi::DataType::INT32}, {"lengths", {rows}, phi::DataType::INT32}};
 }
 
-const std::vector<phi::DataType> kMapDtypes = {phi::DataType::INT32, phi::DataType::INT32};
+Results SlotsResults(const Known& in) {
+  const KnownInput &indices = in["indices"], &row_ids = in["row_ids"];
+  return MapResults("slots", row_ids.given() ? row_ids.size(0) : indices.size(0), indices.size(1));
+}
 
 }  // namespace
 
-std::vector<Tensor> TopkToSlots(const Tensor& indices, const Tensor& block_tables,
-                                const OptionalTensor& batch_ids, const OptionalTensor& row_ids,
-                                int64_t block_size, int64_t block_stride, int64_t num_blocks,
-                                bool compact, int64_t rank, int64_t world_size,
-                                int64_t interleave) {
+FASTATTN_OPERATOR(Outputs, kSlotsOp, TopkToSlots, SlotsResults,
+                  (const Strided<Tensor>& indices, const Tensor& block_tables,
+                   const OptionalTensor& batch_ids, const OptionalTensor& row_ids,
+                   int64_t block_size, int64_t block_stride, int64_t num_blocks, bool compact,
+                   int64_t rank, int64_t world_size, int64_t interleave)) {
   const Arg arg(kSlotsOp, "indices", indices), tables_arg(kSlotsOp, "block_tables", block_tables);
   const Tensor& where = WithElements(indices, block_tables);
   const phi::Place place = where.place();
@@ -146,24 +147,18 @@ std::vector<Tensor> TopkToSlots(const Tensor& indices, const Tensor& block_table
                 NewResult(kSlotsOp, "indices", rows, columns, columns, place));
 }
 
-std::vector<Shape> TopkToSlotsInferShape(const Shape& indices, const Shape& block_tables,
-                                         const OptionalShape& batch_ids,
-                                         const OptionalShape& row_ids) {
-  if (!row_ids || row_ids.get().empty()) return {indices, {SizeAt(indices, 0)}};
-  const int64_t rows = SizeAt(row_ids.get(), 0);
-  return {{rows, SizeAt(indices, 1)}, {rows}};
+namespace {
+
+Results WindowResults(const Known& in) {
+  return MapResults("indices", in["positions"].size(0), in.Integer("window"));
 }
 
-std::vector<phi::DataType> TopkToSlotsInferDtype(const phi::DataType& indices,
-                                                 const phi::DataType& block_tables,
-                                                 const OptionalDtype& batch_ids,
-                                                 const OptionalDtype& row_ids) {
-  return kMapDtypes;
-}
+}  // namespace
 
-std::vector<Tensor> WindowIndices(const Tensor& positions, const OptionalTensor& batch_ids,
-                                  const OptionalTensor& block_tables, const OptionalTensor& starts,
-                                  int64_t window, int64_t block_size, int64_t num_blocks) {
+FASTATTN_OPERATOR(Outputs, kWindowOp, WindowIndices, WindowResults,
+                  (const Tensor& positions, const OptionalTensor& batch_ids,
+                   const OptionalTensor& block_tables, const OptionalTensor& starts, int64_t window,
+                   int64_t block_size, int64_t num_blocks)) {
   Arg(kWindowOp, "positions", positions).Dtype(kIndexDtypes).Rank(1).Contiguous();
   const phi::Place place = positions.place();
   const int64_t rows = SizesOf(positions)[0];
@@ -193,22 +188,17 @@ std::vector<Tensor> WindowIndices(const Tensor& positions, const OptionalTensor&
                 NewResult(kWindowOp, "window", rows, window, window, place));
 }
 
-std::vector<Shape> WindowInferShape(const Shape& positions, const OptionalShape& batch_ids,
-                                    const OptionalShape& block_tables, const OptionalShape& starts,
-                                    int64_t window, int64_t block_size, int64_t num_blocks) {
-  const int64_t rows = SizeAt(positions, 0);
-  return {{rows, window}, {rows}};
+namespace {
+
+Results ShortResults(const Known& in) {
+  return MapResults("indices", in["positions"].size(0), in.Integer("k"));
 }
 
-std::vector<phi::DataType> WindowInferDtype(const phi::DataType& positions,
-                                            const OptionalDtype& batch_ids,
-                                            const OptionalDtype& block_tables,
-                                            const OptionalDtype& starts) {
-  return kMapDtypes;
-}
+}  // namespace
 
-std::vector<Tensor> ShortContextIndices(const Tensor& positions, const OptionalTensor& batch_ids,
-                                        int64_t k, int64_t compress_ratio) {
+FASTATTN_OPERATOR(Outputs, kShortOp, ShortContextIndices, ShortResults,
+                  (const Tensor& positions, const OptionalTensor& batch_ids, int64_t k,
+                   int64_t compress_ratio)) {
   Arg(kShortOp, "positions", positions).Dtype(kIndexDtypes).Rank(1).Contiguous();
   const phi::Place place = positions.place();
   const int64_t rows = SizesOf(positions)[0];
@@ -222,22 +212,21 @@ std::vector<Tensor> ShortContextIndices(const Tensor& positions, const OptionalT
   return RunMap(kShortOp, positions, p, false, NewResult(kShortOp, "k", rows, k, k, place));
 }
 
-std::vector<Shape> ShortContextInferShape(const Shape& positions, const OptionalShape& batch_ids,
-                                          int64_t k, int64_t compress_ratio) {
-  const int64_t rows = SizeAt(positions, 0);
-  return {{rows, k}, {rows}};
+namespace {
+
+Results CombineResults(const Known& in) {
+  const KnownInput& topk = in["topk"];
+  return MapResults("indices", topk.size(0),
+                    PaddedWidth(topk.size(1), in["window"].size(1), in.Integer("multiple")));
 }
 
-std::vector<phi::DataType> ShortContextInferDtype(const phi::DataType& positions,
-                                                  const OptionalDtype& batch_ids) {
-  return kMapDtypes;
-}
+}  // namespace
 
-std::vector<Tensor> CombineTopkWindow(const Tensor& topk, const Tensor& window,
-                                      const OptionalTensor& topk_lengths,
-                                      const OptionalTensor& window_lengths,
-                                      const OptionalTensor& batch_ids, int64_t seq_stride,
-                                      int64_t window_offset, int64_t multiple) {
+FASTATTN_OPERATOR(Outputs, kCombineOp, CombineTopkWindow, CombineResults,
+                  (const Strided<Tensor>& topk, const Strided<Tensor>& window,
+                   const OptionalTensor& topk_lengths, const OptionalTensor& window_lengths,
+                   const OptionalTensor& batch_ids, int64_t seq_stride, int64_t window_offset,
+                   int64_t multiple)) {
   const Arg arg(kCombineOp, "topk", topk), window_arg(kCombineOp, "window", window);
   const Tensor& where = WithElements(topk, window);
   const phi::Place place = where.place();
@@ -270,71 +259,5 @@ std::vector<Tensor> CombineTopkWindow(const Tensor& topk, const Tensor& window,
   return RunMap(kCombineOp, where, p, true,
                 NewResult(kCombineOp, "topk", rows, columns, width, place));
 }
-
-std::vector<Shape> CombineInferShape(const Shape& topk, const Shape& window,
-                                     const OptionalShape& topk_lengths,
-                                     const OptionalShape& window_lengths,
-                                     const OptionalShape& batch_ids, int64_t seq_stride,
-                                     int64_t window_offset, int64_t multiple) {
-  const int64_t rows = SizeAt(topk, 0);
-  return {{rows, PaddedWidth(SizeAt(topk, 1), SizeAt(window, 1), multiple)}, {rows}};
-}
-
-std::vector<phi::DataType> CombineInferDtype(const phi::DataType& topk, const phi::DataType& window,
-                                             const OptionalDtype& topk_lengths,
-                                             const OptionalDtype& window_lengths,
-                                             const OptionalDtype& batch_ids) {
-  return kMapDtypes;
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_topk_to_slots)
-    .Inputs({"indices", "block_tables", paddle::Optional("batch_ids"), paddle::Optional("row_ids")})
-    .Outputs({"slots", "lengths"})
-    .Attrs({"block_size: int64_t", "block_stride: int64_t", "num_blocks: int64_t", "compact: bool",
-            "rank: int64_t", "world_size: int64_t", "interleave: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::TopkToSlots>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::TopkToSlotsInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::TopkToSlotsInferDtype));
-
-PD_BUILD_OP(fastattn_window_indices)
-    .Inputs({"positions", paddle::Optional("batch_ids"), paddle::Optional("block_tables"),
-             paddle::Optional("starts")})
-    .Outputs({"indices", "lengths"})
-    .Attrs({"window: int64_t", "block_size: int64_t", "num_blocks: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::WindowIndices>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::WindowInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::WindowInferDtype));
-
-PD_BUILD_OP(fastattn_short_context_indices)
-    .Inputs({"positions", paddle::Optional("batch_ids")})
-    .Outputs({"indices", "lengths"})
-    .Attrs({"k: int64_t", "compress_ratio: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::ShortContextIndices>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::ShortContextInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::ShortContextInferDtype));
-
-PD_BUILD_OP(fastattn_combine_topk_window)
-    .Inputs({"topk", "window", paddle::Optional("topk_lengths"), paddle::Optional("window_lengths"),
-             paddle::Optional("batch_ids")})
-    .Outputs({"indices", "lengths"})
-    .Attrs({"seq_stride: int64_t", "window_offset: int64_t", "multiple: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::CombineTopkWindow>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::CombineInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::CombineInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectTopkToSlots = AddDirect<&TopkToSlots>("fastattn_topk_to_slots", {"indices"});
-const bool kDirectWindowIndices = AddDirect<&WindowIndices>("fastattn_window_indices");
-const bool kDirectShortContextIndices =
-    AddDirect<&ShortContextIndices>("fastattn_short_context_indices");
-const bool kDirectCombineTopkWindow =
-    AddDirect<&CombineTopkWindow>("fastattn_combine_topk_window", {"topk", "window"});
-
-}  // namespace
 
 }  // namespace fastattn::api

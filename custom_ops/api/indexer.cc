@@ -3,9 +3,9 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/index_array.h"
 #include "api/indexer_quant.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/rotation.h"
 #include "cpu/indexer.h"
@@ -93,12 +93,22 @@ void SetState(const Tensor& state, const Tensor& block_tables, const phi::Place&
   params->max_blocks = static_cast<int>(block_tables.shape()[1]);
 }
 
+Results QueryResults(const Known& in) {
+  const Shape& q = in["q"].shape;
+  const std::string quant = in.Text("quant");
+  const std::vector<Shape> shapes = Inferred<std::vector<Shape>>(
+      {q, {-1, -1}, in["weights"].shape}, [&] { return QueryShapes(q, quant); });
+  return {{"codes", shapes[0], phi::DataType::UINT8},
+          {"scales", shapes[1], QueryScaleDtype(quant)},
+          {"weights_out", shapes[2], phi::DataType::FLOAT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> IndexerQRopeQuant(const Tensor& positions, const Tensor& q,
-                                      const Tensor& cos_sin_cache, const Tensor& weights,
-                                      float softmax_scale, float head_scale,
-                                      const std::string& quant) {
+FASTATTN_OPERATOR(Outputs, kQOp, IndexerQRopeQuant, QueryResults,
+                  (const Tensor& positions, const Tensor& q, const Tensor& cos_sin_cache,
+                   const Tensor& weights, float softmax_scale, float head_scale,
+                   const std::string& quant)) {
   CheckCosSin(kQOp, cos_sin_cache);
   const phi::Place place = cos_sin_cache.place();
   Arg(kQOp, "q", q)
@@ -150,24 +160,20 @@ std::vector<Tensor> IndexerQRopeQuant(const Tensor& positions, const Tensor& q,
   return {codes, scales, weights_out};
 }
 
-std::vector<Shape> IndexerQRopeQuantInferShape(const Shape& positions, const Shape& q,
-                                               const Shape& cos_sin_cache, const Shape& weights,
-                                               float softmax_scale, float head_scale,
-                                               const std::string& quant) {
-  return Inferred<Shape>({q, {-1, -1}, weights}, [&] { return QueryShapes(q, quant); });
+namespace {
+
+Results QuantResults(const Known& in) {
+  const KnownInput &q = in["q"], &map = in["token_of_query"];
+  const int64_t queries = map.given() ? map.size(0) : q.size(0), heads = q.size(1);
+  return {{"codes", {queries, heads, kIndexerHeadDim}, phi::DataType::UINT8},
+          {"weights_out", {queries, heads}, phi::DataType::FLOAT32}};
 }
 
-std::vector<phi::DataType> IndexerQRopeQuantInferDtype(
-    const phi::DataType& positions, const phi::DataType& q, const phi::DataType& cos_sin_cache,
-    const phi::DataType& weights, float softmax_scale, float head_scale, const std::string& quant) {
-  constexpr auto kCodes = phi::DataType::UINT8, kFloat = phi::DataType::FLOAT32;
-  return Inferred<phi::DataType>({kCodes, kFloat, kFloat}, [&]() -> std::vector<phi::DataType> {
-    return {kCodes, QueryScaleDtype(quant), kFloat};
-  });
-}
+}  // namespace
 
-std::vector<Tensor> IndexerQQuant(const Tensor& q, const Tensor& weights,
-                                  const OptionalTensor& token_of_query, float factor) {
+FASTATTN_OPERATOR(Outputs, kQuantOp, IndexerQQuant, QuantResults,
+                  (const Strided<Tensor>& q, const Tensor& weights,
+                   const OptionalTensor& token_of_query, float factor)) {
   Arg(kQuantOp, "q", q)
       .Dtype({phi::DataType::BFLOAT16})
       .Dims({-1, -1, kIndexerHeadDim})
@@ -217,26 +223,12 @@ std::vector<Tensor> IndexerQQuant(const Tensor& q, const Tensor& weights,
   return {codes, weights_out};
 }
 
-std::vector<Shape> IndexerQQuantInferShape(const Shape& q, const Shape& weights,
-                                           const paddle::optional<Shape>& token_of_query) {
-  const bool mapped = token_of_query && !token_of_query.get().empty();
-  const int64_t queries = mapped ? token_of_query.get()[0] : q.empty() ? -1 : q[0];
-  const int64_t heads = q.size() < 2 ? -1 : q[1];
-  return {{queries, heads, kIndexerHeadDim}, {queries, heads}};
-}
-
-std::vector<phi::DataType> IndexerQQuantInferDtype(
-    const phi::DataType& q, const phi::DataType& weights,
-    const paddle::optional<phi::DataType>& token_of_query) {
-  return {phi::DataType::UINT8, phi::DataType::FLOAT32};
-}
-
-void IndexerKvCompressInsert(const Tensor& state_cache, const Tensor& block_tables,
-                             const Tensor& batch_id_per_token, const Tensor& positions,
-                             const Tensor& state_slots, const Tensor& kv_slots,
-                             const Tensor& rms_norm_weight, const Tensor& cos_sin_cache,
-                             Tensor& kv_cache, int compress_ratio, int page_size,
-                             float rms_norm_eps, const std::string& quant) {
+FASTATTN_OPERATOR(void, kKvOp, IndexerKvCompressInsert, NoResults,
+                  (const Strided<Tensor>& state_cache, const Tensor& block_tables,
+                   const Tensor& batch_id_per_token, const Tensor& positions,
+                   const Tensor& state_slots, const Tensor& kv_slots, const Tensor& rms_norm_weight,
+                   const Tensor& cos_sin_cache, Tensor& kv_cache, int compress_ratio, int page_size,
+                   float rms_norm_eps, const std::string& quant)) {
   CheckCosSin(kKvOp, cos_sin_cache);
   const phi::Place place = cos_sin_cache.place();
   IndexerKvParams p;
@@ -286,62 +278,5 @@ void IndexerKvCompressInsert(const Tensor& state_cache, const Tensor& block_tabl
   RequireCpu(kKvOp, place);
   Guarded(kKvOp, [&] { cpu::IndexerKvCompressInsert(p); });
 }
-
-// Paddle derives the outputs that are in place itself and wants to hear of the others only.
-std::vector<Shape> IndexerKvCompressInsertInferShape(
-    const Shape& state_cache, const Shape& block_tables, const Shape& batch_id_per_token,
-    const Shape& positions, const Shape& state_slots, const Shape& kv_slots,
-    const Shape& rms_norm_weight, const Shape& cos_sin_cache, const Shape& kv_cache) {
-  return {};
-}
-
-std::vector<phi::DataType> IndexerKvCompressInsertInferDtype(
-    const phi::DataType& state_cache, const phi::DataType& block_tables,
-    const phi::DataType& batch_id_per_token, const phi::DataType& positions,
-    const phi::DataType& state_slots, const phi::DataType& kv_slots,
-    const phi::DataType& rms_norm_weight, const phi::DataType& cos_sin_cache,
-    const phi::DataType& kv_cache) {
-  return {};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_indexer_q_rope_quant)
-    .Inputs({"positions", "q", "cos_sin_cache", "weights"})
-    .Outputs({"codes", "scales", "weights_out"})
-    .Attrs({"softmax_scale: float", "head_scale: float", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerQRopeQuant>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerQRopeQuantInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerQRopeQuantInferDtype));
-
-PD_BUILD_OP(fastattn_indexer_q_quant)
-    .Inputs({"q", "weights", paddle::Optional("token_of_query")})
-    .Outputs({"codes", "weights_out"})
-    .Attrs({"factor: float"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerQQuant>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerQQuantInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerQQuantInferDtype));
-
-PD_BUILD_OP(fastattn_indexer_kv_compress_insert)
-    .Inputs({"state_cache", "block_tables", "batch_id_per_token", "positions", "state_slots",
-             "kv_slots", "rms_norm_weight", "cos_sin_cache", "kv_cache"})
-    .Outputs({"kv_cache_out"})
-    .Attrs({"compress_ratio: int", "page_size: int", "rms_norm_eps: float", "quant: std::string"})
-    .SetInplaceMap({{"kv_cache", "kv_cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerKvCompressInsert>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerKvCompressInsertInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerKvCompressInsertInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectIndexerQRopeQuant =
-    AddDirect<&IndexerQRopeQuant>("fastattn_indexer_q_rope_quant");
-const bool kDirectIndexerQQuant = AddDirect<&IndexerQQuant>("fastattn_indexer_q_quant", {"q"});
-const bool kDirectIndexerKvCompressInsert =
-    AddDirect<&IndexerKvCompressInsert>("fastattn_indexer_kv_compress_insert", {"state_cache"});
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -5,8 +5,8 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/indexer_quant.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "params/indexer_keys.h"
 
@@ -17,9 +17,6 @@
 namespace fastattn::api {
 
 namespace {
-
-using OptionalShape = paddle::optional<Shape>;
-using OptionalDtype = paddle::optional<phi::DataType>;
 
 constexpr const char* kWriteOp = "indexer_k_write_cache";
 constexpr const char* kGatherOp = "indexer_k_gather";
@@ -93,9 +90,9 @@ phi::DataType KeyScaleDtype(const std::string& quant) {
 
 }  // namespace
 
-void IndexerKWriteCache(const Tensor& key, Tensor& cache, const Tensor& slot_mapping,
-                        int64_t page_size, const std::string& quant,
-                        const std::string& scale_rule) {
+FASTATTN_OPERATOR(void, kWriteOp, IndexerKWriteCache, NoResults,
+                  (const Strided<Tensor>& key, Tensor& cache, const Tensor& slot_mapping,
+                   int64_t page_size, const std::string& quant, const std::string& scale_rule)) {
   Arg(kWriteOp, "key", key)
       .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16, phi::DataType::FLOAT32})
       .Dims({-1, kIndexerHeadDim})
@@ -138,21 +135,25 @@ void IndexerKWriteCache(const Tensor& key, Tensor& cache, const Tensor& slot_map
   Guarded(kWriteOp, [&] { cpu::IndexerKWrite(p); });
 }
 
-std::vector<Shape> IndexerKWriteCacheInferShape(const Shape& key, const Shape& cache,
-                                                const Shape& slot_mapping) {
-  return {};
+namespace {
+
+Results GatherResults(const Known& in) {
+  const KnownInput& given = in["out_scales"];
+  const std::string quant = in.Text("quant");
+  const int64_t tokens = in.Integer("num_tokens");
+  const int64_t bytes = Inferred<int64_t>(
+      -1, [&] { return PageFormatOf(ParseIndexerQuant(kGatherOp, quant)).code_bytes; });
+  return {{"codes", {tokens, bytes}, phi::DataType::UINT8},
+          {"scales", given.given() ? given.shape : Shape{tokens},
+           given.given() ? given.dtype : KeyScaleDtype(quant)}};
 }
 
-std::vector<phi::DataType> IndexerKWriteCacheInferDtype(const phi::DataType& key,
-                                                        const phi::DataType& cache,
-                                                        const phi::DataType& slot_mapping) {
-  return {};
-}
+}  // namespace
 
-std::vector<Tensor> IndexerKGather(const Tensor& cache, const Tensor& block_tables,
-                                   const Tensor& cu_seqlens_k, const OptionalTensor& out,
-                                   const OptionalTensor& out_scales, int64_t num_tokens,
-                                   int64_t page_size, const std::string& quant) {
+FASTATTN_OPERATOR(Outputs, kGatherOp, IndexerKGather, GatherResults,
+                  (const Strided<Tensor>& cache, const Tensor& block_tables,
+                   const Tensor& cu_seqlens_k, OptionalTensor& out, OptionalTensor& out_scales,
+                   int64_t num_tokens, int64_t page_size, const std::string& quant)) {
   Arg(kGatherOp, "block_tables", block_tables).Dtype({phi::DataType::INT32}).Rank(2).Contiguous();
   Arg(kGatherOp, "cu_seqlens_k", cu_seqlens_k).Dtype({phi::DataType::INT32}).Rank(1).Contiguous();
   const phi::Place place = cu_seqlens_k.place();
@@ -210,55 +211,5 @@ std::vector<Tensor> IndexerKGather(const Tensor& cache, const Tensor& block_tabl
   Guarded(kGatherOp, [&] { cpu::IndexerKGather(p); });
   return {codes, scales};
 }
-
-std::vector<Shape> IndexerKGatherInferShape(const Shape& cache, const Shape& block_tables,
-                                            const Shape& cu_seqlens_k, const OptionalShape& out,
-                                            const OptionalShape& out_scales, int64_t num_tokens,
-                                            int64_t page_size, const std::string& quant) {
-  const Shape scales = out_scales ? *out_scales : Shape{num_tokens};
-  return Inferred<Shape>({{num_tokens, -1}, scales}, [&]() -> std::vector<Shape> {
-    return {{num_tokens, PageFormatOf(ParseIndexerQuant(kGatherOp, quant)).code_bytes}, scales};
-  });
-}
-
-std::vector<phi::DataType> IndexerKGatherInferDtype(
-    const phi::DataType& cache, const phi::DataType& block_tables,
-    const phi::DataType& cu_seqlens_k, const OptionalDtype& out, const OptionalDtype& out_scales,
-    int64_t num_tokens, int64_t page_size, const std::string& quant) {
-  return {phi::DataType::UINT8, out_scales ? *out_scales : KeyScaleDtype(quant)};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_indexer_k_write_cache)
-    .Inputs({"key", "cache", "slot_mapping"})
-    .Outputs({"cache_out"})
-    .Attrs({"page_size: int64_t", "quant: std::string", "scale_rule: std::string"})
-    .SetInplaceMap({{"cache", "cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerKWriteCache>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerKWriteCacheInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerKWriteCacheInferDtype));
-
-PD_BUILD_OP(fastattn_indexer_k_gather)
-    .Inputs({"cache", "block_tables", "cu_seqlens_k", paddle::Optional("out"),
-             paddle::Optional("out_scales")})
-    .Outputs({"codes", "scales", paddle::Optional("out_out"), paddle::Optional("out_scales_out")})
-    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")},
-                    {paddle::Optional("out_scales"), paddle::Optional("out_scales_out")}})
-    .Attrs({"num_tokens: int64_t", "page_size: int64_t", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerKGather>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerKGatherInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerKGatherInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectIndexerKWriteCache =
-    AddDirect<&IndexerKWriteCache>("fastattn_indexer_k_write_cache", {"key", "cache"});
-const bool kDirectIndexerKGather =
-    AddDirect<&IndexerKGather>("fastattn_indexer_k_gather", {"cache"});
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -6,8 +6,8 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/logits_arguments.h"
+#include "api/operator.h"
 #include "api/ranges.h"
 #include "api/sizes.h"
 #include "cpu/mqa_logits.h"
@@ -121,13 +121,17 @@ void RunTiles(const char* op, LogitsParams logits, int64_t k, int64_t workspace_
   });
 }
 
+Results TopkResults(const Known& in) {
+  return {{"indices", {in["q"].size(0), in.Integer("k")}, phi::DataType::INT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> IndexerTopk(const Tensor& q, const Tensor& keys, const Tensor& k_scales,
-                                const Tensor& weights, const Tensor& starts, const Tensor& ends,
-                                const OptionalTensor& q_scales, const OptionalTensor& out,
-                                int64_t k, int64_t max_seqlen_k, int64_t workspace_bytes,
-                                const std::string& quant) {
+FASTATTN_OPERATOR(Outputs, kRaggedTopkOp, IndexerTopk, TopkResults,
+                  (const Tensor& q, const Tensor& keys, const Tensor& k_scales,
+                   const Tensor& weights, const Tensor& starts, const Tensor& ends,
+                   const OptionalTensor& q_scales, OptionalTensor& out, int64_t k,
+                   int64_t max_seqlen_k, int64_t workspace_bytes, const std::string& quant)) {
   const LogitsParams p = RaggedLogits(kRaggedTopkOp, q, keys, k_scales, weights, starts, ends,
                                       q_scales, max_seqlen_k, quant);
   CheckSizes(kRaggedTopkOp, p, k, workspace_bytes);
@@ -143,11 +147,20 @@ std::vector<Tensor> IndexerTopk(const Tensor& q, const Tensor& keys, const Tenso
   return {indices};
 }
 
-std::vector<Tensor> PagedIndexerTopk(const Tensor& q, const Tensor& cache, const Tensor& weights,
-                                     const Tensor& context_lens, const Tensor& block_tables,
-                                     const OptionalTensor& q_scales, const OptionalTensor& out,
-                                     int64_t k, int64_t max_context_len, int64_t page_size,
-                                     int64_t workspace_bytes, const std::string& quant) {
+namespace {
+
+Results PagedTopkResults(const Known& in) {
+  return {{"indices", {NumQueries(in["q"]), in.Integer("k")}, phi::DataType::INT32}};
+}
+
+}  // namespace
+
+FASTATTN_OPERATOR(Outputs, kPagedTopkOp, PagedIndexerTopk, PagedTopkResults,
+                  (const Tensor& q, const Strided<Tensor>& cache, const Tensor& weights,
+                   const Tensor& context_lens, const Strided<Tensor>& block_tables,
+                   const OptionalTensor& q_scales, OptionalTensor& out, int64_t k,
+                   int64_t max_context_len, int64_t page_size, int64_t workspace_bytes,
+                   const std::string& quant)) {
   const LogitsParams p = PagedLogits(kPagedTopkOp, q, cache, weights, context_lens, block_tables,
                                      q_scales, max_context_len, page_size, quant);
   CheckSizes(kPagedTopkOp, p, k, workspace_bytes);
@@ -161,77 +174,5 @@ std::vector<Tensor> PagedIndexerTopk(const Tensor& q, const Tensor& cache, const
   RunTiles(kPagedTopkOp, p, k, workspace_bytes, q, &indices);
   return {indices};
 }
-
-// An error gives unknown sizes; the kernel raises it.
-std::vector<Shape> IndexerTopkInferShape(const Shape& q, const Shape& keys, const Shape& k_scales,
-                                         const Shape& weights, const Shape& starts,
-                                         const Shape& ends, const paddle::optional<Shape>& q_scales,
-                                         const paddle::optional<Shape>& out, int64_t k,
-                                         int64_t max_seqlen_k, int64_t workspace_bytes,
-                                         const std::string& quant) {
-  return {{q.empty() ? -1 : q[0], k}};
-}
-
-std::vector<phi::DataType> IndexerTopkInferDtype(
-    const phi::DataType& q, const phi::DataType& keys, const phi::DataType& k_scales,
-    const phi::DataType& weights, const phi::DataType& starts, const phi::DataType& ends,
-    const paddle::optional<phi::DataType>& q_scales, const paddle::optional<phi::DataType>& out,
-    int64_t k, int64_t max_seqlen_k, int64_t workspace_bytes, const std::string& quant) {
-  return {phi::DataType::INT32};
-}
-
-std::vector<Shape> PagedIndexerTopkInferShape(const Shape& q, const Shape& cache,
-                                              const Shape& weights, const Shape& context_lens,
-                                              const Shape& block_tables,
-                                              const paddle::optional<Shape>& q_scales,
-                                              const paddle::optional<Shape>& out, int64_t k,
-                                              int64_t max_context_len, int64_t page_size,
-                                              int64_t workspace_bytes, const std::string& quant) {
-  const bool known = q.size() == 4 && q[0] >= 0 && q[1] >= 0;
-  return {{known ? q[0] * q[1] : -1, k}};
-}
-
-std::vector<phi::DataType> PagedIndexerTopkInferDtype(
-    const phi::DataType& q, const phi::DataType& cache, const phi::DataType& weights,
-    const phi::DataType& context_lens, const phi::DataType& block_tables,
-    const paddle::optional<phi::DataType>& q_scales, const paddle::optional<phi::DataType>& out,
-    int64_t k, int64_t max_context_len, int64_t page_size, int64_t workspace_bytes,
-    const std::string& quant) {
-  return {phi::DataType::INT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_indexer_topk)
-    .Inputs({"q", "keys", "k_scales", "weights", "starts", "ends", paddle::Optional("q_scales"),
-             paddle::Optional("out")})
-    .Outputs({"indices", paddle::Optional("out_out")})
-    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
-    .Attrs({"k: int64_t", "max_seqlen_k: int64_t", "workspace_bytes: int64_t",
-            "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::IndexerTopk>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::IndexerTopkInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::IndexerTopkInferDtype));
-
-PD_BUILD_OP(fastattn_paged_indexer_topk)
-    .Inputs({"q", "cache", "weights", "context_lens", "block_tables", paddle::Optional("q_scales"),
-             paddle::Optional("out")})
-    .Outputs({"indices", paddle::Optional("out_out")})
-    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
-    .Attrs({"k: int64_t", "max_context_len: int64_t", "page_size: int64_t",
-            "workspace_bytes: int64_t", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::PagedIndexerTopk>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedIndexerTopkInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedIndexerTopkInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectIndexerTopk = AddDirect<&IndexerTopk>("fastattn_indexer_topk");
-const bool kDirectPagedIndexerTopk =
-    AddDirect<&PagedIndexerTopk>("fastattn_paged_indexer_topk", {"cache", "block_tables"});
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -9,7 +9,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/process.h"
 #include "cpu/kv_signal.h"
 
@@ -124,10 +124,13 @@ void BeginOnGpu(KvSignals* signals, const Tensor& new_tokens, const Tensor& cach
 
 #endif
 
+Results BeginResults(const Known&) { return {{"opened", {1}, phi::DataType::INT32}}; }
+
 }  // namespace
 
-std::vector<Tensor> BeginKvSignals(const Tensor& seq_lens_encoder, const Tensor& seq_lens_decoder,
-                                   int batch, bool silent, const std::string& channel) {
+FASTATTN_OPERATOR(Outputs, kBegin, BeginKvSignals, BeginResults,
+                  (const Tensor& seq_lens_encoder, const Tensor& seq_lens_decoder, int batch,
+                   bool silent, const std::string& channel)) {
   if (batch < 0 || batch > KvSignals::kMostSeqs) {
     Fail("ValueError", kBegin, "batch", "expected 0 to ", KvSignals::kMostSeqs,
          " sequences, which a message has room for, got ", batch);
@@ -154,21 +157,9 @@ std::vector<Tensor> BeginKvSignals(const Tensor& seq_lens_encoder, const Tensor&
   return {done};
 }
 
-std::vector<Shape> BeginKvSignalsInferShape(const Shape& seq_lens_encoder,
-                                            const Shape& seq_lens_decoder, int batch, bool silent,
-                                            const std::string& channel) {
-  return {{1}};
-}
-
-std::vector<phi::DataType> BeginKvSignalsInferDtype(const phi::DataType& seq_lens_encoder,
-                                                    const phi::DataType& seq_lens_decoder,
-                                                    int batch, bool silent,
-                                                    const std::string& channel) {
-  return {phi::DataType::INT32};
-}
-
-void SendKvSignal(Tensor& key_cache, Tensor& value_cache, int layer_id,
-                  const std::string& channel) {
+FASTATTN_OPERATOR(void, kSend, SendKvSignal, NoResults,
+                  (Tensor & key_cache, Tensor& value_cache, int layer_id,
+                   const std::string& channel)) {
   if (layer_id < 0) Fail("ValueError", kSend, "layer_id", "expected at least 0, got ", layer_id);
   Arg(kSend, "key_cache", key_cache);
   Arg(kSend, "value_cache", value_cache).On(key_cache.place());
@@ -188,47 +179,6 @@ void SendKvSignal(Tensor& key_cache, Tensor& value_cache, int layer_id,
   RequireCpu(kSend, key_cache.place());
   signals->Send(layer_id, interrupt_check);
 }
-
-// Both caches come back: nothing reads them, but a program keeps what it does to them in order.
-std::vector<Shape> SendKvSignalInferShape(const Shape& key_cache, const Shape& value_cache,
-                                          int layer_id, const std::string& channel) {
-  return {};
-}
-
-std::vector<phi::DataType> SendKvSignalInferDtype(const phi::DataType& key_cache,
-                                                  const phi::DataType& value_cache, int layer_id,
-                                                  const std::string& channel) {
-  return {};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_begin_kv_signals)
-    .Inputs({"seq_lens_encoder", "seq_lens_decoder"})
-    .Outputs({"opened"})
-    .Attrs({"batch: int", "silent: bool", "channel: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::BeginKvSignals>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::BeginKvSignalsInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::BeginKvSignalsInferDtype));
-
-PD_BUILD_OP(fastattn_send_kv_signal)
-    .Inputs({"key_cache", "value_cache"})
-    .Outputs({"key_cache_out", "value_cache_out"})
-    .Attrs({"layer_id: int", "channel: std::string"})
-    .SetInplaceMap({{"key_cache", "key_cache_out"}, {"value_cache", "value_cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::SendKvSignal>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::SendKvSignalInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::SendKvSignalInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect =
-    AddDirect<&BeginKvSignals>("fastattn_begin_kv_signals") &&
-    AddDirect<&SendKvSignal>("fastattn_send_kv_signal", {"key_cache", "value_cache"});
-
-}  // namespace
 
 }  // namespace fastattn::api
 

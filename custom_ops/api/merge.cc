@@ -3,7 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "cpu/merge.h"
 #include "params/merge.h"
@@ -110,13 +110,22 @@ void CheckApart(const Tensors& t) {
   }
 }
 
+Results MergeResults(const Known& in) {
+  const KnownInput &first = in["prefix_output"], &output = in["output"];
+  const bool fp8 = in["output_scale"].given() || in["output_scales"].given();
+  const phi::DataType dtype = fp8 ? phi::DataType::UINT8 : first.dtype;
+  return {{"merged", first.shape, output.given() ? output.dtype : dtype},
+          {"merged_lse", in["prefix_lse"].shape, phi::DataType::FLOAT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& prefix_lse,
-                                    const Tensor& suffix_output, const Tensor& suffix_lse,
-                                    const OptionalTensor& output_scale, OptionalTensor& output,
-                                    OptionalTensor& output_lse, OptionalTensor& output_scales,
-                                    int64_t prefill_tokens_with_context) {
+FASTATTN_OPERATOR(Outputs, kOp, MergeAttnStates, MergeResults,
+                  (const Strided<Tensor>& prefix_output, const Strided<Tensor>& prefix_lse,
+                   const Strided<Tensor>& suffix_output, const Strided<Tensor>& suffix_lse,
+                   const OptionalTensor& output_scale, OptionalTensor& output,
+                   OptionalTensor& output_lse, OptionalTensor& output_scales,
+                   int64_t prefill_tokens_with_context)) {
   Arg(kOp, "prefix_output", prefix_output)
       .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
       .Rank(3)
@@ -208,52 +217,5 @@ std::vector<Tensor> MergeAttnStates(const Tensor& prefix_output, const Tensor& p
   Guarded(kOp, [&] { cpu::MergeAttnStates(p); });
   return {merged, merged_lse};
 }
-
-std::vector<Shape> MergeInferShape(const Shape& prefix_output, const Shape& prefix_lse,
-                                   const Shape& suffix_output, const Shape& suffix_lse,
-                                   const paddle::optional<Shape>& output_scale,
-                                   const paddle::optional<Shape>& output,
-                                   const paddle::optional<Shape>& output_lse,
-                                   const paddle::optional<Shape>& output_scales,
-                                   int64_t prefill_tokens_with_context) {
-  return {prefix_output, prefix_lse};
-}
-
-std::vector<phi::DataType> MergeInferDtype(const phi::DataType& prefix_output,
-                                           const phi::DataType& prefix_lse,
-                                           const phi::DataType& suffix_output,
-                                           const phi::DataType& suffix_lse,
-                                           const paddle::optional<phi::DataType>& output_scale,
-                                           const paddle::optional<phi::DataType>& output,
-                                           const paddle::optional<phi::DataType>& output_lse,
-                                           const paddle::optional<phi::DataType>& output_scales) {
-  const bool fp8 = output_scale || output_scales;
-  return {output ? *output : fp8 ? phi::DataType::UINT8 : prefix_output, phi::DataType::FLOAT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_merge_attn_states)
-    .Inputs({"prefix_output", "prefix_lse", "suffix_output", "suffix_lse",
-             paddle::Optional("output_scale"), paddle::Optional("output"),
-             paddle::Optional("output_lse"), paddle::Optional("output_scales")})
-    .Outputs({"merged", "merged_lse", paddle::Optional("output_out"),
-              paddle::Optional("output_lse_out"), paddle::Optional("output_scales_out")})
-    .SetInplaceMap({{paddle::Optional("output"), paddle::Optional("output_out")},
-                    {paddle::Optional("output_lse"), paddle::Optional("output_lse_out")},
-                    {paddle::Optional("output_scales"), paddle::Optional("output_scales_out")}})
-    .Attrs({"prefill_tokens_with_context: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MergeAttnStates>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergeInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergeInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect = AddDirect<&MergeAttnStates>(
-    "fastattn_merge_attn_states", {"prefix_output", "prefix_lse", "suffix_output", "suffix_lse"});
-
-}  // namespace
 
 }  // namespace fastattn::api

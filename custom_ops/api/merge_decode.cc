@@ -4,7 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "cpu/merge_decode.h"
 #include "params/merge_decode.h"
@@ -31,10 +31,10 @@ void CheckTokens(const char* name, const Tensor& tensor, int head_num, int head_
 
 }  // namespace
 
-void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
-                              const Tensor& seq_lens_encoder, const Tensor& seq_lens_decoder,
-                              const Tensor& seq_lens_this_time, const Tensor& cu_seq_q,
-                              int head_num, int head_dim, int max_token) {
+FASTATTN_OPERATOR(void, kOp, MergePrefillDecodeOutput, NoResults,
+                  (Tensor & encoder_res, const Tensor& decoder_res, const Tensor& seq_lens_encoder,
+                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+                   const Tensor& cu_seq_q, int head_num, int head_dim, int max_token)) {
   for (const auto& [name, value] :
        {std::pair{"head_num", head_num}, {"head_dim", head_dim}, {"max_token", max_token}}) {
     if (value < 1) Fail("ValueError", kOp, name, "expected at least 1, got ", value);
@@ -87,42 +87,5 @@ void MergePrefillDecodeOutput(Tensor& encoder_res, const Tensor& decoder_res,
   RequireCpu(kOp, place);
   Guarded(kOp, [&] { cpu::MergeDecode(p); });
 }
-
-// Everything is written in place: there is no other output.
-std::vector<Shape> MergePrefillDecodeOutputInferShape(
-    const Shape& encoder_res, const Shape& decoder_res, const Shape& seq_lens_encoder,
-    const Shape& seq_lens_decoder, const Shape& seq_lens_this_time, const Shape& cu_seq_q,
-    int head_num, int head_dim, int max_token) {
-  return {};
-}
-
-std::vector<phi::DataType> MergePrefillDecodeOutputInferDtype(
-    const phi::DataType& encoder_res, const phi::DataType& decoder_res,
-    const phi::DataType& seq_lens_encoder, const phi::DataType& seq_lens_decoder,
-    const phi::DataType& seq_lens_this_time, const phi::DataType& cu_seq_q, int head_num,
-    int head_dim, int max_token) {
-  return {};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_merge_prefill_decode_output)
-    .Inputs({"encoder_res", "decoder_res", "seq_lens_encoder", "seq_lens_decoder",
-             "seq_lens_this_time", "cu_seq_q"})
-    .Outputs({"encoder_res_out"})
-    .Attrs({"head_num: int", "head_dim: int", "max_token: int"})
-    .SetInplaceMap({{"encoder_res", "encoder_res_out"}})
-    .SetKernelFn(
-        PD_KERNEL(fastattn::api::Registered<&fastattn::api::MergePrefillDecodeOutput>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergePrefillDecodeOutputInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergePrefillDecodeOutputInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect = AddDirect<&MergePrefillDecodeOutput>("fastattn_merge_prefill_decode_output");
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -3,7 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "cpu/merge_many.h"
 #include "params/merge_many.h"
@@ -35,11 +35,20 @@ MergeOutput OutputKind(DType dtype, bool fp8, const Tensor* output) {
        dtype == DType::kFloat32 ? ", float16 or bfloat16" : "", ", got ", output->dtype());
 }
 
+Results MergeManyResults(const Known& in) {
+  const KnownInput &all = in["outputs"], &output = in["output"];
+  const int64_t tokens = all.size(1), heads = all.size(2);
+  const phi::DataType dtype = in["output_scale"].given() ? phi::DataType::UINT8 : all.dtype;
+  return {{"merged", {tokens, heads, all.size(3)}, output.given() ? output.dtype : dtype},
+          {"merged_lse", {heads, tokens}, phi::DataType::FLOAT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> MergeManyAttnStates(const Tensor& outputs, const Tensor& lses,
-                                        OptionalTensor& sinks, OptionalTensor& output_scale,
-                                        OptionalTensor& output, bool sinks_in_lse) {
+FASTATTN_OPERATOR(Outputs, kOp, MergeManyAttnStates, MergeManyResults,
+                  (const Strided<Tensor>& outputs, const Strided<Tensor>& lses,
+                   const OptionalTensor& sinks, const OptionalTensor& output_scale,
+                   OptionalTensor& output, bool sinks_in_lse)) {
   Arg(kOp, "outputs", outputs)
       .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
       .Rank(4)
@@ -122,44 +131,5 @@ std::vector<Tensor> MergeManyAttnStates(const Tensor& outputs, const Tensor& lse
   if (p.num_tokens > 0 && p.num_heads > 0) Guarded(kOp, [&] { cpu::MergeManyAttnStates(p); });
   return {merged, merged_lse};
 }
-
-std::vector<Shape> MergeManyInferShape(const Shape& outputs, const Shape& lses,
-                                       const paddle::optional<Shape>& sinks,
-                                       const paddle::optional<Shape>& output_scale,
-                                       const paddle::optional<Shape>& output) {
-  return Inferred<Shape>({outputs, lses}, [&] {
-    return std::vector<Shape>{{outputs.at(1), outputs.at(2), outputs.at(3)},
-                              {outputs.at(2), outputs.at(1)}};
-  });
-}
-
-std::vector<phi::DataType> MergeManyInferDtype(const phi::DataType& outputs,
-                                               const phi::DataType& lses,
-                                               const paddle::optional<phi::DataType>& sinks,
-                                               const paddle::optional<phi::DataType>& output_scale,
-                                               const paddle::optional<phi::DataType>& output) {
-  return {output ? *output : output_scale ? phi::DataType::UINT8 : outputs, phi::DataType::FLOAT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_merge_many_attn_states)
-    .Inputs({"outputs", "lses", paddle::Optional("sinks"), paddle::Optional("output_scale"),
-             paddle::Optional("output")})
-    .Outputs({"merged", "merged_lse", paddle::Optional("output_out")})
-    .SetInplaceMap({{paddle::Optional("output"), paddle::Optional("output_out")}})
-    .Attrs({"sinks_in_lse: bool"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MergeManyAttnStates>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MergeManyInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MergeManyInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect =
-    AddDirect<&MergeManyAttnStates>("fastattn_merge_many_attn_states", {"outputs", "lses"});
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -5,9 +5,9 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/mla_arguments.h"
 #include "api/mla_cache.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/softmax_scale.h"
 
@@ -141,16 +141,26 @@ void Run(const MlaSparseParams& p, const Tensor& anchor) {
   Guarded(kOp, [&] { cpu::MlaSparseAttention(p); });
 }
 
+Results SparseResults(const Known& in) {
+  const int64_t tokens = in["q"].size(0), heads = in["q"].size(1);
+  const Shape rows = in.Flag("flash_mla") ? Shape{tokens, heads} : Shape{heads, tokens};
+  return {{"result", {tokens, heads, kMlaValueDim}, MlaOutDtype(in.Text("out_dtype"))},
+          {"softmax_lse", in.Flag("return_softmax_lse") ? rows : Shape{1}, phi::DataType::FLOAT32},
+          {"max_logits", in.Flag("return_max_logits") ? rows : Shape{1}, phi::DataType::FLOAT32}};
+}
+
 }  // namespace
 
-// Optional tensors come as non-const references for the reason given in attention.cc.
-std::vector<Tensor> MlaSparseAttention(
-    const Tensor& q, const Tensor& cache, const Tensor& indices, OptionalTensor& topk_length,
-    OptionalTensor& scale, OptionalTensor& extra_cache, OptionalTensor& extra_indices,
-    OptionalTensor& extra_topk_length, OptionalTensor& extra_scale, OptionalTensor& sinks,
-    OptionalTensor& out, const std::string& cache_format, const std::string& extra_cache_format,
-    int page_size, int extra_page_size, float softmax_scale, bool return_softmax_lse,
-    bool return_max_logits, bool flash_mla, const std::string& out_dtype) {
+FASTATTN_OPERATOR(Outputs, kOp, MlaSparseAttention, SparseResults,
+                  (const Strided<Tensor>& q, const Strided<Tensor>& cache,
+                   const Strided<Tensor>& indices, const OptionalTensor& topk_length,
+                   const OptionalTensor& scale, const Strided<OptionalTensor>& extra_cache,
+                   const Strided<OptionalTensor>& extra_indices,
+                   const OptionalTensor& extra_topk_length, const OptionalTensor& extra_scale,
+                   const OptionalTensor& sinks, OptionalTensor& out,
+                   const std::string& cache_format, const std::string& extra_cache_format,
+                   int page_size, int extra_page_size, float softmax_scale, bool return_softmax_lse,
+                   bool return_max_logits, bool flash_mla, const std::string& out_dtype)) {
   MlaSparseParams p;
   Arg(kOp, "q", q);
   Arg(kOp, "cache", cache);
@@ -190,57 +200,5 @@ std::vector<Tensor> MlaSparseAttention(
   Run(p, anchor);
   return {result, lse, max_logits};
 }
-
-// An error gives unknown sizes; the kernel raises it.
-std::vector<Shape> MlaSparseInferShape(
-    const Shape& q, const Shape& cache, const Shape& indices, const Shape& topk_length,
-    const Shape& scale, const Shape& extra_cache, const Shape& extra_indices,
-    const Shape& extra_topk_length, const Shape& extra_scale, const Shape& sinks, const Shape& out,
-    const std::string& cache_format, const std::string& extra_cache_format, int page_size,
-    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
-    bool flash_mla, const std::string& out_dtype) {
-  const int64_t tokens = q.size() == 3 ? q[0] : -1, heads = q.size() == 3 ? q[1] : -1;
-  const Shape rows = flash_mla ? Shape{tokens, heads} : Shape{heads, tokens};
-  return {{tokens, heads, kMlaValueDim},
-          return_softmax_lse ? rows : Shape{1},
-          return_max_logits ? rows : Shape{1}};
-}
-
-std::vector<phi::DataType> MlaSparseInferDtype(
-    const phi::DataType& q, const phi::DataType& cache, const phi::DataType& indices,
-    const phi::DataType& topk_length, const phi::DataType& scale, const phi::DataType& extra_cache,
-    const phi::DataType& extra_indices, const phi::DataType& extra_topk_length,
-    const phi::DataType& extra_scale, const phi::DataType& sinks, const phi::DataType& out,
-    const std::string& cache_format, const std::string& extra_cache_format, int page_size,
-    int extra_page_size, float softmax_scale, bool return_softmax_lse, bool return_max_logits,
-    bool flash_mla, const std::string& out_dtype) {
-  return {MlaOutDtype(out_dtype), phi::DataType::FLOAT32, phi::DataType::FLOAT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_mla_sparse_attention)
-    .Inputs({"q", "cache", "indices", paddle::Optional("topk_length"), paddle::Optional("scale"),
-             paddle::Optional("extra_cache"), paddle::Optional("extra_indices"),
-             paddle::Optional("extra_topk_length"), paddle::Optional("extra_scale"),
-             paddle::Optional("sinks"), paddle::Optional("out")})
-    .Outputs({"result", "softmax_lse", "max_logits", paddle::Optional("out_out")})
-    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
-    .Attrs({"cache_format: std::string", "extra_cache_format: std::string", "page_size: int",
-            "extra_page_size: int", "softmax_scale: float", "return_softmax_lse: bool",
-            "return_max_logits: bool", "flash_mla: bool", "out_dtype: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaSparseAttention>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaSparseInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaSparseInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectMlaSparseAttention = AddDirect<&MlaSparseAttention>(
-    "fastattn_mla_sparse_attention",
-    {"q", "cache", "indices", "extra_cache", "extra_indices", "out"});
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -5,9 +5,9 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/index_array.h"
 #include "api/mla_cache.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 
 #if defined(FASTATTN_WITH_CUDA)
@@ -185,9 +185,10 @@ const int* CheckLengths(const char* name, const Tensor& tensor, int64_t size,
 
 }  // namespace
 
-void MlaWriteCache(const Tensor& latent, const Tensor& rope, Tensor& cache,
+FASTATTN_OPERATOR(void, kWriteOp, MlaWriteCache, NoResults,
+                  (const Strided<Tensor>& latent, const Strided<Tensor>& rope, Tensor& cache,
                    const Tensor& slot_mapping, const OptionalTensor& scale,
-                   const std::string& cache_format, const std::string& scale_rule, int page_size) {
+                   const std::string& cache_format, const std::string& scale_rule, int page_size)) {
   MlaWriteParams p;
   const MlaFormat format = ParseWrittenFormat(cache_format);
   p.scale_rule = ParseScaleRule(scale_rule, format);
@@ -226,9 +227,10 @@ void MlaWriteCache(const Tensor& latent, const Tensor& rope, Tensor& cache,
   Guarded(kWriteOp, [&] { cpu::MlaWriteCache(p); });
 }
 
-void MlaGatherCache(const Tensor& cache, Tensor& out, const Tensor& block_tables,
-                    const Tensor& seq_lens_decoder, const Tensor& cu_seqlens_k,
-                    const OptionalTensor& scale, const std::string& cache_format, int page_size) {
+FASTATTN_OPERATOR(void, kGatherOp, MlaGatherCache, NoResults,
+                  (const Strided<Tensor>& cache, Tensor& out, const Tensor& block_tables,
+                   const Tensor& seq_lens_decoder, const Tensor& cu_seqlens_k,
+                   const OptionalTensor& scale, const std::string& cache_format, int page_size)) {
   MlaGatherParams p;
   const MlaFormat format = ParseMlaFormat(kGatherOp, cache_format);
   Arg(kGatherOp, "cache", cache);
@@ -274,67 +276,5 @@ void MlaGatherCache(const Tensor& cache, Tensor& out, const Tensor& block_tables
   RequireCpu(kGatherOp, place);
   Guarded(kGatherOp, [&] { cpu::MlaGatherCache(p); });
 }
-
-// Everything is written in place: there is no other output.
-std::vector<Shape> MlaWriteCacheInferShape(const Shape& latent, const Shape& rope,
-                                           const Shape& cache, const Shape& slot_mapping,
-                                           const Shape& scale, const std::string& cache_format,
-                                           const std::string& scale_rule, int page_size) {
-  return {};
-}
-
-std::vector<phi::DataType> MlaWriteCacheInferDtype(
-    const phi::DataType& latent, const phi::DataType& rope, const phi::DataType& cache,
-    const phi::DataType& slot_mapping, const phi::DataType& scale, const std::string& cache_format,
-    const std::string& scale_rule, int page_size) {
-  return {};
-}
-
-std::vector<Shape> MlaGatherCacheInferShape(const Shape& cache, const Shape& out,
-                                            const Shape& block_tables,
-                                            const Shape& seq_lens_decoder,
-                                            const Shape& cu_seqlens_k, const Shape& scale,
-                                            const std::string& cache_format, int page_size) {
-  return {};
-}
-
-std::vector<phi::DataType> MlaGatherCacheInferDtype(
-    const phi::DataType& cache, const phi::DataType& out, const phi::DataType& block_tables,
-    const phi::DataType& seq_lens_decoder, const phi::DataType& cu_seqlens_k,
-    const phi::DataType& scale, const std::string& cache_format, int page_size) {
-  return {};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_mla_write_cache)
-    .Inputs({"latent", "rope", "cache", "slot_mapping", paddle::Optional("scale")})
-    .Outputs({"cache_out"})
-    .Attrs({"cache_format: std::string", "scale_rule: std::string", "page_size: int"})
-    .SetInplaceMap({{"cache", "cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaWriteCache>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaWriteCacheInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaWriteCacheInferDtype));
-
-PD_BUILD_OP(fastattn_mla_gather_cache)
-    .Inputs({"cache", "out", "block_tables", "seq_lens_decoder", "cu_seqlens_k",
-             paddle::Optional("scale")})
-    .Outputs({"out_out"})
-    .Attrs({"cache_format: std::string", "page_size: int"})
-    .SetInplaceMap({{"out", "out_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaGatherCache>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaGatherCacheInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaGatherCacheInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectWrite =
-    AddDirect<&MlaWriteCache>("fastattn_mla_write_cache", {"latent", "rope", "cache"});
-const bool kDirectGather =
-    AddDirect<&MlaGatherCache>("fastattn_mla_gather_cache", {"cache", "out"});
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -8,9 +8,9 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/mla_arguments.h"
 #include "api/mla_cache.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/ranges.h"
 #include "api/softmax_scale.h"
@@ -84,15 +84,23 @@ std::vector<Tensor> RunMlaDense(const Tensor& out, bool return_softmax_lse, cons
   return {out, lse};
 }
 
+Results MlaResults(const Known& in) {
+  const int64_t tokens = in["q"].size(0), heads = in["q"].size(1);
+  const bool has_lse = in.Flag("return_softmax_lse");
+  return {{"result", {tokens, heads, kMlaValueDim}, MlaOutDtype(in.Text("out_dtype"))},
+          {"softmax_lse", has_lse ? Shape{heads, tokens} : Shape{1}, phi::DataType::FLOAT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> MlaAttention(const Tensor& q, const Tensor& cache, const Tensor& block_tables,
-                                 const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
-                                 const Tensor& seq_lens_this_time, OptionalTensor& scale,
-                                 OptionalTensor& sinks, OptionalTensor& out, int64_t max_seqlen_q,
-                                 int64_t max_seqlen_k, float softmax_scale, bool causal,
-                                 bool return_softmax_lse, const std::string& cache_format,
-                                 int page_size, const std::string& out_dtype) {
+FASTATTN_OPERATOR(Outputs, kOp, MlaAttention, MlaResults,
+                  (const Strided<Tensor>& q, const Strided<Tensor>& cache,
+                   const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+                   const OptionalTensor& scale, const OptionalTensor& sinks, OptionalTensor& out,
+                   int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
+                   bool return_softmax_lse, const std::string& cache_format, int page_size,
+                   const std::string& out_dtype)) {
   MlaDenseParams p;
   const MlaFormat format = ParseMlaFormat(kOp, cache_format);
   Arg(kOp, "q", q);
@@ -121,48 +129,5 @@ std::vector<Tensor> MlaAttention(const Tensor& q, const Tensor& cache, const Ten
                   &p.out, &p.out_float);
   return RunMlaDense(result, return_softmax_lse, place, &p);
 }
-
-std::vector<Shape> MlaAttentionInferShape(
-    const Shape& q, const Shape& cache, const Shape& block_tables, const Shape& cu_seqlens_q,
-    const Shape& seq_lens_decoder, const Shape& seq_lens_this_time, const Shape& scale,
-    const Shape& sinks, const Shape& out, int64_t max_seqlen_q, int64_t max_seqlen_k,
-    float softmax_scale, bool causal, bool return_softmax_lse, const std::string& cache_format,
-    int page_size, const std::string& out_dtype) {
-  const bool known = q.size() == 3;
-  return {{known ? q[0] : -1, known ? q[1] : -1, kMlaValueDim},
-          return_softmax_lse && known ? Shape{q[1], q[0]} : Shape{1}};
-}
-
-std::vector<phi::DataType> MlaAttentionInferDtype(
-    const phi::DataType& q, const phi::DataType& cache, const phi::DataType& block_tables,
-    const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
-    const phi::DataType& seq_lens_this_time, const phi::DataType& scale, const phi::DataType& sinks,
-    const phi::DataType& out, int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale,
-    bool causal, bool return_softmax_lse, const std::string& cache_format, int page_size,
-    const std::string& out_dtype) {
-  return {MlaOutDtype(out_dtype), phi::DataType::FLOAT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_mla_attention)
-    .Inputs({"q", "cache", "block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time",
-             paddle::Optional("scale"), paddle::Optional("sinks"), paddle::Optional("out")})
-    .Outputs({"result", "softmax_lse", paddle::Optional("out_out")})
-    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
-    .Attrs({"max_seqlen_q: int64_t", "max_seqlen_k: int64_t", "softmax_scale: float",
-            "causal: bool", "return_softmax_lse: bool", "cache_format: std::string",
-            "page_size: int", "out_dtype: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaAttention>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaAttentionInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaAttentionInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectMlaAttention = AddDirect<&MlaAttention>("fastattn_mla_attention", {"q", "cache"});
-
-}  // namespace
 
 }  // namespace fastattn::api

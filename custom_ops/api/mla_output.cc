@@ -4,7 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/rotation.h"
 
@@ -35,10 +35,20 @@ std::vector<Shape> OutputShapes(const Shape& x, int num_groups) {
           {num_groups, own < 0 ? -1 : own * kMlaOutputBlocks, tokens < 0 ? -1 : Padded(tokens)}};
 }
 
+Results InverseRopeResults(const Known& in) {
+  const Shape unknown = {-1, -1, -1};
+  const std::vector<Shape> shapes = Inferred<std::vector<Shape>>({unknown, unknown}, [&] {
+    return OutputShapes(in["x"].shape, static_cast<int>(in.Integer("num_groups")));
+  });
+  return {{"codes", shapes[0], phi::DataType::UINT8},
+          {"scales", shapes[1], phi::DataType::FLOAT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> InverseRopeQuantizeFp8(const Tensor& x, const Tensor& positions,
-                                           const Tensor& cos_sin_cache, int num_groups) {
+FASTATTN_OPERATOR(Outputs, kOp, InverseRopeQuantizeFp8, InverseRopeResults,
+                  (const Strided<Tensor>& x, const Tensor& positions, const Tensor& cos_sin_cache,
+                   int num_groups)) {
   CheckCosSin(kOp, cos_sin_cache);
   const phi::Place place = cos_sin_cache.place();
   Arg(kOp, "x", x)
@@ -79,37 +89,5 @@ std::vector<Tensor> InverseRopeQuantizeFp8(const Tensor& x, const Tensor& positi
   Guarded(kOp, [&] { cpu::InverseRopeQuantizeFp8(p); });
   return {codes, scales};
 }
-
-std::vector<Shape> InverseRopeQuantizeFp8InferShape(const Shape& x, const Shape& positions,
-                                                    const Shape& cos_sin_cache, int num_groups) {
-  const Shape unknown = {-1, -1, -1};
-  return Inferred<Shape>({unknown, unknown}, [&] { return OutputShapes(x, num_groups); });
-}
-
-std::vector<phi::DataType> InverseRopeQuantizeFp8InferDtype(const phi::DataType& x,
-                                                            const phi::DataType& positions,
-                                                            const phi::DataType& cos_sin_cache,
-                                                            int num_groups) {
-  return {phi::DataType::UINT8, phi::DataType::FLOAT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_inverse_rope_quantize_fp8)
-    .Inputs({"x", "positions", "cos_sin_cache"})
-    .Outputs({"codes", "scales"})
-    .Attrs({"num_groups: int"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::InverseRopeQuantizeFp8>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::InverseRopeQuantizeFp8InferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::InverseRopeQuantizeFp8InferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect =
-    AddDirect<&InverseRopeQuantizeFp8>("fastattn_inverse_rope_quantize_fp8", {"x"});
-
-}  // namespace
 
 }  // namespace fastattn::api

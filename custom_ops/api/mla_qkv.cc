@@ -5,8 +5,8 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/mla_cache.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/rope_args.h"
 #include "api/rotation.h"
@@ -66,13 +66,21 @@ void CheckOut(const Tensor& out, const Tensor& q, int padded_heads, const phi::P
   RequireSameOrApart(kOp, "out", out, "q", q);
 }
 
+Results QkvResults(const Known& in) {
+  const KnownInput &q = in["q"], &out = in["out"];
+  const int64_t heads = Inferred<int64_t>(
+      -1, [&] { return OutHeads(q.size(1), static_cast<int>(in.Integer("padded_heads"))); });
+  return {{"q_out", out.given() ? out.shape : Shape{q.size(0), heads, kMlaQkvDim},
+           phi::DataType::BFLOAT16}};
+}
+
 }  // namespace
 
-std::vector<Tensor> MlaQkvNormRopeWrite(const Tensor& q, const Tensor& kv, Tensor& cache,
-                                        const Tensor& slot_mapping, const Tensor& positions,
-                                        const Tensor& cos_sin_cache, const OptionalTensor& out,
-                                        const std::string& cache_format, int page_size,
-                                        int padded_heads, float rms_norm_eps) {
+FASTATTN_OPERATOR(Outputs, kOp, MlaQkvNormRopeWrite, QkvResults,
+                  (const Strided<Tensor>& q, const Strided<Tensor>& kv, Tensor& cache,
+                   const Tensor& slot_mapping, const Tensor& positions, const Tensor& cos_sin_cache,
+                   OptionalTensor& out, const std::string& cache_format, int page_size,
+                   int padded_heads, float rms_norm_eps)) {
   MlaQkvParams p;
   const MlaFormat format = ParseFormat(cache_format);
   p.rms_norm_eps = ParseEps(kOp, rms_norm_eps);
@@ -141,47 +149,5 @@ std::vector<Tensor> MlaQkvNormRopeWrite(const Tensor& q, const Tensor& kv, Tenso
   Guarded(kOp, [&] { cpu::MlaQkvNormRopeWrite(p); });
   return {result};
 }
-
-std::vector<Shape> MlaQkvNormRopeWriteInferShape(const Shape& q, const Shape& kv,
-                                                 const Shape& cache, const Shape& slot_mapping,
-                                                 const Shape& positions, const Shape& cos_sin_cache,
-                                                 const paddle::optional<Shape>& out,
-                                                 const std::string& cache_format, int page_size,
-                                                 int padded_heads, float rms_norm_eps) {
-  if (out) return {*out};
-  return Inferred<Shape>({{-1, -1, kMlaQkvDim}}, [&]() -> std::vector<Shape> {
-    return {{q.at(0), OutHeads(q.at(1), padded_heads), kMlaQkvDim}};
-  });
-}
-
-std::vector<phi::DataType> MlaQkvNormRopeWriteInferDtype(
-    const phi::DataType& q, const phi::DataType& kv, const phi::DataType& cache,
-    const phi::DataType& slot_mapping, const phi::DataType& positions,
-    const phi::DataType& cos_sin_cache, const paddle::optional<phi::DataType>& out,
-    const std::string& cache_format, int page_size, int padded_heads, float rms_norm_eps) {
-  return {phi::DataType::BFLOAT16};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_mla_qkv_norm_rope_write)
-    .Inputs({"q", "kv", "cache", "slot_mapping", "positions", "cos_sin_cache",
-             paddle::Optional("out")})
-    .Outputs({"q_out", "cache_out", paddle::Optional("out_out")})
-    .Attrs({"cache_format: std::string", "page_size: int", "padded_heads: int",
-            "rms_norm_eps: float"})
-    .SetInplaceMap({{"cache", "cache_out"}, {paddle::Optional("out"), paddle::Optional("out_out")}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MlaQkvNormRopeWrite>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MlaQkvNormRopeWriteInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MlaQkvNormRopeWriteInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect = AddDirect<&MlaQkvNormRopeWrite>("fastattn_mla_qkv_norm_rope_write",
-                                                     {"q", "kv", "cache", "out"});
-
-}  // namespace
 
 }  // namespace fastattn::api

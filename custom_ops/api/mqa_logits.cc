@@ -5,8 +5,8 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/logits_arguments.h"
+#include "api/operator.h"
 #include "api/sizes.h"
 #include "params/mqa_logits.h"
 
@@ -55,12 +55,19 @@ void Run(const char* op, const LogitsParams& p, const Tensor& q) {
   Guarded(op, [&] { cpu::MqaLogits(p); });
 }
 
+Results LogitsResults(const Known& in) {
+  const int64_t most = in.Integer("max_seqlen_k");
+  const int64_t columns = most >= 0 ? most : in["keys"].size(0);
+  return {{"logits", {in["q"].size(0), columns}, phi::DataType::FLOAT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> MqaLogits(const Tensor& q, const Tensor& keys, const Tensor& k_scales,
-                              const Tensor& weights, const Tensor& starts, const Tensor& ends,
-                              const OptionalTensor& q_scales, const OptionalTensor& out,
-                              int64_t max_seqlen_k, const std::string& quant) {
+FASTATTN_OPERATOR(Outputs, kRaggedOp, MqaLogits, LogitsResults,
+                  (const Tensor& q, const Tensor& keys, const Tensor& k_scales,
+                   const Tensor& weights, const Tensor& starts, const Tensor& ends,
+                   const OptionalTensor& q_scales, OptionalTensor& out, int64_t max_seqlen_k,
+                   const std::string& quant)) {
   LogitsParams p = RaggedLogits(kRaggedOp, q, keys, k_scales, weights, starts, ends, q_scales,
                                 max_seqlen_k, quant);
   Tensor logits = SetOut(kRaggedOp, out, q.place(),
@@ -76,11 +83,20 @@ std::vector<Tensor> MqaLogits(const Tensor& q, const Tensor& keys, const Tensor&
   return {logits};
 }
 
-std::vector<Tensor> PagedMqaLogits(const Tensor& q, const Tensor& cache, const Tensor& weights,
-                                   const Tensor& context_lens, const Tensor& block_tables,
-                                   const OptionalTensor& q_scales, const OptionalTensor& out,
-                                   int64_t max_context_len, int64_t page_size,
-                                   const std::string& quant) {
+namespace {
+
+Results PagedLogitsResults(const Known& in) {
+  const int64_t columns = in.Integer("max_context_len");
+  return {{"logits", {NumQueries(in["q"]), columns}, phi::DataType::FLOAT32}};
+}
+
+}  // namespace
+
+FASTATTN_OPERATOR(Outputs, kPagedOp, PagedMqaLogits, PagedLogitsResults,
+                  (const Tensor& q, const Strided<Tensor>& cache, const Tensor& weights,
+                   const Tensor& context_lens, const Strided<Tensor>& block_tables,
+                   const OptionalTensor& q_scales, OptionalTensor& out, int64_t max_context_len,
+                   int64_t page_size, const std::string& quant)) {
   LogitsParams p = PagedLogits(kPagedOp, q, cache, weights, context_lens, block_tables, q_scales,
                                max_context_len, page_size, quant);
   Tensor logits = SetOut(kPagedOp, out, q.place(),
@@ -94,74 +110,5 @@ std::vector<Tensor> PagedMqaLogits(const Tensor& q, const Tensor& cache, const T
   Run(kPagedOp, p, q);
   return {logits};
 }
-
-// An error gives unknown sizes; the kernel raises it.
-std::vector<Shape> MqaLogitsInferShape(const Shape& q, const Shape& keys, const Shape& k_scales,
-                                       const Shape& weights, const Shape& starts, const Shape& ends,
-                                       const paddle::optional<Shape>& q_scales,
-                                       const paddle::optional<Shape>& out, int64_t max_seqlen_k,
-                                       const std::string& quant) {
-  const int64_t columns = max_seqlen_k >= 0 ? max_seqlen_k : keys.empty() ? -1 : keys[0];
-  return {{q.empty() ? -1 : q[0], columns}};
-}
-
-std::vector<phi::DataType> MqaLogitsInferDtype(
-    const phi::DataType& q, const phi::DataType& keys, const phi::DataType& k_scales,
-    const phi::DataType& weights, const phi::DataType& starts, const phi::DataType& ends,
-    const paddle::optional<phi::DataType>& q_scales, const paddle::optional<phi::DataType>& out,
-    int64_t max_seqlen_k, const std::string& quant) {
-  return {phi::DataType::FLOAT32};
-}
-
-std::vector<Shape> PagedMqaLogitsInferShape(const Shape& q, const Shape& cache,
-                                            const Shape& weights, const Shape& context_lens,
-                                            const Shape& block_tables,
-                                            const paddle::optional<Shape>& q_scales,
-                                            const paddle::optional<Shape>& out,
-                                            int64_t max_context_len, int64_t page_size,
-                                            const std::string& quant) {
-  const bool known = q.size() == 4 && q[0] >= 0 && q[1] >= 0;
-  return {{known ? q[0] * q[1] : -1, max_context_len}};
-}
-
-std::vector<phi::DataType> PagedMqaLogitsInferDtype(
-    const phi::DataType& q, const phi::DataType& cache, const phi::DataType& weights,
-    const phi::DataType& context_lens, const phi::DataType& block_tables,
-    const paddle::optional<phi::DataType>& q_scales, const paddle::optional<phi::DataType>& out,
-    int64_t max_context_len, int64_t page_size, const std::string& quant) {
-  return {phi::DataType::FLOAT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_mqa_logits)
-    .Inputs({"q", "keys", "k_scales", "weights", "starts", "ends", paddle::Optional("q_scales"),
-             paddle::Optional("out")})
-    .Outputs({"logits", paddle::Optional("out_out")})
-    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
-    .Attrs({"max_seqlen_k: int64_t", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::MqaLogits>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::MqaLogitsInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::MqaLogitsInferDtype));
-
-PD_BUILD_OP(fastattn_paged_mqa_logits)
-    .Inputs({"q", "cache", "weights", "context_lens", "block_tables", paddle::Optional("q_scales"),
-             paddle::Optional("out")})
-    .Outputs({"logits", paddle::Optional("out_out")})
-    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
-    .Attrs({"max_context_len: int64_t", "page_size: int64_t", "quant: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::PagedMqaLogits>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::PagedMqaLogitsInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::PagedMqaLogitsInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectMqaLogits = AddDirect<&MqaLogits>("fastattn_mqa_logits", {"out"});
-const bool kDirectPagedMqaLogits =
-    AddDirect<&PagedMqaLogits>("fastattn_paged_mqa_logits", {"cache", "block_tables", "out"});
-
-}  // namespace
 
 }  // namespace fastattn::api

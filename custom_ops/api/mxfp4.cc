@@ -3,7 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "common/fp4.h"
 #include "cpu/mxfp4.h"
 #include "params/mxfp4.h"
@@ -43,9 +43,15 @@ phi::DataType ParseDtype(const std::string& name) {
        "'");
 }
 
+Results QuantizeResults(const Known& in) {
+  const Shape& x = in["x"].shape;
+  return {{"codes", WithLast(kQuantize, x, 1, 2), phi::DataType::UINT8},
+          {"scales", WithLast(kQuantize, x, 1, kMxBlock), phi::DataType::UINT8}};
+}
+
 }  // namespace
 
-std::vector<Tensor> Mxfp4Quantize(const Tensor& x) {
+FASTATTN_OPERATOR(Outputs, kQuantize, Mxfp4Quantize, QuantizeResults, (const Tensor& x)) {
   Arg(kQuantize, "x", x)
       .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
       .Contiguous();
@@ -75,16 +81,19 @@ std::vector<Tensor> Mxfp4Quantize(const Tensor& x) {
   return {codes, scales};
 }
 
-std::vector<Shape> Mxfp4QuantizeInferShape(const Shape& x) {
-  return {WithLast(kQuantize, x, 1, 2), WithLast(kQuantize, x, 1, kMxBlock)};
+namespace {
+
+Results DequantizeResults(const Known& in) {
+  const Shape& codes = in["codes"].shape;
+  const auto dtype = [&] { return ParseDtype(in.Text("dtype")); };
+  return {{"x", Inferred(codes, [&] { return WithLast(kDequantize, codes, 2, 1); }),
+           Inferred(phi::DataType::FLOAT32, dtype)}};
 }
 
-std::vector<phi::DataType> Mxfp4QuantizeInferDtype(const phi::DataType& x) {
-  return {phi::DataType::UINT8, phi::DataType::UINT8};
-}
+}  // namespace
 
-std::vector<Tensor> Mxfp4Dequantize(const Tensor& codes, const Tensor& scales,
-                                    const std::string& dtype) {
+FASTATTN_OPERATOR(Outputs, kDequantize, Mxfp4Dequantize, DequantizeResults,
+                  (const Tensor& codes, const Tensor& scales, const std::string& dtype)) {
   Arg(kDequantize, "codes", codes).Dtype({phi::DataType::UINT8}).Contiguous();
   const Shape shape = codes.shape();
   CheckColumns(kDequantize, "codes", shape, kMxBlock / 2);
@@ -114,45 +123,5 @@ std::vector<Tensor> Mxfp4Dequantize(const Tensor& codes, const Tensor& scales,
   Guarded(kDequantize, [&] { cpu::Mxfp4Dequantize(p); });
   return {x};
 }
-
-std::vector<Shape> Mxfp4DequantizeInferShape(const Shape& codes, const Shape& scales,
-                                             const std::string& dtype) {
-  return Inferred<Shape>(
-      {codes}, [&]() -> std::vector<Shape> { return {WithLast(kDequantize, codes, 2, 1)}; });
-}
-
-std::vector<phi::DataType> Mxfp4DequantizeInferDtype(const phi::DataType& codes,
-                                                     const phi::DataType& scales,
-                                                     const std::string& dtype) {
-  return Inferred<phi::DataType>({phi::DataType::FLOAT32}, [&]() -> std::vector<phi::DataType> {
-    return {ParseDtype(dtype)};
-  });
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_mxfp4_quantize)
-    .Inputs({"x"})
-    .Outputs({"codes", "scales"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::Mxfp4Quantize>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::Mxfp4QuantizeInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::Mxfp4QuantizeInferDtype));
-
-PD_BUILD_OP(fastattn_mxfp4_dequantize)
-    .Inputs({"codes", "scales"})
-    .Outputs({"x"})
-    .Attrs({"dtype: std::string"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::Mxfp4Dequantize>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::Mxfp4DequantizeInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::Mxfp4DequantizeInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectMxfp4Quantize = AddDirect<&Mxfp4Quantize>("fastattn_mxfp4_quantize");
-const bool kDirectMxfp4Dequantize = AddDirect<&Mxfp4Dequantize>("fastattn_mxfp4_dequantize");
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -4,8 +4,8 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/index_array.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 
 #if defined(FASTATTN_WITH_CUDA)
@@ -55,8 +55,9 @@ void SetState(const Tensor& ape, const Tensor& state, const phi::Place& place,
 
 }  // namespace
 
-void SavePartialStates(const Tensor& kv_score, const Tensor& ape, const Tensor& positions,
-                       Tensor& state_cache, const Tensor& state_slots) {
+FASTATTN_OPERATOR(void, kOp, SavePartialStates, NoResults,
+                  (const Strided<Tensor>& kv_score, const Tensor& ape, const Tensor& positions,
+                   Tensor& state_cache, const Tensor& state_slots)) {
   PartialStatesParams p;
   Arg(kOp, "ape", ape);  // never empty, so that it has a place
   const phi::Place place = ape.place();
@@ -95,39 +96,5 @@ void SavePartialStates(const Tensor& kv_score, const Tensor& ape, const Tensor& 
   RequireCpu(kOp, place);
   Guarded(kOp, [&] { cpu::SavePartialStates(p); });
 }
-
-// The state is written in place: there is no other output.
-std::vector<Shape> SavePartialStatesInferShape(const Shape& kv_score, const Shape& ape,
-                                               const Shape& positions, const Shape& state_cache,
-                                               const Shape& state_slots) {
-  return {};
-}
-
-std::vector<phi::DataType> SavePartialStatesInferDtype(const phi::DataType& kv_score,
-                                                       const phi::DataType& ape,
-                                                       const phi::DataType& positions,
-                                                       const phi::DataType& state_cache,
-                                                       const phi::DataType& state_slots) {
-  return {};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_save_partial_states)
-    .Inputs({"kv_score", "ape", "positions", "state_cache", "state_slots"})
-    .Outputs({"state_cache_out"})
-    .SetInplaceMap({{"state_cache", "state_cache_out"}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::SavePartialStates>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::SavePartialStatesInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::SavePartialStatesInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect =
-    AddDirect<&SavePartialStates>("fastattn_save_partial_states", {"kv_score", "state_cache"});
-
-}  // namespace
 
 }  // namespace fastattn::api

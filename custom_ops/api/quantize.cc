@@ -3,7 +3,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "cpu/quantize.h"
 #include "params/quantize.h"
 
@@ -70,11 +70,21 @@ void CheckOutput(const Tensor& output, const Tensor& x) {
   }
 }
 
+Results QuantizeResults(const Known& in) {
+  const KnownInput &x = in["x"], &output = in["output"];
+  const Shape scales = Inferred(Shape{1}, [&] {
+    const auto group_size = static_cast<int>(in.Integer("group_size"));
+    return ScaleShape(x.shape, in["scale"].given(), in.Text("granularity"), group_size);
+  });
+  return {{"codes", x.shape, output.given() ? output.dtype : phi::DataType::UINT8},
+          {"scales", scales, phi::DataType::FLOAT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
-                                OptionalTensor& output, const std::string& granularity,
-                                int group_size) {
+FASTATTN_OPERATOR(Outputs, kOp, QuantizeFp8, QuantizeResults,
+                  (const Tensor& x, const OptionalTensor& scale, OptionalTensor& output,
+                   const std::string& granularity, int group_size)) {
   Arg(kOp, "x", x)
       .Dtype({phi::DataType::FLOAT32, phi::DataType::FLOAT16, phi::DataType::BFLOAT16})
       .LastDimContiguous();
@@ -122,39 +132,5 @@ std::vector<Tensor> QuantizeFp8(const Tensor& x, const OptionalTensor& scale,
   Guarded(kOp, [&] { cpu::QuantizeFp8(p); });
   return {codes, scales};
 }
-
-std::vector<Shape> QuantizeFp8InferShape(const Shape& x, const paddle::optional<Shape>& scale,
-                                         const paddle::optional<Shape>& output,
-                                         const std::string& granularity, int group_size) {
-  return Inferred<Shape>({x, {1}}, [&]() -> std::vector<Shape> {
-    return {x, ScaleShape(x, static_cast<bool>(scale), granularity, group_size)};
-  });
-}
-
-std::vector<phi::DataType> QuantizeFp8InferDtype(const phi::DataType& x,
-                                                 const paddle::optional<phi::DataType>& scale,
-                                                 const paddle::optional<phi::DataType>& output,
-                                                 const std::string& granularity, int group_size) {
-  return {output ? *output : phi::DataType::UINT8, phi::DataType::FLOAT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_quantize_fp8)
-    .Inputs({"x", paddle::Optional("scale"), paddle::Optional("output")})
-    .Outputs({"codes", "scales", paddle::Optional("output_out")})
-    .SetInplaceMap({{paddle::Optional("output"), paddle::Optional("output_out")}})
-    .Attrs({"granularity: std::string", "group_size: int"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::QuantizeFp8>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::QuantizeFp8InferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::QuantizeFp8InferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect = AddDirect<&QuantizeFp8>("fastattn_quantize_fp8");
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -4,7 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/ranges.h"
 #include "api/slot_table.h"
@@ -21,9 +21,6 @@
 namespace fastattn::api {
 
 namespace {
-
-using OptionalShape = paddle::optional<Shape>;
-using OptionalDtype = paddle::optional<phi::DataType>;
 
 constexpr const char* kOp = "radix_topk_ragged_transform";
 
@@ -77,11 +74,11 @@ void ForEachHead(TopkParams p, int64_t heads, F&& run) {
 
 }  // namespace
 
-void RadixTopkRaggedTransform(const Tensor& input, Tensor& output, const Tensor& offsets,
-                              const Tensor& lengths, const OptionalTensor& seq_len_decoder,
-                              const OptionalTensor& batch_id_per_token,
-                              const OptionalTensor& block_tables, int64_t top_k,
-                              int64_t q_num_heads, int64_t block_size) {
+FASTATTN_OPERATOR(void, kOp, RadixTopkRaggedTransform, NoResults,
+                  (const Strided<Tensor>& input, Tensor& output, const Tensor& offsets,
+                   const Tensor& lengths, const OptionalTensor& seq_len_decoder,
+                   const OptionalTensor& batch_id_per_token, const OptionalTensor& block_tables,
+                   int64_t top_k, int64_t q_num_heads, int64_t block_size)) {
   Arg(kOp, "input", input).Dtype({phi::DataType::FLOAT32}).Rank(2).LastDimContiguous();
   // An empty tensor may have no place, and without output there is nothing to do.
   const Arg output_arg(kOp, "output", output);
@@ -154,42 +151,5 @@ void RadixTopkRaggedTransform(const Tensor& input, Tensor& output, const Tensor&
     cpu::PlaceTopk(m, out);
   });
 }
-
-std::vector<Shape> RadixTopkInferShape(const Shape& input, const Shape& output,
-                                       const Shape& offsets, const Shape& lengths,
-                                       const OptionalShape& seq_len_decoder,
-                                       const OptionalShape& batch_id_per_token,
-                                       const OptionalShape& block_tables) {
-  return {};
-}
-
-std::vector<phi::DataType> RadixTopkInferDtype(
-    const phi::DataType& input, const phi::DataType& output, const phi::DataType& offsets,
-    const phi::DataType& lengths, const OptionalDtype& seq_len_decoder,
-    const OptionalDtype& batch_id_per_token, const OptionalDtype& block_tables) {
-  return {};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_radix_topk_ragged_transform)
-    .Inputs({"input", "output", "offsets", "lengths", paddle::Optional("seq_len_decoder"),
-             paddle::Optional("batch_id_per_token"), paddle::Optional("block_tables")})
-    .Outputs({"output_out"})
-    .SetInplaceMap({{"output", "output_out"}})
-    .Attrs({"top_k: int64_t", "q_num_heads: int64_t", "block_size: int64_t"})
-    .SetKernelFn(
-        PD_KERNEL(fastattn::api::Registered<&fastattn::api::RadixTopkRaggedTransform>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::RadixTopkInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::RadixTopkInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectRadixTopk =
-    AddDirect<&RadixTopkRaggedTransform>("fastattn_radix_topk_ragged_transform", {"input"});
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -3,8 +3,8 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/key_transform.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/rope_args.h"
 #include "api/step_arrivals.h"
@@ -101,25 +101,40 @@ void TakeArrivals(const Tensor& qkv, cudaStream_t stream, RopeWriteCacheParams& 
 }
 #endif
 
-Shape DescaleShape(QQuant quant, int64_t num_tokens, int num_heads) {
+Shape DescaleShape(QQuant quant, int64_t num_tokens, int64_t num_heads) {
   return quant == QQuant::kPerTokenHead ? Shape{num_tokens, num_heads} : Shape{1};
+}
+
+Results RopeResults(const Known& in) {
+  const KnownInput& qkv = in["qkv"];
+  const int64_t tokens = qkv.size(0), heads = in.Integer("num_heads");
+  const std::string quant = in.Text("q_quant");
+  const int64_t head_dim = Inferred<int64_t>(-1, [&] {
+    const CacheType type = ParseCacheType(kOp, in.Text("cache_quant_type"));
+    return in["key_cache"].size(3) * CodesPerByte(type);
+  });
+  const Shape descale =
+      Inferred(Shape{1}, [&] { return DescaleShape(ParseQQuant(quant), tokens, heads); });
+  const bool keeps = quant == NameOf(QQuant::kNone);
+  return {{"q", {tokens, heads, head_dim}, keeps ? qkv.dtype : phi::DataType::UINT8},
+          {"q_descale", descale, phi::DataType::FLOAT32}};
 }
 
 }  // namespace
 
-// Optional tensors come as non-const references, and optional shapes and dtypes as plain ones
-// (empty where absent): for each further optional argument Paddle 2.6 would instantiate this call
-// twice as often, and eight of them take a minute to compile.
-std::vector<Tensor> RopeWriteCacheKv(
-    const Tensor& qkv, Tensor& key_cache, Tensor& value_cache, OptionalTensor& rotary_embs,
-    const Tensor& block_tables, const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
-    const Tensor& seq_lens_this_time, OptionalTensor& q_norm_weight, OptionalTensor& k_norm_weight,
-    OptionalTensor& qkv_bias, OptionalTensor& q_scale, OptionalTensor& k_center,
-    OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
-    OptionalTensor& batch_id_per_token, int num_heads, int num_kv_heads, float rms_norm_eps,
-    bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
-    const std::string& q_quant, const std::string& cache_quant_type, const std::string& fp8_format,
-    const std::string& k_rotation, const std::string& q_rotation) {
+FASTATTN_OPERATOR(Outputs, kOp, RopeWriteCacheKv, RopeResults,
+                  (const Strided<Tensor>& qkv, Tensor& key_cache, Tensor& value_cache,
+                   const OptionalTensor& rotary_embs, const Tensor& block_tables,
+                   const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
+                   const Tensor& seq_lens_this_time, const OptionalTensor& q_norm_weight,
+                   const OptionalTensor& k_norm_weight, const OptionalTensor& qkv_bias,
+                   const OptionalTensor& q_scale, const OptionalTensor& k_center,
+                   OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
+                   const OptionalTensor& batch_id_per_token, int num_heads, int num_kv_heads,
+                   float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim,
+                   bool qk_norm_before_rope, const std::string& q_quant,
+                   const std::string& cache_quant_type, const std::string& fp8_format,
+                   const std::string& k_rotation, const std::string& q_rotation)) {
   Arg(kOp, "qkv", qkv);
   const phi::Place place =
       key_cache.defined() && key_cache.initialized() ? key_cache.place() : qkv.place();
@@ -185,66 +200,5 @@ std::vector<Tensor> RopeWriteCacheKv(
   Guarded(kOp, [&] { cpu::RopeWriteCache(p, transform); });
   return {q, q_descale};
 }
-
-std::vector<Shape> RopeWriteCacheKvInferShape(
-    const Shape& qkv, const Shape& key_cache, const Shape& value_cache, const Shape& rotary_embs,
-    const Shape& block_tables, const Shape& cu_seqlens_q, const Shape& seq_lens_decoder,
-    const Shape& seq_lens_this_time, const Shape& q_norm_weight, const Shape& k_norm_weight,
-    const Shape& qkv_bias, const Shape& q_scale, const Shape& k_center, const Shape& cache_k_scales,
-    const Shape& cache_v_scales, const Shape& batch_id_per_token, int num_heads, int num_kv_heads,
-    float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
-    const std::string& q_quant, const std::string& cache_quant_type, const std::string& fp8_format,
-    const std::string& k_rotation, const std::string& q_rotation) {
-  if (qkv.size() != 2 || key_cache.size() != 4) return {qkv, {1}};  // the kernel refuses them
-  return Inferred<Shape>({qkv, {1}}, [&]() -> std::vector<Shape> {
-    const int64_t head_dim = key_cache[3] * CodesPerByte(ParseCacheType(kOp, cache_quant_type));
-    return {{qkv[0], num_heads, head_dim}, DescaleShape(ParseQQuant(q_quant), qkv[0], num_heads)};
-  });
-}
-
-std::vector<phi::DataType> RopeWriteCacheKvInferDtype(
-    const phi::DataType& qkv, const phi::DataType& key_cache, const phi::DataType& value_cache,
-    const phi::DataType& rotary_embs, const phi::DataType& block_tables,
-    const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
-    const phi::DataType& seq_lens_this_time, const phi::DataType& q_norm_weight,
-    const phi::DataType& k_norm_weight, const phi::DataType& qkv_bias, const phi::DataType& q_scale,
-    const phi::DataType& k_center, const phi::DataType& cache_k_scales,
-    const phi::DataType& cache_v_scales, const phi::DataType& batch_id_per_token, int num_heads,
-    int num_kv_heads, float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim,
-    bool qk_norm_before_rope, const std::string& q_quant, const std::string& cache_quant_type,
-    const std::string& fp8_format, const std::string& k_rotation, const std::string& q_rotation) {
-  return {q_quant == NameOf(QQuant::kNone) ? qkv : phi::DataType::UINT8, phi::DataType::FLOAT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_rope_write_cache_kv)
-    .Inputs({"qkv", "key_cache", "value_cache", paddle::Optional("rotary_embs"), "block_tables",
-             "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time",
-             paddle::Optional("q_norm_weight"), paddle::Optional("k_norm_weight"),
-             paddle::Optional("qkv_bias"), paddle::Optional("q_scale"),
-             paddle::Optional("k_center"), paddle::Optional("cache_k_scales"),
-             paddle::Optional("cache_v_scales"), paddle::Optional("batch_id_per_token")})
-    .Outputs({"q", "q_descale", "key_cache_out", "value_cache_out",
-              paddle::Optional("cache_k_scales_out"), paddle::Optional("cache_v_scales_out")})
-    .Attrs({"num_heads: int", "num_kv_heads: int", "rms_norm_eps: float",
-            "use_neox_rotary_style: bool", "rotary_dim: int", "qk_norm_before_rope: bool",
-            "q_quant: std::string", "cache_quant_type: std::string", "fp8_format: std::string",
-            "k_rotation: std::string", "q_rotation: std::string"})
-    .SetInplaceMap({{"key_cache", "key_cache_out"},
-                    {"value_cache", "value_cache_out"},
-                    {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},
-                    {paddle::Optional("cache_v_scales"), paddle::Optional("cache_v_scales_out")}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::RopeWriteCacheKv>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::RopeWriteCacheKvInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::RopeWriteCacheKvInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect = AddDirect<&RopeWriteCacheKv>("fastattn_rope_write_cache_kv", {"qkv"});
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -5,7 +5,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "api/ranges.h"
 #include "api/slot_table.h"
@@ -18,9 +18,6 @@
 namespace fastattn::api {
 
 namespace {
-
-using OptionalShape = paddle::optional<Shape>;
-using OptionalDtype = paddle::optional<phi::DataType>;
 
 constexpr const char* kTokensOp = "token_maps";
 constexpr const char* kRowsOp = "query_rows";
@@ -70,12 +67,19 @@ int64_t RowsOf(int64_t num_tokens, int64_t batch, int64_t tile) {
   return tile == 1 ? num_tokens : num_tokens / tile + std::max<int64_t>(batch, 1);
 }
 
+Results TokenResults(const Known& in) {
+  const Shape tokens = {in.Integer("num_tokens")};
+  return {{"seqs", tokens, phi::DataType::INT32},
+          {"positions", tokens, phi::DataType::INT32},
+          {"slots", tokens, phi::DataType::INT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> TokenMaps(const Tensor& batch_ids, const Tensor& block_tables,
-                              const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
-                              const OptionalTensor& position_ids, int64_t num_tokens,
-                              int64_t block_size, int64_t num_blocks) {
+FASTATTN_OPERATOR(Outputs, kTokensOp, TokenMaps, TokenResults,
+                  (const Tensor& batch_ids, const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                   const Tensor& seq_lens_decoder, const OptionalTensor& position_ids,
+                   int64_t num_tokens, int64_t block_size, int64_t num_blocks)) {
   const Arg first(kTokensOp, "cu_seqlens_q", cu_seqlens_q);
   const phi::Place place = cu_seqlens_q.place();
   CheckRange(kTokensOp, "num_tokens", num_tokens, 0);
@@ -114,24 +118,23 @@ std::vector<Tensor> TokenMaps(const Tensor& batch_ids, const Tensor& block_table
   return results;
 }
 
-std::vector<Shape> TokenMapsInferShape(const Shape& batch_ids, const Shape& block_tables,
-                                       const Shape& cu_seqlens_q, const Shape& seq_lens_decoder,
-                                       const OptionalShape& position_ids, int64_t num_tokens,
-                                       int64_t block_size, int64_t num_blocks) {
-  return std::vector<Shape>(3, {num_tokens});
+namespace {
+
+Results RowResults(const Known& in) {
+  const int64_t tile = in.Integer("tile"), tokens = in["positions"].size(0);
+  const int64_t starts = in["cu_seqlens_q"].size(0);
+  const int64_t rows = tile == 1 ? tokens : RowsOf(tokens, starts < 1 ? -1 : starts - 1, tile);
+  return {{"lengths", {rows, tile}, phi::DataType::INT32},
+          {"row_tables", {rows, in["block_tables"].size(1)}, phi::DataType::INT32},
+          {"token_of_query", {rows < 0 ? -1 : rows * tile}, phi::DataType::INT32},
+          {"query_of_token", {tokens}, phi::DataType::INT32}};
 }
 
-std::vector<phi::DataType> TokenMapsInferDtype(const phi::DataType& batch_ids,
-                                               const phi::DataType& block_tables,
-                                               const phi::DataType& cu_seqlens_q,
-                                               const phi::DataType& seq_lens_decoder,
-                                               const OptionalDtype& position_ids) {
-  return std::vector<phi::DataType>(3, phi::DataType::INT32);
-}
+}  // namespace
 
-std::vector<Tensor> QueryRows(const Tensor& batch_ids, const Tensor& positions,
-                              const Tensor& block_tables, const Tensor& cu_seqlens_q,
-                              int64_t tile) {
+FASTATTN_OPERATOR(Outputs, kRowsOp, QueryRows, RowResults,
+                  (const Tensor& batch_ids, const Tensor& positions, const Tensor& block_tables,
+                   const Tensor& cu_seqlens_q, int64_t tile)) {
   const Arg first(kRowsOp, "cu_seqlens_q", cu_seqlens_q);
   const phi::Place place = cu_seqlens_q.place();
   CheckRange(kRowsOp, "tile", tile, 1, kMostQueries);
@@ -174,50 +177,5 @@ std::vector<Tensor> QueryRows(const Tensor& batch_ids, const Tensor& positions,
   cpu::QueryRows(p);
   return results;
 }
-
-std::vector<Shape> QueryRowsInferShape(const Shape& batch_ids, const Shape& positions,
-                                       const Shape& block_tables, const Shape& cu_seqlens_q,
-                                       int64_t tile) {
-  const int64_t tokens = positions.empty() ? -1 : positions[0];
-  const int64_t batch = cu_seqlens_q.empty() || cu_seqlens_q[0] < 1 ? -1 : cu_seqlens_q[0] - 1;
-  const int64_t rows = tile == 1 ? tokens : RowsOf(tokens, batch, tile);
-  const int64_t width = block_tables.size() < 2 ? -1 : block_tables[1];
-  return {{rows, tile}, {rows, width}, {rows < 0 ? -1 : rows * tile}, {tokens}};
-}
-
-std::vector<phi::DataType> QueryRowsInferDtype(const phi::DataType& batch_ids,
-                                               const phi::DataType& positions,
-                                               const phi::DataType& block_tables,
-                                               const phi::DataType& cu_seqlens_q) {
-  return std::vector<phi::DataType>(4, phi::DataType::INT32);
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_token_maps)
-    .Inputs({"batch_ids", "block_tables", "cu_seqlens_q", "seq_lens_decoder",
-             paddle::Optional("position_ids")})
-    .Outputs({"seqs", "positions", "slots"})
-    .Attrs({"num_tokens: int64_t", "block_size: int64_t", "num_blocks: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::TokenMaps>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::TokenMapsInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::TokenMapsInferDtype));
-
-PD_BUILD_OP(fastattn_query_rows)
-    .Inputs({"batch_ids", "positions", "block_tables", "cu_seqlens_q"})
-    .Outputs({"lengths", "row_tables", "token_of_query", "query_of_token"})
-    .Attrs({"tile: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::QueryRows>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::QueryRowsInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::QueryRowsInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectTokenMaps = AddDirect<&TokenMaps>("fastattn_token_maps");
-const bool kDirectQueryRows = AddDirect<&QueryRows>("fastattn_query_rows");
-
-}  // namespace
 
 }  // namespace fastattn::api

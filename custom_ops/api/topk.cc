@@ -4,7 +4,7 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
+#include "api/operator.h"
 #include "api/ranges.h"
 #include "api/sizes.h"
 #include "params/topk.h"
@@ -30,11 +30,15 @@ void CheckOut(const Tensor& out, const Tensor& logits, const Tensor& lengths,
                {{"logits", &logits}, {"lengths", &lengths}, {"starts", Get(starts)}});
 }
 
+Results TopkResults(const Known& in) {
+  return {{"indices", {in["logits"].size(0), in.Integer("k")}, phi::DataType::INT32}};
+}
+
 }  // namespace
 
-std::vector<Tensor> TopkIndices(const Tensor& logits, const Tensor& lengths,
-                                const OptionalTensor& starts, const OptionalTensor& out,
-                                int64_t k) {
+FASTATTN_OPERATOR(Outputs, kOp, TopkIndices, TopkResults,
+                  (const Strided<Tensor>& logits, const Tensor& lengths,
+                   const OptionalTensor& starts, OptionalTensor& out, int64_t k)) {
   Arg(kOp, "logits", logits).Rank(2).Dtype({phi::DataType::FLOAT32}).LastDimContiguous();
   const Sizes shape = SizesOf(logits);
   const int64_t rows = shape[0];
@@ -79,35 +83,5 @@ std::vector<Tensor> TopkIndices(const Tensor& logits, const Tensor& lengths,
   Guarded(kOp, [&] { cpu::TopkIndices(p); });
   return {indices};
 }
-
-std::vector<Shape> TopkInferShape(const Shape& logits, const Shape& lengths, const Shape& starts,
-                                  const Shape& out, int64_t k) {
-  return {{logits.empty() ? -1 : logits[0], k}};
-}
-
-std::vector<phi::DataType> TopkInferDtype(const phi::DataType& logits, const phi::DataType& lengths,
-                                          const phi::DataType& starts, const phi::DataType& out,
-                                          int64_t k) {
-  return {phi::DataType::INT32};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_topk_indices)
-    .Inputs({"logits", "lengths", paddle::Optional("starts"), paddle::Optional("out")})
-    .Outputs({"indices", paddle::Optional("out_out")})
-    .SetInplaceMap({{paddle::Optional("out"), paddle::Optional("out_out")}})
-    .Attrs({"k: int64_t"})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::TopkIndices>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::TopkInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::TopkInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirectTopkIndices = AddDirect<&TopkIndices>("fastattn_topk_indices", {"logits"});
-
-}  // namespace
 
 }  // namespace fastattn::api

@@ -3,8 +3,8 @@
 
 #include "api/check.h"
 #include "api/device.h"
-#include "api/direct.h"
 #include "api/key_transform.h"
+#include "api/operator.h"
 #include "api/paged_cache.h"
 #include "cpu/write_cache.h"
 #include "params/cache.h"
@@ -33,13 +33,14 @@ int64_t CheckTokens(const char* name, const Tensor& tensor, const PagedCache& ca
 
 }  // namespace
 
-void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Tensor& value_cache,
-                  const Tensor& block_tables, const Tensor& cu_seqlens_q,
-                  const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
-                  OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
-                  const OptionalTensor& batch_id_per_token, OptionalTensor& k_center,
-                  const std::string& cache_quant_type, const std::string& fp8_format,
-                  const std::string& k_rotation) {
+FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
+                  (const Strided<Tensor>& key, const Strided<Tensor>& value, Tensor& key_cache,
+                   Tensor& value_cache, const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+                   OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
+                   const OptionalTensor& batch_id_per_token, const OptionalTensor& k_center,
+                   const std::string& cache_quant_type, const std::string& fp8_format,
+                   const std::string& k_rotation)) {
   Arg(kOp, "key", key);
   Arg(kOp, "key_cache", key_cache);
   const Tensor& anchor = key_cache.initialized() ? key_cache : key;  // empty ones have no place
@@ -85,55 +86,5 @@ void WriteCacheKv(const Tensor& key, const Tensor& value, Tensor& key_cache, Ten
   RequireCpu(kOp, place);
   Guarded(kOp, [&] { cpu::WriteCache(p, transform); });
 }
-
-// Everything is written in place: there is no other output.
-std::vector<Shape> WriteCacheKvInferShape(
-    const Shape& key, const Shape& value, const Shape& key_cache, const Shape& value_cache,
-    const Shape& block_tables, const Shape& cu_seqlens_q, const Shape& seq_lens_decoder,
-    const Shape& seq_lens_this_time, const paddle::optional<Shape>& cache_k_scales,
-    const paddle::optional<Shape>& cache_v_scales,
-    const paddle::optional<Shape>& batch_id_per_token, const Shape& k_center,
-    const std::string& cache_quant_type, const std::string& fp8_format,
-    const std::string& k_rotation) {
-  return {};
-}
-
-std::vector<phi::DataType> WriteCacheKvInferDtype(
-    const phi::DataType& key, const phi::DataType& value, const phi::DataType& key_cache,
-    const phi::DataType& value_cache, const phi::DataType& block_tables,
-    const phi::DataType& cu_seqlens_q, const phi::DataType& seq_lens_decoder,
-    const phi::DataType& seq_lens_this_time, const paddle::optional<phi::DataType>& cache_k_scales,
-    const paddle::optional<phi::DataType>& cache_v_scales,
-    const paddle::optional<phi::DataType>& batch_id_per_token, const phi::DataType& k_center,
-    const std::string& cache_quant_type, const std::string& fp8_format,
-    const std::string& k_rotation) {
-  return {};
-}
-
-}  // namespace fastattn::api
-
-PD_BUILD_OP(fastattn_write_cache_kv)
-    .Inputs({"key", "value", "key_cache", "value_cache", "block_tables", "cu_seqlens_q",
-             "seq_lens_decoder", "seq_lens_this_time", paddle::Optional("cache_k_scales"),
-             paddle::Optional("cache_v_scales"), paddle::Optional("batch_id_per_token"),
-             paddle::Optional("k_center")})
-    .Outputs({"key_cache_out", "value_cache_out", paddle::Optional("cache_k_scales_out"),
-              paddle::Optional("cache_v_scales_out")})
-    .Attrs({"cache_quant_type: std::string", "fp8_format: std::string", "k_rotation: std::string"})
-    .SetInplaceMap({{"key_cache", "key_cache_out"},
-                    {"value_cache", "value_cache_out"},
-                    {paddle::Optional("cache_k_scales"), paddle::Optional("cache_k_scales_out")},
-                    {paddle::Optional("cache_v_scales"), paddle::Optional("cache_v_scales_out")}})
-    .SetKernelFn(PD_KERNEL(fastattn::api::Registered<&fastattn::api::WriteCacheKv>::Run))
-    .SetInferShapeFn(PD_INFER_SHAPE(fastattn::api::WriteCacheKvInferShape))
-    .SetInferDtypeFn(PD_INFER_DTYPE(fastattn::api::WriteCacheKvInferDtype));
-
-namespace fastattn::api {
-
-namespace {
-
-const bool kDirect = AddDirect<&WriteCacheKv>("fastattn_write_cache_kv", {"key", "value"});
-
-}  // namespace
 
 }  // namespace fastattn::api

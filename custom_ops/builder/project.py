@@ -39,8 +39,15 @@ rule compile
 
 def operators() -> list[str]:
     """Names of the operators, such as "quantize_fp8". Each has a kernel for every place."""
-    text = "".join(path.read_text(encoding="utf-8") for path in CUSTOM_OPS.glob("api/*.cc"))
-    return sorted(re.findall(r"^PD_BUILD_OP\(\s*fastattn_(\w+)\s*\)", text, re.M))
+    headers = "".join(path.read_text(encoding="utf-8") for path in CUSTOM_OPS.glob("api/*.h"))
+    found = []
+    for path in CUSTOM_OPS.glob("api/*.cc"):
+        text = path.read_text(encoding="utf-8")
+        # A declaration names the operator by a constant, which its errors have too.
+        constants = dict(re.findall(r'\bconstexpr .*\b(k\w+)(?:\[\])? = "(\w+)"', headers + text))
+        names = re.findall(r"^FASTATTN_OPERATOR\(\w+, (k\w+),", text, re.M)
+        found += [constants[name] for name in names]
+    return sorted(found)
 
 
 def commit() -> str:
