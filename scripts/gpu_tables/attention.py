@@ -31,12 +31,12 @@ _DECODE = [
     (64, "64..32768 ragged", "32/8"),
     (64, "8192", "16/1"),
 ]  # fmt: skip
-#: Peer: cache type whose rows it stands beside, start of its name.
+#: Peer: cache type of a row that has it, beside which types it stands, start of its name.
 _DECODE_PEERS = [
-    ("cache_fp8", "vllm_fa3_fp8"),
-    ("cache_fp8", "vllm_triton_fp8"),
-    ("block_wise_int8", "vllm_triton_int8"),
-    ("none", "vllm_fa3_bf16"),
+    ("cache_fp8", "types of 8 bits", "vllm_fa3_fp8"),
+    ("cache_fp8", "types of 8 bits", "vllm_triton_fp8"),
+    ("block_wise_int8", "`block_wise_int8`", "vllm_triton_int8"),
+    ("none", "`none`", "vllm_fa3_bf16"),
 ]
 
 
@@ -66,13 +66,12 @@ def decode(results: Results) -> str:
         ]
         lines.append([f"`{quant}`", *cells])
     notes = Notes()
-    for quant, start in _DECODE_PEERS:
+    for quant, types, start in _DECODE_PEERS:
         label = _peer_label(rows[quant], start, notes)
         cells = (_peer_cell(row, start) for row in rows[quant])
-        lines.append([f"{label}, beside `{quant}`", *cells])
+        lines.append([f"{label}, beside {types}", *cells])
     used = [row for found in rows.values() for row in found]
-    alone = ", ".join(f"`{x}`" for x in _DECODE_QUANTS if x not in dict(_DECODE_PEERS))
-    text = notes.text() + f"\n\nBeside {alone} no peer of the same work was timed."
+    text = notes.text() + "\n\nBeside types of 4 bits no peer of the same work was timed."
     text += f" Peers were launched call by call; below {LAUNCHED_US:.0f} us the host shows in that."
     return grid(["us (of reading once)", *head], lines) + text * any(used) + "\n" + links(used)
 

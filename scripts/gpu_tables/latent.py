@@ -115,6 +115,8 @@ def dense_attention(results: Results) -> str:
     columns = (f"{b} x {k}k" for k in _LENGTHS for b in _BATCHES)
     head = [f"decode, us (of reading once){mark}", *columns]
     decode = _table(head, lines, used, notes)
+    if any(used):
+        decode += "\n\nBeside `fp8_656`, 8 heads and the chunks below no peer was timed."
     chunks = [row for row in results.find(op, r"\d+ heads, .* new behind .*")]
     lines = [[row.shape.removesuffix(", bf16"), digits(row.us), cell(row.rate, "{:.0f}".format)]
              for row in chunks]  # fmt: skip

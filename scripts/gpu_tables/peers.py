@@ -2,8 +2,9 @@
 
 A peer is another library's way to a row's result. What stands beside ours in a table, a goal or a
 plot is :func:`fastest` of a row: the least time among its peers that do the same work. The same
-work is the same operation on the same inputs, from keys stored with as many bits. Everything else
-in which a peer differs is a caveat, which the page tells in a footnote.
+work is the same operation on the same inputs, from keys stored with as many bits; in prefill its
+products have as many bits too. Everything else in which a peer differs is a caveat, which the page
+tells in a footnote.
 """
 
 from __future__ import annotations
@@ -67,13 +68,16 @@ _CODES = r"^prefill bf16 q, (cache|block_wise)_"
 _NO_LSE, _TWO = ("it writes no LSE, ours does",), ("two kernels",)
 _LIMIT = ("its `max_model_len` just holds the sequences",)
 _ROPE_WRITE = "`rotary_embedding`, then `reshape_and_cache_flash`"
+_EIGHT_BITS, _E4M3_KEYS = "(cache_int8|block_wise_(fp8|int8)) ", "e4m3 keys with one scale a head"
 _SCALE = "one scale a tensor, ours one a token and head"
 
 #: The first that fits a row is its peer.
 PEERS = (
-    Peer(_PAGED, "^decode ", "vllm_fa3_fp8", "FlashAttention-3 FP8", "pages", queries="e4m3",
-         by_call=True),
-    Peer(_PAGED, "^decode ", "vllm_triton_fp8", "vLLM Triton FP8", "pages", by_call=True),
+    *(Peer(_PAGED, f"^decode {rows}", start, label, "pages", queries=queries, differs=differs,
+           by_call=True)
+      for rows, differs in (("cache_fp8 ", ()), (_EIGHT_BITS, (_E4M3_KEYS,)))
+      for start, label, queries in (("vllm_fa3_fp8", "FlashAttention-3 FP8", "e4m3"),
+                                    ("vllm_triton_fp8", "vLLM Triton FP8", ""))),
     Peer(_PAGED, "^decode ", "vllm_triton_int8", "vLLM Triton INT8", "pages", by_call=True),
     Peer(_PAGED, "^decode ", "vllm_fa3_bf16", "FlashAttention-3 bf16", "pages", by_call=True),
     *(Peer(_PREFILL, f"^prefill {rows}", start, label, keys, levels, output, differs=differs)
@@ -86,6 +90,9 @@ PEERS = (
       for rows, other in ((_BF16_KEYS, ""), (_CODES, "attends to bf16 keys"))
       for start, label in (("vllm_fa3_bf16", "FlashAttention-3 bf16"),
                            ("cudnn_bf16", "cuDNN bf16"))),
+    Peer("layer step", _EIGHT_BITS, "vLLM rope + write + Q + FA3 FP8",
+         "rotation, write, Q, FlashAttention-3 FP8",
+         differs=("vLLM's kernels one by one", _E4M3_KEYS)),
     *(Peer("layer step", "", start, label, differs=differs, other_work=other)
       for start, label, differs, other in (
           ("vLLM rope + write + Q + FA3 FP8",
@@ -179,6 +186,16 @@ def declared(op: str, shape: str, name: str) -> Peer | None:
         ):
             return peer
     raise KeyError(f"{op}, {shape}: gpu_tables/peers.py does not say what {name!r} does")
+
+
+def lender(op: str, shape: str) -> str:
+    """Shape of the row whose peers stand beside a row of another 8-bit type too; "" for none.
+
+    The benchmark writes the peers of decode over e4m3 keys beside `cache_fp8` only.
+    """
+    if op != _PAGED or not re.match(f"decode {_EIGHT_BITS}", shape):
+        return ""
+    return re.sub(_EIGHT_BITS, "cache_fp8 ", shape, count=1)
 
 
 def corrected(op: str, shape: str, name: str, us: float) -> float | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_tables.peers import COPY, EMPTY, READ, corrected
+from gpu_tables.peers import COPY, EMPTY, READ, corrected, lender
 
 __all__ = ["COPY", "EMPTY", "READ"]
 NONE = "-"
@@ -91,6 +91,11 @@ class Results:
                 if key not in newest or len(entry.as_measured) >= len(newest[key].as_measured):
                     newest[key] = entry
         for (op, shape), entry in newest.items():
+            lent = newest.get((op, lender(op, shape)))
+            if lent and lent.file == entry.file:
+                others = lent.as_measured.items()
+                more = {name: us for name, us in others if name.startswith("vllm")}
+                entry.as_measured = {**more, **entry.as_measured}
             times = {name: corrected(op, shape, name, us) for name, us in entry.as_measured.items()}
             entry.peers = {name: us for name, us in times.items() if us is not None}
         return cls(list(newest.values()), files, folder)

@@ -75,8 +75,12 @@ class Rows:
 
     def best(self, key: tuple[str, str], *, other_work: bool = False) -> Best | None:
         """The fastest peer of a row; None where the host hides its time."""
-        found = []
-        for name, us in self.peers[key].items():
+        found, times = [], dict(self.peers[key])
+        lender = re.sub("^decode (cache_int8|block_wise_fp8|block_wise_int8) ",
+                        "decode cache_fp8 ", key[1])  # fmt: skip
+        if key[0] == "paged_attention":  # peers over e4m3 keys stand beside all types of 8 bits
+            times |= self.peers.get((key[0], lender), {})
+        for name, us in times.items():
             peer = declared(*key, name)
             if peer is not None and bool(peer.other_work) == other_work:
                 found.append((us - EMPTY_US * peer.has_empty, us, peer))

@@ -122,6 +122,26 @@ def test_no_peer_is_named_beside_a_faster_one_whose_time_has_the_host_in_it():
     assert peers["fastest"](both) is None and "vllm_fa3_fp8" not in both.peers
 
 
+def test_peers_over_e4m3_keys_stand_beside_all_types_of_8_bits(tmp_path):
+    shape = "decode {} B 64 ctx 32768 H 32/8 D 128"
+    rows = [
+        Row("paged_attention", shape.format(quant), us, 1.0, "GB/s", peer, peer_us).as_dict()
+        for quant, us, peer, peer_us in (
+            ("cache_fp8", 1400.0, "vllm_fa3_fp8(q fp8)", 1500.0),
+            ("block_wise_int8", 1600.0, "vllm_triton_int8pth", 4000.0),
+            ("block_wise_int4", 800.0, "reading as many bytes", 700.0),
+        )
+    ]
+    (tmp_path / "h100-x.json").write_text(json.dumps({"machine": {}, "rows": rows}))
+    results = MAKE["Results"].read(tmp_path)
+    beside = results.get("paged_attention", shape.format("block_wise_int8"))
+    rival = peers["fastest"](beside)
+    assert (rival.peer.label, rival.ratio) == ("FlashAttention-3 FP8", 1500.0 / 1600.0)
+    assert "e4m3 keys with one scale a head" in peers["caveats"](beside, rival.peer)
+    narrow = results.get("paged_attention", shape.format("block_wise_int4"))
+    assert peers["fastest"](narrow) is None
+
+
 # --- plots ---------------------------------------------------------------------------------------
 
 
