@@ -122,9 +122,10 @@ def behind(results: Results) -> str:
         pairs = _of_kinds(found, *starts)
         slower = sorted((p for p in pairs if p[0].ratio < 1), key=lambda pair: pair[0].ratio)
         if slower:
-            least = slower[0][0]
-            parts.append(f"{len(slower)} of {len(pairs)} {words}"
-                         f" (least {ratio(least.ratio)}, beside {least.peer.label})")  # fmt: skip
+            least, measured = slower[0][0], sum(p[0].as_measured < 1 for p in pairs)
+            told = f"{measured} by uncorrected times; " * (measured != len(slower))
+            told += f"least {ratio(least.ratio)}, beside {least.peer.label}"
+            parts.append(f"{len(slower)} of {len(pairs)} {words} ({told})")
     sentences = [f"The fastest peer of the same work is ahead in {', '.join(parts)}"] * bool(parts)
     same, other = latent(results)
     slow = [x for x in (*same, *other) if x.ratio < 1]
