@@ -3,7 +3,8 @@
 
 scripts/make_gpu_tables.py           # writes them
 scripts/make_gpu_tables.py --check   # status 1 if a table is not what the results say
-scripts/make_gpu_tables.py --plots   # writes them, and draws benchmarks/plots (needs matplotlib)
+scripts/make_gpu_tables.py --plots   # writes them, and draws benchmarks/plots (needs matplotlib,
+                                     # and rows that are committed)
 
 A table is between the lines `<!-- table: NAME -->` and `<!-- end -->`. A dash marks a row that the
 results lack. The script needs neither a GPU nor Paddle, except for --plots, which calls the
@@ -13,16 +14,28 @@ benchmark.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_tables import attention, cache_types, latent, latent_targets, memory, pages, targets
+from gpu_tables import (
+    ahead,
+    attention,
+    cache_types,
+    drawn,
+    latent,
+    latent_targets,
+    memory,
+    pages,
+    targets,
+)
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +47,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "runs": pages.runs,
     "files": pages.files,
     "figures": pages.figures,
+    "ahead": ahead.ahead,
     "cpu": pages.cpu,
     "host": pages.host,
     "decode": attention.decode,
@@ -89,16 +103,25 @@ def written(page: str, results: Results, base: str) -> str:
 
 
 def draw(results: Path, plots: Path) -> None:
-    """Draw the committed plots with the benchmark's own command."""
+    """Draw the plots from committed rows by the benchmark's own command.
+
+    Raises
+    ------
+    ValueError
+        If a file of rows differs from the last commit.
+    """
     for name, plot in pages.PLOTS.items():
         source = results / f"{plot.source}.json"
         if not source.exists():
             print(f"left out {name}.png: no {source.name}")
             continue
-        command = [sys.executable, "-m", "fastattn", "bench", "--load", str(source)]
-        command += ["--op", plot.op] * bool(plot.op) + ["--plot", str(plots / f"{name}.png")]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = Path(folder) / source.name
+            rows.write_text(json.dumps(drawn.prepared(drawn.committed(source))))
+            command = [sys.executable, "-m", "fastattn", "bench", "--load", str(rows)]
+            command += ["--op", plot.op] * bool(plot.op) + ["--plot", str(plots / f"{name}.png")]
+            environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         print(f"drew {name}.png")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpu_tables.peers import LAUNCHED_US, Notes, declared
 from gpu_tables.results import (
     NONE,
     READ,
@@ -30,15 +31,13 @@ _DECODE = [
     (64, "64..32768 ragged", "32/8"),
     (64, "8192", "16/1"),
 ]  # fmt: skip
-#: Peer: label, cache type of the rows for comparison, prefix of its name.
+#: Peer: cache type of the rows that have it, the types for comparison, prefix of its name.
 _DECODE_PEERS = [
-    ("vLLM FlashAttention-3, FP8, e4m3 queries", "cache_fp8", "vllm_fa3_fp8"),
-    ("vLLM Triton, FP8", "cache_fp8", "vllm_triton_fp8"),
-    ("vLLM Triton, INT8 a token and head", "block_wise_int8", "vllm_triton_int8"),
-    ("vLLM FlashAttention-3, bf16", "none", "vllm_fa3_bf16"),
+    ("cache_fp8", "types of 8 bits", "vllm_fa3_fp8"),
+    ("cache_fp8", "types of 8 bits", "vllm_triton_fp8"),
+    ("block_wise_int8", "`block_wise_int8`", "vllm_triton_int8"),
+    ("none", "`none`", "vllm_fa3_bf16"),
 ]
-#: Peers of decode are timed per call. Below this many us, a slow host affects their times.
-_LAUNCHED = 60
 
 
 def _context(context: str) -> str:
@@ -66,12 +65,31 @@ def decode(results: Results) -> str:
             for row in found
         ]
         lines.append([f"`{quant}`", *cells])
-    for label, quant, start in _DECODE_PEERS:
-        others = [row.peer_us(start) if row else None for row in rows[quant]]
-        lines.append([label, *(cell(us if us and us >= _LAUNCHED else None, two_digits)
-                               for us in others)])  # fmt: skip
+    notes = Notes()
+    for quant, types, start in _DECODE_PEERS:
+        label = _peer_label(rows[quant], start, notes)
+        cells = (_peer_cell(row, start) for row in rows[quant])
+        lines.append([f"{label}, beside {types}", *cells])
     used = [row for found in rows.values() for row in found]
-    return grid(["us (of reading once)", *head], lines) + "\n" + links(used)
+    text = notes.text() + "\n\nBeside types of 4 bits no peer of the same work was timed."
+    text += f" Peers were launched call by call; below {LAUNCHED_US:.0f} us the host shows in that."
+    return grid(["us (of reading once)", *head], lines) + text * any(used) + "\n" + links(used)
+
+
+def _peer_cell(row: Measured | None, start: str) -> str:
+    """Time of a peer, or the bound where the host is in it."""
+    if row is None or not any(name.startswith(start) for name in row.as_measured):
+        return NONE
+    return cell(row.peer_us(start), two_digits).replace(NONE, f"< {LAUNCHED_US:.0f}")
+
+
+def _peer_label(rows: Sequence[Measured | None], start: str, notes: Notes) -> str:
+    """Name of a peer with the mark of its caveats; the start of its name where no row has it."""
+    for row in rows:
+        name = next((x for x in row.as_measured if x.startswith(start)), None) if row else None
+        if row and name and (peer := declared(row.op, row.shape, name)):
+            return peer.label + notes.of(row, peer)
+    return start
 
 
 #: Columns of the prefill table: sequences, their length, heads.
@@ -85,11 +103,9 @@ _PREFILL = [
     ("`cache_fp8`, e4m3 queries", "paged_attention", "cache_fp8", ()),
     ("`block_wise_fp8`, e4m3 queries", "paged_attention", "block_wise_fp8", ()),
     ("contiguous e4m3", "flash_attention", "e4m3", ()),
-    ("vLLM FlashAttention-3 FP8, page 64, two-level", "paged_attention", "cache_fp8",
-     ("vllm_fa3_fp8_paged",)),
-    ("vLLM FlashAttention-3 FP8, contiguous, two-level", "flash_attention", "e4m3",
-     ("vllm_fa3_fp8_varlen",)),
-    ("cuDNN FP8, FP8 output", "paged_attention", "cache_fp8", ("cudnn_fp8",)),
+    ("", "paged_attention", "cache_fp8", ("vllm_fa3_fp8_paged",)),
+    ("", "flash_attention", "e4m3", ("vllm_fa3_fp8_varlen",)),
+    ("", "paged_attention", "cache_fp8", ("cudnn_fp8",)),
     ("`none`, bf16 queries", "paged_attention", "bf16 q, bf16", ()),
     ("`cache_fp8`, bf16 queries", "paged_attention", "bf16 q, cache_fp8", ()),
     ("`block_wise_fp8`, bf16 queries", "paged_attention", "bf16 q, block_wise_fp8", ()),
@@ -98,9 +114,8 @@ _PREFILL = [
     ("`block_wise_int4`, bf16 queries", "paged_attention", "bf16 q, block_wise_int4", ()),
     ("`block_wise_mxfp4`, bf16 queries", "paged_attention", "bf16 q, block_wise_mxfp4", ()),
     ("contiguous bf16", "flash_attention", "bf16 q, bf16", ()),
-    ("vLLM FlashAttention-3 bf16, contiguous", "paged_attention", "bf16 q, bf16",
-     ("vllm_fa3_bf16",)),
-    ("cuDNN bf16, contiguous", "paged_attention", "bf16 q, bf16", ("cudnn_bf16",)),
+    ("", "paged_attention", "bf16 q, bf16", ("vllm_fa3_bf16",)),
+    ("", "paged_attention", "bf16 q, bf16", ("cudnn_bf16",)),
 ]  # fmt: skip
 
 
@@ -114,18 +129,21 @@ def prefill_row(
 
 def prefill(results: Results) -> str:
     """TFLOP/s of fastattn and of peers."""
-    lines, used = [], []
+    lines, used, notes = [], [], Notes()
     for label, op, name, peer in _PREFILL:
         rows = [prefill_row(results, op, name, prompts) for prompts in _PROMPTS]
         rates = [row and (row.peer_rate(*peer) if peer else row.rate) for row in rows]
         used += rows
-        if any(rates) or "cuDNN" not in label:
+        label = label or _peer_label(rows, peer[0], notes)
+        if any(rates) or not peer:
             lines.append([label, *(cell(rate, "{:.0f}".format) for rate in rates)])
     head = [
         f"{length // 1024}k{'' if heads == '16/16' else ', H ' + heads}"
         for _, length, heads in _PROMPTS
     ]
-    return grid(["TFLOP/s", *head], lines) + "\n" + links(used)
+    other = "\n\nThe bf16 peers attend to bf16 keys, which is other work than bf16 queries over"
+    text = notes.text() + f"{other} a cache of 8 or 4 bits: beside those no peer was timed."
+    return grid(["TFLOP/s", *head], lines) + text * any(used) + "\n" + links(used)
 
 
 def mixed(results: Results) -> str:
@@ -147,29 +165,39 @@ def mixed(results: Results) -> str:
 _MODELS = ("Qwen3-8B", "ERNIE-4.5-300B TP8", "gpt-oss-120b", "PaddleOCR-VL")
 MIXED_STEP = "2048 behind 6144 + 32 x 8k"
 STEPS = (*(f"decode {batch} x 8k" for batch in (1, 16, 64, 128)), MIXED_STEP)
-_VLLM, FASTDEPLOY, GATHERED = "vLLM", "FastDeploy 32k", "FastDeploy + vLLM's FA3 32k"
+_VLLM = "vLLM"
+#: Starts of the names of FastDeploy's operator and of its prefill path, at either `max_model_len`.
+FASTDEPLOY = ("FastDeploy 32k", "FastDeploy 8k")
+GATHERED = ("FastDeploy + vLLM's FA3 32k", "FastDeploy + vLLM's FA3 8k")
 #: Part of the name of FastDeploy's row -> its mark.
 _MARKS = {"other rope": "r", "wrong output": "w"}
 
 
-def _marked(row: Measured, peer: str) -> str:
-    """Ratio to one of FastDeploy's paths, with the marks of its name."""
-    names = [name for name in row.peers if name.startswith(peer)]
-    marks = (mark for text, mark in _MARKS.items() if any(text in name for name in names))
-    return cell(row.ratio(peer), ratio) + "".join(marks)
+def _faster(row: Measured, peers: tuple[str, ...]) -> tuple[str, float] | None:
+    """Name and ratio of the limit with which a way of FastDeploy's is faster."""
+    found = [(us / row.us, name) for name, us in row.peers.items() if name.startswith(peers)]
+    return (min(found)[1], min(found)[0]) if found else None
 
 
-def right(row: Measured, peer: str) -> float | None:
-    """Ratio to one of FastDeploy's paths whose output is right."""
-    names = [name for name in row.peers if name.startswith(peer)]
-    return None if any("wrong output" in name for name in names) else row.ratio(peer)
+def _marked(row: Measured, peers: tuple[str, ...]) -> str:
+    """Ratio of a way of FastDeploy's, with the marks of its name."""
+    found = _faster(row, peers)
+    if not found:
+        return NONE
+    return ratio(found[1]) + "".join(mark for text, mark in _MARKS.items() if text in found[0])
+
+
+def right(row: Measured, peers: tuple[str, ...]) -> float | None:
+    """Ratio of a way of FastDeploy's whose output is right."""
+    found = _faster(row, peers)
+    return None if not found or "wrong output" in found[0] else found[1]
 
 
 def _step_cell(row: Measured | None) -> str:
     if row is None:
         return NONE
     ratios = [cell(row.ratio(_VLLM), ratio), _marked(row, FASTDEPLOY)]
-    if row.ratio(GATHERED):
+    if _faster(row, GATHERED):
         ratios.append(_marked(row, GATHERED))
     return f"{_us(row.us)} ({', '.join(ratios)})"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from gpu_tables.peers import CORRECTED, EMPTY_US, Notes, fastest, rivals, shown, shown_ratio
 from gpu_tables.results import (
     NONE,
     READ,
@@ -25,10 +26,20 @@ MISSING = "No row of these shapes is committed."
 _GATHERED = "mla_gather_cache, then bf16 keys"
 
 
-def _table(head: Sequence[str], lines: list[list[str]], rows: Iterable[Measured | None]) -> str:
-    """A table and the files of its rows, or a note that there are none."""
+#: Of FlashMLA's and DeepGEMM's times.
+_EMPTY = f"Less an empty kernel of {EMPTY_US} us, which the measured times contain"
+
+
+def _table(
+    head: Sequence[str],
+    lines: list[list[str]],
+    rows: Iterable[Measured | None],
+    notes: Notes | None = None,
+) -> str:
+    """A table, its footnotes and the files of its rows, or a note that there are none."""
     used = [row for row in rows if row]
-    return f"{grid(head, lines)}\n{links(used)}" if used else MISSING
+    text = notes.text() if notes else ""
+    return f"{grid(head, lines)}{text}\n{links(used)}" if used else MISSING
 
 
 def sparse_attention(results: Results) -> str:
@@ -44,13 +55,16 @@ def sparse_attention(results: Results) -> str:
         lines.append([
             f"{size} bytes, {batch} x {queries}, {heads} heads, {keys} keys", digits(row.us),
             cell(row.rate, "{:.0f}".format), cell(row.ratio(READ), percent),
-            cell(row.peer_us("FlashMLA"), digits), cell(row.ratio("FlashMLA"), ratio),
+            shown(fastest(row), digits), shown_ratio(fastest(row)),
         ])  # fmt: skip
         used.append(row)
+    notes = Notes()
+    mark = notes.mark(f"{_EMPTY}. {CORRECTED}")
     head = ["decode: sequences x queries", "us", "TFLOP/s", "% of reading once",
-            "FlashMLA, us", "its time / ours"]  # fmt: skip
-    decode = _table(head, lines, used)
-    lines, prompts = [], results.find(op, r"prefill .*")
+            f"FlashMLA{mark}, us", "its time / ours"]  # fmt: skip
+    decode = _table(head, lines, used, notes)
+    lines, prompts, other = [], results.find(op, r"prefill .*"), Notes()
+    mark = other.mark(_EMPTY)
     for row in prompts:
         match = re.fullmatch(
             r"prefill (\w+), (\d+) x H (\d+), top (\d+), (\d+) keys", row.shape
@@ -58,28 +72,29 @@ def sparse_attention(results: Results) -> str:
         if not match:
             continue
         kind, tokens, heads, topk, keys = match.groups()
+        away = rivals(row, other_work=True)
+        rival = fastest(row) or (away[0] if away else None)
+        work = "Other work: FlashMLA reads bf16 keys, ours 656 bytes" if away else ""
         lines.append([
             f"`{kind}`, {tokens} x {heads} heads, {topk} of {int(keys) // 1024}k keys",
             digits(row.us), cell(row.rate, "{:.0f}".format),
-            cell(row.peer_us("FlashMLA"), digits), cell(row.ratio("FlashMLA"), ratio),
+            shown(rival, digits), shown_ratio(rival) + other.mark(work),
             cell(row.ratio("bf16 keys"), ratio), cell(row.peer_us(_GATHERED), digits),
         ])  # fmt: skip
-    head = ["prefill", "us", "TFLOP/s", "FlashMLA over bf16 keys, us", "its time / ours",
+    head = ["prefill", "us", "TFLOP/s", f"FlashMLA over bf16 keys{mark}, us", "its time / ours",
             "bf16 keys' time / this", f"{_GATHERED}, us"]  # fmt: skip
-    return f"{decode}\n\n{_table(head, lines, prompts)}" if used or prompts else MISSING
+    return f"{decode}\n\n{_table(head, lines, prompts, other)}" if used or prompts else MISSING
 
 
 _LENGTHS, _BATCHES = (4, 8, 32), (1, 16, 64, 128)
-#: Format of a cache -> label, and the label of FlashMLA's kernel over it.
-_FORMATS = {"bf16": ("`bf16`", "FlashMLA BF16"), "fp8": ("`fp8`", "FlashMLA FP8"),
-            "fp8_656": ("`fp8_656`", "")}  # fmt: skip
+_FORMATS = ("bf16", "fp8", "fp8_656")
 
 
 def dense_attention(results: Results) -> str:
     """Decode steps over whole caches, then chunks."""
-    op, lines, used = "mla_attention", [], []
+    op, lines, used, notes = "mla_attention", [], [], Notes()
     for heads in (128, 16, 8):
-        for cache_format, (label, peer) in _FORMATS.items():
+        for cache_format in _FORMATS:
             rows = [
                 results.get(op, f"{heads} heads, batch {b}, {k}k keys, {cache_format}")
                 for k in _LENGTHS for b in _BATCHES
@@ -89,13 +104,19 @@ def dense_attention(results: Results) -> str:
                 f"{two_digits(row.us)} ({cell(row.ratio(READ), percent)} %)" if row else NONE
                 for row in rows
             ]
-            lines.append([f"{label}, {heads} heads", *cells])
-            times = [row and peer and row.peer_us(peer) for row in rows]
-            if any(times):
-                lines.append([f"{peer}, {heads} heads", *(cell(x or None, two_digits)
-                                                          for x in times)])  # fmt: skip
-    head = ["decode, us (of reading once)", *(f"{b} x {k}k" for k in _LENGTHS for b in _BATCHES)]
-    decode = _table(head, lines, used)
+            lines.append([f"`{cache_format}`, {heads} heads", *cells])
+            beside = [(row, rival) for row in rows if row and (rival := fastest(row))]
+            if beside:
+                first, rival = beside[0]
+                label = rival.peer.label + notes.of(first, rival.peer)
+                times = (shown(fastest(row), two_digits) for row in rows)
+                lines.append([f"{label}, {heads} heads", *times])
+    mark = notes.mark(CORRECTED if notes.text() else "")
+    columns = (f"{b} x {k}k" for k in _LENGTHS for b in _BATCHES)
+    head = [f"decode, us (of reading once){mark}", *columns]
+    decode = _table(head, lines, used, notes)
+    if any(used):
+        decode += "\n\nBeside `fp8_656`, 8 heads and the chunks below no peer was timed."
     chunks = [row for row in results.find(op, r"\d+ heads, .* new behind .*")]
     lines = [[row.shape.removesuffix(", bf16"), digits(row.us), cell(row.rate, "{:.0f}".format)]
              for row in chunks]  # fmt: skip
@@ -129,17 +150,18 @@ def latent_writers(results: Results) -> str:
 
 def indexer_topk(results: Results) -> str:
     """Logits and top-k in one call."""
-    lines, used = [], []
+    lines, used, notes = [], [], Notes()
+    mark = notes.mark(f"{_EMPTY}. {CORRECTED}")
     for op in ("indexer_topk", "paged_indexer_topk"):
         for row in results.find(op, r".*, k \d+"):
             lines.append([
                 f"`{op}`, {row.shape}", digits(row.us),
                 cell(row.peer_us("logits, then top-k"), digits),
-                cell(row.peer_us("DeepGEMM"), digits),
+                shown(fastest(row), digits),
             ])  # fmt: skip
             used.append(row)
-    head = ["H 64, D 128, FP8", "us", "in turn, us", "DeepGEMM, then vLLM's top-k, us"]
-    return _table(head, lines, used)
+    head = ["H 64, D 128, FP8", "us", "in turn, us", f"DeepGEMM, then vLLM's top-k{mark}, us"]
+    return _table(head, lines, used, notes)
 
 
 _STEP_OP, _SHARED = "sparse step", ", parts of vLLM"

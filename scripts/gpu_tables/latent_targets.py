@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from gpu_tables.latent import MISSING
+from gpu_tables.peers import EMPTY_US, Notes, alike, fastest
 from gpu_tables.results import (
     COPY,
     NONE,
     Measured,
     Results,
-    cell,
     digits,
     grid,
     links,
@@ -22,6 +22,10 @@ from gpu_tables.results import (
 Rows = list[Measured]
 _SPARSE, _DENSE, _WRITE = "mla_sparse_attention", "mla_attention", "mla_write_cache"
 _CHUNKS, _PAGED = "mqa_logits", "paged_mqa_logits"
+_EMPTY = f"Its times less an empty kernel of {EMPTY_US} us. What its flush of the L2 cache costs is"
+_EMPTY += " still in them"
+_ALIKE = "Both sides launched alike, with the empty kernel in both"
+_ALIKE += " ([how](ROOT/docs/experiments/merge_indexer.md#pages-again))"
 #: Products of a key and a row: scores over 576 channels, outputs over 512.
 _PRODUCTS = 576 + 512
 
@@ -40,6 +44,10 @@ def _rates(rows: Rows) -> str:
 
 def _of(*peers: str) -> Callable[[Rows], str]:
     return lambda rows: span((row.ratio(*peers) for row in rows), ratio)
+
+
+def _of_fastest(rows: Rows) -> str:
+    return span((rival.ratio for row in rows if (rival := fastest(row))), ratio)
 
 
 def _of_copy(rows: Rows) -> str:
@@ -61,13 +69,22 @@ def _teraflops(heads: int, batch: int, keys: int) -> Callable[[Rows], str]:
     return lambda rows: span((work / row.us / 1e6 for row in rows), "{:.0f}".format)
 
 
-def _logits(results: Results) -> list[tuple[str, str, Rows, Callable[[Rows], str]]]:
-    """Goals of the indexer's logits. Every element is shown, because there are few shapes."""
+def _logits(results: Results, notes: Notes) -> list[tuple[str, str, Rows, Callable[[Rows], str]]]:
+    """Goals of the indexer's logits: every cell, because there are few shapes."""
+
+    def one(row: Measured | None) -> str:
+        rival = fastest(row)
+        if row is None or rival is None:
+            return NONE
+        return ratio(rival.ratio) + (notes.mark(_ALIKE) if alike(row.op, row.shape) else "")
 
     def cells(op: str, shapes: Iterable[str]) -> tuple[Rows, Callable[[Rows], str]]:
         found = [results.get(op, shape) for shape in shapes]
-        ratios = (cell(row.ratio("DeepGEMM") if row else None, ratio) for row in found)
-        text = " / ".join(ratios)
+        text = " / ".join(map(one, found))
+        known = [rival for row in found if (rival := fastest(row))]
+        if any(rival.verdict_changed for rival in known):
+            measured = " / ".join(ratio(rival.as_measured) for rival in known)
+            text += notes.mark(f"As measured: {measured}")
         return _known(found), lambda _: text
 
     def chunks(tokens: int) -> tuple[Rows, Callable[[Rows], str]]:
@@ -80,11 +97,12 @@ def _logits(results: Results) -> list[tuple[str, str, Rows, Callable[[Rows], str
     def of_fp8(rows: Rows) -> str:
         return ratio(rows[0].us / rows[1].us) if len(rows) == 2 else NONE
 
+    over = f"over DeepGEMM{notes.mark(_EMPTY)}"
     last = [f"batch 128, 64k keys, 1 queries, {kind}" for kind in ("mxfp4", "fp8")]
     return [
-        *((f"`mqa_logits`, FP8, {tokens} x 4k / 32k / 64k, over DeepGEMM", "1.05", *chunks(tokens))
+        *((f"`mqa_logits`, FP8, {tokens} x 4k / 32k / 64k, {over}", "1.05", *chunks(tokens))
           for tokens in (2048, 4096)),
-        ("`paged_mqa_logits`, FP8, 1 / 16 / 64 / 128 x 8k, then x 64k, over DeepGEMM", "1.00",
+        (f"`paged_mqa_logits`, FP8, 1 / 16 / 64 / 128 x 8k, then x 64k, {over}", "1.00",
          *steps(1)),
         ("the same, two queries a sequence", "1.00", *steps(2)),
         ("`paged_mqa_logits`, MXFP4, 128 x 64k, of FP8's time", "0.62",
@@ -94,6 +112,7 @@ def _logits(results: Results) -> list[tuple[str, str, Rows, Callable[[Rows], str
 
 def latent_targets(results: Results) -> str:
     """Goals of latent attention and its writers, then of the indexer's logits."""
+    notes = Notes()
     v4 = r"512 \+ 128"
     many = _known(
         results.get(_WRITE, f"T {n}, {kind}")
@@ -111,8 +130,8 @@ def latent_targets(results: Results) -> str:
         ("584 bytes, 128 x 1, 64 heads, 512 + 128 keys", "48 us",
          _decode(results, 584, 128, "1", "64", v4), _us),
         ("the same, 16 heads", "26 us", _decode(results, 584, 128, "1", "16", v4), _us),
-        ("prompt of 4096 x 128 heads, `bf16`, over FlashMLA", "1.05",
-         results.find(_SPARSE, r"prefill bf16, .*"), _of("FlashMLA")),
+        (f"prompt of 4096 x 128 heads, `bf16`, over FlashMLA{notes.mark(_EMPTY)}", "1.05",
+         results.find(_SPARSE, r"prefill bf16, .*"), _of_fastest),
         ("the same from 656 bytes, over ours of `bf16`", "0.95",
          results.find(_SPARSE, r"prefill fp8_656, .*"), _of("bf16 keys")),
         ("`mla_attention`, 16 heads, 128 x 32k, `bf16`, GB/s", "2905",
@@ -124,10 +143,10 @@ def latent_targets(results: Results) -> str:
         ("16 and 128 heads, 1 x 4k, `bf16` and 8 bits", "20 us",
          _steps(results, 1, 4, "(16|128)", ".*"), _us),
         ("`mla_write_cache`, 8192 tokens and more, of a copy", "90 %", many, _of_copy),
-        *_logits(results),
+        *_logits(results, notes),
     ]  # fmt: skip
     used = [row for _, _, rows, _ in goals for row in rows]
     if not used:
         return MISSING
     lines = [[what, goal, tell(rows) if rows else "-"] for what, goal, rows, tell in goals]
-    return grid(["", "goal", "H100"], lines) + "\n" + links(used)
+    return grid(["", "goal", "H100"], lines) + notes.text() + "\n" + links(used)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from gpu_tables.peers import CORRECTED, EMPTY_US, Notes, alike, fastest, shown
 from gpu_tables.results import (
     NONE,
     READ,
@@ -277,29 +278,46 @@ def topk(results: Results) -> str:
 
 
 def _beside_mxfp4(
-    results: Results, op: str, pattern: str, share: Callable[[Measured], str], heading: str
+    results: Results,
+    op: str,
+    pattern: str,
+    share: Callable[[Measured], str],
+    heading: str,
+    notes: Notes,
 ) -> tuple[str, list[Measured]]:
     """Table of FP8 rows against DeepGEMM, and of the same shapes in MXFP4."""
     rows, lines = results.find(op, f"{pattern}, fp8"), []
+    mark = notes.mark(f"Less an empty kernel of {EMPTY_US} us. {CORRECTED}")
+    alone = "with both sides launched alike its time over ours is"
     for row in rows:
         narrow = results.get(op, row.shape.removesuffix("fp8") + "mxfp4")
         lines.append([
             row.shape.removesuffix(", fp8"), digits(row.us), share(row),
-            cell(row.peer_us("DeepGEMM"), digits),
+            shown(rival := fastest(row), digits)
+            + (notes.mark(f"{alone} {rival.ratio}") if rival and alike(op, row.shape) else ""),
             *((digits(narrow.us), share(narrow)) if narrow else (NONE, NONE)),
         ])  # fmt: skip
-    head = [f"`{op}`, H 64, D 128", "FP8, us", heading, "DeepGEMM FP8, us", "MXFP4, us", heading]
+    head = [
+        f"`{op}`, H 64, D 128",
+        "FP8, us",
+        heading,
+        f"DeepGEMM FP8{mark}, us",
+        "MXFP4, us",
+        heading,
+    ]
     return grid(head, lines or [[NONE] * len(head)]), rows
 
 
 def logits(results: Results) -> str:
     """Both operators of the indexer's logits."""
+    notes = Notes()
     chunks, first = _beside_mxfp4(
         results, "mqa_logits", r"\d+ tokens, \d+k keys", lambda row: cell(row.rate, two_digits),
-        "TFLOP/s",
+        "TFLOP/s", notes,
     )  # fmt: skip
     steps, second = _beside_mxfp4(
         results, "paged_mqa_logits", r"batch \d+, \d+k keys, \d queries",
-        lambda row: cell(row.ratio(READ), percent), "% of reading once",
+        lambda row: cell(row.ratio(READ), percent), "% of reading once", notes,
     )  # fmt: skip
-    return f"{chunks}\n\n{steps}\n{links([*first, *second])}"
+    text = notes.text() if first or second else ""
+    return f"{chunks}\n\n{steps}{text}\n{links([*first, *second])}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from gpu_tables.attention import decode_row, prefill_row, step_rows
+from gpu_tables.ahead import behind
+from gpu_tables.attention import decode_row, prefill_row
+from gpu_tables.peers import Notes, fastest
 from gpu_tables.results import (
     NONE,
     READ,
@@ -18,7 +20,6 @@ from gpu_tables.results import (
     links,
     percent,
     ratio,
-    span,
     two_digits,
 )
 
@@ -33,7 +34,7 @@ class Plot(NamedTuple):
 
 #: Name of a drawing in benchmarks/plots -> its content.
 PLOTS = {
-    "h100-decode": Plot("h100-decode", "decode bandwidth over context on an H100"),
+    "h100-decode": Plot("h100-decode", "time of a decode call over context on an H100"),
     "h100-prefill": Plot("h100-prefill", "prefill over the length of a sequence on an H100"),
     "h100-mla-attention": Plot("h100-mla-attention", "dense latent decode over batch on an H100"),
     "h100-mla-sparse": Plot("h100-mla-sparse", "sparse latent decode over heads on an H100"),
@@ -108,94 +109,33 @@ def figures(results: Results) -> str:
     prompts = prefill_row(results, "paged_attention", "cache_fp8", _FOUR)
     rope = results.get("rope_write_cache_kv", "16384 tokens, KV 8, D 128, cache_fp8, H 32")
     host = results.get("host", "paged_attention, 16 sequences, H 32/8 D 128")
-    fa3 = "vllm_fa3_fp8"
+    notes = Notes()
 
-    def peer(row: Measured | None, start: str, name: str) -> str:
-        us = row and row.peer_us(start)
-        return f"{digits(us)} ({name})" if us else NONE
+    def line(what: str, row: Measured | None, ours: str, *, is_rate: bool = False) -> list[str]:
+        rival = fastest(row)
+        if row is None or rival is None:
+            return [what, ours if row else NONE, NONE if row is None else "none timed", NONE]
+        theirs = f"{row.rate / rival.ratio:.0f}" if is_rate and row.rate else digits(rival.us)
+        source = f"[{row.file}](ROOT/benchmarks/results/{row.file}.json)"
+        name = f"{rival.peer.label}{notes.of(row, rival.peer)}"
+        return [what, ours, f"{theirs} ({name})", source]
 
-    def source(row: Measured | None) -> str:
-        name = row.file if row else ""
-        return f"[{name}](ROOT/benchmarks/results/{name}.json)" if row else NONE
-
-    theirs = prompts and prompts.peer_rate(fa3)
     read, copied = batch and batch.ratio(READ), rope and rope.of_copy()
+    of_read = f"{cell(read, percent)} % of reading K and V once"
     lines = [
-        ["decode, 64 sequences x 8k keys, `cache_fp8`, bf16 queries, us",
-         f"{cell(batch and batch.us, digits)}, {cell(read, percent)} % of reading K and V once",
-         peer(batch, fa3, "FlashAttention-3 FP8, e4m3 queries"), source(batch)],
-        ["a layer's decode step, Qwen3-8B, one sequence of 8k keys, `cache_fp8`, us",
-         cell(step and step.us, digits), peer(step, "vLLM", "rotation, write, Q, FlashAttention-3"),
-         source(step)],
-        ["causal prefill, 4 x 4096, H 16/16, `cache_fp8`, e4m3 queries, TFLOP/s",
-         cell(prompts and prompts.rate, "{:.0f}".format),
-         f"{cell(theirs, '{:.0f}'.format)} (FlashAttention-3 FP8, page 64, two-level accumulation)",
-         source(prompts)],
-        ["RoPE and write of 16384 tokens, `cache_fp8`, us",
-         f"{cell(rope and rope.us, digits)}, {cell(copied, percent)} % of a copy",
-         peer(rope, "vllm rope", "two kernels"), source(rope)],
-        ["host time of a `paged_attention` call, 16 sequences, us", cell(host and host.us, digits),
-         peer(host, "vllm fa3", "FlashAttention-3 FP8"), source(host)],
+        line("decode, 64 sequences x 8k keys, `cache_fp8`, bf16 queries, us", batch,
+             f"{cell(batch and batch.us, digits)}, {of_read}"),
+        line("a layer's decode step, Qwen3-8B, one sequence of 8k keys, `cache_fp8`, us", step,
+             cell(step and step.us, digits)),
+        line("causal prefill, 4 x 4096, H 16/16, `cache_fp8`, e4m3 queries, TFLOP/s", prompts,
+             cell(prompts and prompts.rate, "{:.0f}".format), is_rate=True),
+        line("RoPE and write of 16384 tokens, `cache_fp8`, us", rope,
+             f"{cell(rope and rope.us, digits)}, {cell(copied, percent)} % of a copy"),
+        line("host time of a `paged_attention` call, 16 sequences, us", host,
+             cell(host and host.us, digits)),
     ]  # fmt: skip
-    return grid(["us or TFLOP/s", "fastattn", "peer", "rows"], lines) + f"\n\n{behind(results)}"
-
-
-def behind(results: Results) -> str:
-    """The cases in which peers are faster."""
-    quants = ("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8", "none")
-    names = (*(f"decode {n} x 8k" for n in (1, 16, 64, 128)), "2048 behind 6144 + 32 x 8k")
-    steps = [
-        (share, row)
-        for quant in quants
-        for row in step_rows(results, quant, names, "graph")
-        if (share := row.ratio("vLLM"))
-    ]
-    slower = sorted((pair for pair in steps if pair[0] < 1), key=lambda pair: pair[0])
-    parts = []
-    if slower:
-        least, row = slower[0]
-        shape = row.shape.removesuffix(", graph")
-        parts.append(
-            f"{len(slower)} of {len(steps)} steps of a layer are slower than vLLM's kernels;"
-            f" the slowest has {least:.2f} of their speed (`{shape}`)"
-        )
-    latent = [
-        (share, row)
-        for op in ("mla_attention", "mla_sparse_attention")
-        for row in results.find(op, ".*")
-        if (share := row.ratio("FlashMLA"))
-    ]
-    slower = sorted((pair for pair in latent if pair[0] < 1), key=lambda pair: pair[0])
-    if slower:
-        least, row = slower[0]
-        parts.append(
-            f"{len(slower)} of {len(latent)} calls of latent attention are slower than FlashMLA's"
-            " (whose times include an empty kernel);"
-            f" the slowest has {least:.2f} of its speed (`{row.op}`, {row.shape})"
-        )
-    wide = decode_row(results, "none", (64, "8192", "32/8"))
-    fa3 = wide and wide.peer_us("vllm_fa3_bf16")
-    if wide and fa3:
-        parts.append(
-            f"decode of a 16-bit cache, 64 x 8k, takes {wide.us:.0f} us, FlashAttention-3's"
-            f" {fa3:.0f}"
-        )
-    shares = []
-    for prompts in ((16, 1024, "16/16"), _FOUR, (1, 16384, "16/16")):
-        pair = [
-            prefill_row(results, "paged_attention", f"bf16 q, {name}", prompts)
-            for name in ("block_wise_fp8", "bf16")
-        ]
-        shares.append(pair[1].us / pair[0].us if pair[0] and pair[1] else None)
-    if any(shares):
-        parts.append(
-            "prefill over `block_wise_fp8` with bf16 queries has"
-            f" {span(shares, ratio)} of the speed of a bf16 cache"
-        )
-    if not parts:
-        return NONE
-    sentences = ". ".join(part[0].upper() + part[1:] for part in parts)
-    return f"Where peers are ahead ([more](ROOT/docs/gpu.md)): {sentences}."
+    head = ["us or TFLOP/s", "fastattn", "fastest peer of the same work", "rows"]
+    return f"{grid(head, lines)}{notes.text()}\n\n{behind(results)}"
 
 
 def cpu(results: Results) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Peers that are lower bounds of the same run.
-COPY, READ, EMPTY = "copy of as many bytes", "reading as many bytes", "empty kernel"
+from gpu_tables.peers import COPY, EMPTY, READ, corrected, lender
+
+__all__ = ["COPY", "EMPTY", "READ"]
 NONE = "-"
 #: Files of results from which tables are made.
 KINDS = ("h100-*.json", "*-dcp.json", "cpu-*.json")
@@ -28,7 +29,8 @@ class Measured:
     rate: float | None
     file: str
     machine: dict[str, Any]
-    peers: dict[str, float] = dataclasses.field(default_factory=dict)
+    peers: dict[str, float] = dataclasses.field(default_factory=dict)  # as peers.corrected has them
+    as_measured: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def peer_us(self, *starts: str) -> float | None:
         """Time of the first peer whose name has this prefix."""
@@ -84,15 +86,27 @@ class Results:
                 made = Measured(*key, row["us"], row["rate"], name, machine)
                 entry = of_file.setdefault(key, made)
                 if row.get("peer"):
-                    entry.peers.setdefault(row["peer"], row["peer_us"])
+                    entry.as_measured.setdefault(row["peer"], row["peer_us"])
             for key, entry in of_file.items():
-                if key not in newest or len(entry.peers) >= len(newest[key].peers):
+                if key not in newest or len(entry.as_measured) >= len(newest[key].as_measured):
                     newest[key] = entry
+        for (op, shape), entry in newest.items():
+            lent = newest.get((op, lender(op, shape)))
+            if lent and lent.file == entry.file:
+                others = lent.as_measured.items()
+                more = {name: us for name, us in others if name.startswith("vllm")}
+                entry.as_measured = {**more, **entry.as_measured}
+            times = {name: corrected(op, shape, name, us) for name, us in entry.as_measured.items()}
+            entry.peers = {name: us for name, us in times.items() if us is not None}
         return cls(list(newest.values()), files, folder)
 
     def get(self, op: str, shape: str) -> Measured | None:
         """The row of a shape, or None."""
         return self._rows.get((op, shape))
+
+    def rows(self) -> list[Measured]:
+        """All rows."""
+        return list(self._rows.values())
 
     def find(self, op: str, pattern: str) -> list[Measured]:
         """Rows whose whole shape matches."""

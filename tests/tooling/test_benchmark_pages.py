@@ -24,7 +24,7 @@ def test_the_table_of_files_has_every_file():
 
 def test_the_readme_counts_the_panels_of_its_drawing():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (count,) = re.findall(r"!\[decode bandwidth over context, (\w+) batch sizes\]", readme)
+    (count,) = re.findall(r"!\[time of a decode call over context, (\w+) batch sizes\]", readme)
     chart = plots.CHARTS[0]
     assert chart.title.startswith("Paged decode")
     assert COUNTS[count] == len(chart.panels)

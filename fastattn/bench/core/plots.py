@@ -1,7 +1,12 @@
-"""Plots of a report: curves where its rows are some, else the ratio to the peer of every row."""
+"""Plots of a report: curves where its rows are some, else the ratio to the peer of every row.
+
+Decode is drawn in microseconds over the least time that the memory allows: its bytes once at the
+rate of the memory's pins, which nothing crosses. The measured rate of reading is no such bound.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +20,18 @@ from fastattn.bench.core.tables import title
 
 #: A plot of at most this many rows names each of them; a larger one has a line for each operator.
 MOST_BARS = 24
-#: Lines of a chart of times, ours and the fastest peers; peers beside up to three rates of ours.
-MOST_LINES, MOST_PEERS = 5, 2
+#: Peers in a chart: of each line of ours, those that are the fastest beside it somewhere.
+MOST_PEERS = 4
 _OURS = ("#08306b", "#2171b5", "#6baed6")
-_PEERS = ("#d94801", "#fd8d3c", "#7f2704")
-_MARKERS = "os^DvP"
+_PEERS = ("#d94801", "#fd8d3c", "#7f2704", "#c51b8a")
+_MARKERS = "os^DvPX"
 #: Times that differ by more than this factor are drawn on a logarithmic axis.
 _WIDE = 20
 #: Colours of what stands beside a peer, and beside a floor that memory or a launch sets.
 _SPEEDUP, _FRACTION = "#2171b5", "#969696"
+
+#: GB/s of a GPU's memory: twice its clock (2619 and 3201 MHz) times its bytes (640 and 768).
+PIN_RATES = {"NVIDIA H100 80GB HBM3": 3352.3, "NVIDIA H200": 4916.7}
 
 #: Line -> its points.
 Curves = dict[str, dict[int, float]]
@@ -50,7 +58,8 @@ CHARTS = (
         {"1": "batch 1", "16": "batch 16", "64": "batch 64"},
         "Paged decode, H 32, KV 8, D 128, blocks of 64 tokens",
         "context, tokens",
-        "K, V and scales read, GB/s",
+        "us (lower is better)",
+        is_time=True,
     ),
     Chart(
         re.compile(r"^prefill (?P<name>.+) (?P<panel>causal|full) B \d+ x (?P<x>\d+) H 16/16"),
@@ -70,8 +79,9 @@ CHARTS = (
         {"16": "16 heads", "128": "128 heads"},
         "Dense latent decode, 32k keys a sequence, pages of 64 tokens",
         "batch",
-        "cache, queries and outputs, GB/s",
+        "us (lower is better)",
         op="mla_attention",
+        is_time=True,
     ),
     Chart(
         re.compile(
@@ -103,8 +113,9 @@ CHARTS = (
         {"8": "8k keys a sequence", "64": "64k keys a sequence"},
         "Paged logits of the indexer, H 64, D 128, one query a sequence",
         "batch",
-        "keys read and logits written, GB/s",
+        "us (lower is better)",
         op="paged_mqa_logits",
+        is_time=True,
     ),
     Chart(
         re.compile(r"^(?P<panel>\d+) tokens, (?P<x>\d+)k keys, (?P<name>\w+)$"),
@@ -130,16 +141,24 @@ CHARTS = (
 )  # fmt: skip
 
 
-def _curves(
-    chart: Chart, rows: Sequence[Row]
-) -> tuple[dict[str, Curves], dict[str, Curves], float]:
-    """Curves of ours and of peers in each panel, and the largest rate of a floor's rows.
+class Drawn(NamedTuple):
+    """Curves of a chart, by panel."""
+
+    ours: dict[str, Curves]
+    others: dict[str, Curves]
+    floors: dict[str, Curves]  # least time that the memory allows, under our labels
+    beside: dict[str, dict[tuple[str, int], dict[str, float]]]  # our label -> point -> peers' times
+
+
+def curves(chart: Chart, rows: Sequence[Row], gpu: str = "") -> Drawn:
+    """Curves of ours, of peers and of the memory's least times in each panel.
 
     A peer's rate follows from its time for the same work.
     """
     ours: dict[str, Curves] = {panel: {} for panel in chart.panels}
     others: dict[str, Curves] = {panel: {} for panel in chart.panels}
-    floor = 0.0
+    floors: dict[str, Curves] = {panel: {} for panel in chart.panels}
+    drawn = Drawn(ours, others, floors, {})
     for row in rows:
         match = chart.shape.match(row.shape) if row.op == chart.op else None
         if not match or (row.rate is None and not chart.is_time):
@@ -147,17 +166,20 @@ def _curves(
         panel, x = match["panel"], int(match["x"]) * chart.scale
         if panel not in chart.panels:
             continue
-        value = row.us if chart.is_time else row.rate or 0.0
+        value, label = row.us if chart.is_time else row.rate or 0.0, ""
         if match["name"] in chart.ours:
-            ours[panel].setdefault(_label(chart, match["name"]), {})[x] = value
-        if not row.peer_us:
+            label = _label(chart, match["name"])
+            drawn.ours[panel].setdefault(label, {})[x] = value
+            if chart.is_time and row.rate and row.unit == "GB/s" and gpu in PIN_RATES:
+                least = row.us * row.rate / PIN_RATES[gpu]
+                drawn.floors[panel].setdefault(label, {})[x] = least
+        if not row.peer_us or row.peer in (READ, COPY, EMPTY):
             continue
         theirs = row.peer_us if chart.is_time else value * row.us / row.peer_us
-        if row.peer != READ:
-            others[panel].setdefault(_peer(row.peer), {})[x] = theirs
-        elif not chart.is_time:
-            floor = max(floor, theirs)
-    return ours, others, floor
+        drawn.others[panel].setdefault(_peer(row.peer), {})[x] = theirs
+        times = drawn.beside.setdefault(label, {}).setdefault((panel, x), {})
+        times[_peer(row.peer)] = row.peer_us
+    return drawn
 
 
 def _label(chart: Chart, name: str) -> str:
@@ -169,28 +191,21 @@ def _peer(name: str) -> str:
     return public_name(name).partition(", padded")[0]
 
 
-def _fastest(chart: Chart, others: Mapping[str, Curves]) -> list[str]:
-    """Peers to draw: those with the highest mean rate, where they were measured.
-
-    Of times, which differ by orders of magnitude, those that are the fastest at the most points.
-    """
-    values: dict[str, list[float]] = {}
+def fastest(chart: Chart, drawn: Drawn) -> list[str]:
+    """Peers to draw: those that are the fastest beside one of our lines, by how often they are."""
     wins: dict[str, int] = {}
-    for curves in others.values():
-        for name, points in curves.items():
-            values.setdefault(name, []).extend(points.values())
-        for x in {x for points in curves.values() for x in points}:
-            least = min((points[x], name) for name, points in curves.items() if x in points)
-            wins[least[1]] = wins.get(least[1], 0) + 1
-    if chart.is_time:
-        order = sorted(values, key=lambda name: -wins.get(name, 0))
-        return order[: MOST_LINES - len(chart.ours)]
-    return sorted(values, key=lambda name: -statistics.fmean(values[name]))[:MOST_PEERS]
+    for label, points in drawn.beside.items():
+        for times in points.values() if label else ():
+            least = min(times, key=lambda name: times[name])
+            wins[least] = wins.get(least, 0) + 1
+    return sorted(wins, key=lambda name: -wins[name])[:MOST_PEERS]
 
 
 def draw_curves(chart: Chart, report: Report, plt: Any) -> Any | None:
     """Figure of a chart; None where the report has too few rows for it."""
-    ours, others, floor = _curves(chart, report.rows)
+    device = report.machine.get("gpu", report.machine.get("cpu"))
+    drawn = curves(chart, report.rows, str(device))
+    ours, others, floors = drawn.ours, drawn.others, drawn.floors
     panels = [panel for panel in chart.panels if any(len(p) > 1 for p in ours[panel].values())]
     if not panels:
         return None
@@ -198,41 +213,47 @@ def draw_curves(chart: Chart, report: Report, plt: Any) -> Any | None:
     lines: dict[str, dict[str, Any]] = {}  # peers on top, dashed and hollow: what is below shows
     for color, marker, name in zip(_OURS, _MARKERS, labels):
         lines[name] = {"color": color, "marker": marker, "linewidth": 2.2}
-    for color, marker, name in zip(_PEERS, _MARKERS[len(_OURS) :], _fastest(chart, others)):
+    for color, marker, name in zip(_PEERS, _MARKERS[len(_OURS) :], fastest(chart, drawn)):
         hollow = {"markerfacecolor": "white", "linestyle": "--", "zorder": 3}
         lines[name] = {"color": color, "marker": marker, "linewidth": 1.4, **hollow}
-    size = (4.2 * len(panels) + 0.6, 4.6)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    height = 4.0 + 0.2 * math.ceil((len(lines) + bool(drawn.floors)) / len(panels))
+    size = (4.2 * len(panels) + 0.6, height)
+    rates = not chart.is_time  # of calls that differ little; times differ by orders of magnitude
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=rates, squeeze=False)
     for axis, panel in zip(axes[0], panels):
         of_panel = {**ours[panel], **others[panel]}
         for name, style in lines.items():
             if name in of_panel:
                 points = sorted(of_panel[name].items())
                 axis.plot(*zip(*points), label=name, markersize=6, **style)
+        for name, of_name in floors[panel].items():
+            points = sorted(of_name.items())
+            label = f"least time at {PIN_RATES[str(device)]:.0f} GB/s"
+            thin = {"color": lines[name]["color"], "linewidth": 0.9, "linestyle": ":"}
+            axis.plot(*zip(*points), label=label, **thin)
         ticks = sorted({x for points in of_panel.values() for x in points})
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks])
         axis.minorticks_off()
         axis.set(title=chart.panels[panel], xlabel=chart.xlabel)
         axis.grid(alpha=0.3)
-        if floor:
-            axis.axhline(floor, color="black", linewidth=0.8, linestyle=":")
-            axis.annotate("reading alone", (ticks[0], floor), (0, 3),
-                          textcoords="offset points", fontsize=8)  # fmt: skip
     axes[0][0].set_ylabel(chart.ylabel)
-    drawn = [y for axis in axes[0] for line in axis.get_lines() for y in line.get_ydata()]
-    if chart.is_time and max(drawn) > _WIDE * min(drawn):
-        axes[0][0].set_yscale("log")
-        _number_logarithms(axes[0][0].yaxis)
-    else:
-        axes[0][0].set_ylim(0, floor * 1.1 or None)
+    values = [y for axis in axes[0] for line in axis.get_lines() for y in line.get_ydata()]
+    for axis in axes[0]:
+        if chart.is_time and max(values) > _WIDE * min(values):
+            axis.set_yscale("log")
+            _number_logarithms(axis.yaxis)
+        else:
+            axis.set_ylim(0, None)
     handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
     shown = [name for name in lines if name in handles]
+    shown += [name for name in handles if name not in lines]
     spelled = [name.replace("FA3", "FlashAttention-3") for name in shown]
-    figure.legend([handles[n] for n in shown], spelled, loc="lower center", ncol=3, frameon=False)
-    device = report.machine.get("gpu", report.machine.get("cpu"))
-    figure.suptitle(f"{chart.title}\n{device}, one run", fontsize=11)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    rows = math.ceil(len(shown) / len(panels))
+    figure.legend([handles[n] for n in shown], spelled, loc="lower center", ncol=len(panels),
+                  frameon=False, fontsize=9)  # fmt: skip
+    figure.suptitle(f"{chart.title}\n{device}", fontsize=11)
+    figure.tight_layout(rect=(0, (0.1 + 0.2 * rows) / height, 1, 1))
     return figure
 
 
