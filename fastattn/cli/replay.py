@@ -89,7 +89,8 @@ def _one(folder: Path, arguments: argparse.Namespace) -> tuple[bool, Any]:
     text = _report(dump, call, found)
     if arguments.script:
         arrays = {name: tensors.array_of(value) for name, value in dump.inputs.items()}
-        text += "\n\n" + script.minimal(dump, arrays)
+        report = "".join(f"# {line}\n" for line in text.splitlines())
+        text = f"{report}\n{script.minimal(dump, arrays)}"
     return found.fits, text
 
 
@@ -109,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
         fits.append(well)
         print(json.dumps(output) if arguments.json else output, flush=True)
     if not arguments.json:
-        print(f"{sum(fits)} of {len(fits)} calls ok")
+        print(f"{'# ' * arguments.script}{sum(fits)} of {len(fits)} calls ok")
     return int(not all(fits))
 
 
@@ -139,7 +140,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--no-time", action="store_true", help="do not time the calls")
     parser.add_argument(
-        "--script", action="store_true", help="print a script that makes each call, for a report"
+        "--script", action="store_true", help="print Python that makes each call, for a report"
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each call")
     parser.set_defaults(run=run)

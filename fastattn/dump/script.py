@@ -67,9 +67,6 @@ def minimal(dump: Dump, arrays: dict[str, Any]) -> str:
     lines = [
         f"# {facts['op']} on {facts['place']}: {facts['plan']['kernel']}",
         f"# fastattn {facts['machine']['fastattn']}, Paddle {facts['machine']['paddle']}",
-        "import base64",
-        "import zlib",
-        "",
         "import numpy as np",
         "import paddle",
         "",
@@ -80,6 +77,8 @@ def minimal(dump: Dump, arrays: dict[str, Any]) -> str:
     lines += ["gpu = paddle.CUDAPlace(0)"] if gpu else ['paddle.set_device("cpu")']
     for name, at in facts["inputs"].items():
         lines += _tensor_line(name, at, arrays.get(name), "gpu" if gpu else "cpu")
+    if any("b64decode" in line for line in lines):
+        lines[2:2] = ["import base64", "import zlib", ""]
     lines += _views(dump)
     order = [name if name in facts["inputs"] else "None" for name in facts["order"]]
     attrs = ", ".join(repr(value) for value in facts["attrs"].values())

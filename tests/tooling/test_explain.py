@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from fastattn import _plan, cli
 from fastattn.cli import explain
+from tests.support import ROOT
 
 pytest.importorskip("fastattn._host")
 
@@ -128,3 +130,43 @@ def test_shapes_that_are_none(shape, capsys):
 def test_an_operator_that_does_not_exist(capsys):
     assert cli.main(["explain", "--op", "attend"]) == 1
     assert "explain: --op: " in capsys.readouterr().err
+
+
+SHAPES = (
+    r"(?P<what>decode) (?P<kind>\w+) B (?P<seqs>\d+) ctx (?P<keys>\d+) H (?P<heads>\d+)/"
+    r"(?P<kv>\d+) D (?P<dim>\d+)",
+    r"(?P<what>prefill) (?P<kind>\w+) causal B (?P<seqs>\d+) x (?P<keys>\d+) H (?P<heads>\d+)/"
+    r"(?P<kv>\d+) D (?P<dim>\d+)",
+)
+
+
+def measured():
+    """(decode or prefill, microseconds, predicted ones) of committed measurements on an H100."""
+    for name in ("decode", "prefill"):
+        rows = json.loads((ROOT / "benchmarks" / "results" / f"h100-{name}.json").read_text())
+        for row in rows["rows"]:
+            match = next(filter(None, (re.fullmatch(s, row["shape"]) for s in SHAPES)), None)
+            if match is None or row["op"] != "paged_attention":
+                continue
+            seqs, keys, heads, kv, dim = (int(x) for x in match.groups()[2:])
+            new = 1 if match["what"] == "decode" else keys
+            key = _plan.key_dtype(match["kind"], "bfloat16", "e4m3")
+            q_dtype = "bfloat16" if new == 1 else "float8_e4m3fn"
+            call = _plan.AttentionCall(
+                *("paged_attention", q_dtype, key, match["kind"], seqs * new, seqs),
+                *(heads, kv, dim, new, keys),
+            )
+            kernels = explain._kernels(call, H100)
+            found = explain.predict(call, kernels, explain.PEAKS["sm_90"], True)
+            yield match["what"], row["us"], found.us
+
+
+def test_measured_calls_take_longer_than_predicted():
+    """The prediction is a lower bound, and near enough to tell an expected time from a fault."""
+    rows = list(measured())
+    assert len([r for r in rows if r[0] == "decode"]) > 100
+    assert len([r for r in rows if r[0] == "prefill"]) > 10
+    for what, us, predicted in rows:
+        assert us >= predicted
+        if predicted > 50:
+            assert us <= (1.5 if what == "decode" else 4.5) * predicted
