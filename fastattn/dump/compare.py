@@ -204,7 +204,8 @@ def latent_lse(got: Array, want: Array, on_gpu: bool) -> Verdict:
     """LSE of latent attention; on a GPU keys may be rounded to 11 bits."""
     want = _floats(want)
     size = np.where(np.isfinite(want), np.abs(want), 0.0)
-    return within(got, want, 5e-6 + 1e-6 * size + (2.0**-9 if on_gpu else 0.0))
+    rounded = 2.0**-9 * (1 + size) if on_gpu else 0.0
+    return within(got, want, 5e-6 + 1e-6 * size + rounded)
 
 
 def logits(got: Array, want: Array) -> Verdict:

@@ -42,7 +42,8 @@ class Call:
     ----------
     dump : Dump
     place : {"auto", "cpu", "gpu"}
-        "auto": where it was, or the CPU where there is no GPU.
+        "auto": where it was, or the CPU where there is no GPU. "gpu": the first one; all tensors
+        of a call that was on a CPU go there.
     contiguous : bool
         Leave out the strides that the tensors had.
     seed : int
@@ -74,9 +75,10 @@ class Call:
 
     def inputs(self) -> tuple[Any, ...]:
         """New tensors, as they were before the call."""
-        made = tensors.rebuilt(
-            self.dump.facts["inputs"], self.values, self.place, contiguous=self.contiguous
-        )
+        facts = self.dump.facts["inputs"]
+        if self.place == "gpu" and self.dump.facts["place"] == "cpu":
+            facts = {name: {**at, "place": "gpu:0"} for name, at in facts.items()}
+        made = tensors.rebuilt(facts, self.values, self.place, contiguous=self.contiguous)
         return tuple(made.get(name) for name in self.sig.inputs)
 
     def run(self, inputs: tuple[Any, ...]) -> list[Any]:

@@ -79,6 +79,21 @@ def test_every_operator_in_a_fresh_process(dumping):
         assert all(fits for fits, _ in compared) or row["op"] in model.WITHOUT_MODEL, row
 
 
+@pytest.mark.parametrize("name", REPLAYED)
+def test_calls_of_a_place_replay_there_and_on_a_cpu(name, place, dumping):
+    make_call(name, place)()
+    dump = last(dumping)
+    assert dump.facts["place"].partition(":")[0] == place
+    assert "unknown" not in dump.facts["plan"]["kernel"]
+    found = again(dump)
+    assert found.fits and all(v.fits for v in found.again.values()), found
+    assert again(dump, place="cpu").fits
+    if place == "gpu":  # and a CPU's dump on a GPU
+        make_call(name, "cpu")()
+        found = again(last(dumping), place="gpu")
+        assert all(v.fits is not False for v in found.replayed.values()), found
+
+
 def test_every_operator_has_a_model_or_a_reason():
     known = {*model.MODELS, *model.WITHOUT_MODEL, *model.NOT_REPLAYED}
     assert known == {*_ops.operators()}
