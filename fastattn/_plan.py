@@ -163,7 +163,7 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``kernels``: names, in the order of their launch. ``launches``: those of the plan.
+        ``kernels``: names, in the order of their launch. ``launches``: what the plan says of each.
         ``workspace``: bytes. ``dequantize``: room for 16-bit K and V of long sequences; empty where
         codes are attended as they are.
     """

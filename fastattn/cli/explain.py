@@ -324,7 +324,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--k-dtype",
         choices=("bfloat16", "float16", "e4m3", "e5m2", "int8"),
-        help="of a cache of type none, or of flash_attention; default that of the queries",
+        help="of a cache of type none, or of flash_attention; default the queries' dtype",
     )
     parser.add_argument("--window", type=int, default=-1, help="window_size[0], default none")
     parser.add_argument("--not-causal", action="store_true", help="for the predicted time")

@@ -1,8 +1,8 @@
-"""Whether results are those of the NumPy model: the bounds of docs/debugging.md and numerics.md.
+"""Whether results agree with the NumPy model, by the bounds of docs/debugging.md.
 
-Each function returns a :class:`Verdict` and never raises for numbers. The bounds are those of
-docs/numerics.md: the same bits where these are promised, else an error ratio (attention) or a table
-(latent attention, logits).
+Each function returns a :class:`Verdict` and never raises for numbers. docs/numerics.md promises the
+same bits for most operators, an error ratio for attention, and a table of bounds for latent
+attention and logits.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def _read_bytes(path: Path, expected: Any) -> bytes:
     except OSError as error:
         raise DumpError(f"{path}: {error.strerror or error}") from None
     if hashlib.sha256(data).hexdigest() != expected:
-        raise DumpError(f"{path}: its SHA-256 is not that of {CALL}: the file was changed")
+        raise DumpError(f"{path}: {CALL} has another SHA-256: the file was changed")
     return data
 
 

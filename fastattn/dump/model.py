@@ -1,7 +1,7 @@
 """What the NumPy models (:mod:`fastattn.reference`) say of a dumped call.
 
-A model takes the arguments of the Python function; a dump has those of the operator. The functions
-here translate. Operators that have no model are in :data:`WITHOUT_MODEL`.
+A model takes the arguments of the Python function; a dump has the operator's arguments. The
+functions here translate. Operators that have no model are in :data:`WITHOUT_MODEL`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _NOT_GIVEN = {
 
 
 def _call(function: Callable[..., Any], given: Given, **changes: Any) -> Any:
-    """Call a model with those of the arguments that it has."""
+    """Call a model with the arguments that it has parameters for."""
     have = {**given, **changes}
     if "window_left" in given:
         have["window_size"] = (given["window_left"], given["window_right"])

@@ -217,7 +217,7 @@ class _Call:
         return self._settings.seed and self._layout[name]["dtype"] not in kept
 
     def _may_show_nan(self) -> bool:
-        """Whether a result can hold a NaN: not those of an operator that writes only codes."""
+        """Whether a result can hold a NaN: an operator that writes only codes has none."""
         written = [self._sig.inputs[i] for i in self._sig.inplace.values()]
         floats = [n for n in written if self._layout.get(n, {}).get("dtype", "").find("float") >= 0]
         return bool(floats) or len(self._sig.inplace) < len(self._sig.outputs)

@@ -19,7 +19,7 @@ class Replay(NamedTuple):
     """What a replay found."""
 
     dumped: dict[str, Verdict]  # the dumped results against the model
-    replayed: dict[str, Verdict]  # those of the replay against the model
+    replayed: dict[str, Verdict]  # the results of the replay against the model
     again: dict[str, Verdict]  # the replay against the dump, by bits
     error: str | None  # what the call raised
     us: float | None  # median time of a call
@@ -52,7 +52,7 @@ class Call:
     Raises
     ------
     DumpError
-        If its operator, or the number of its arguments, is not that of this fastattn.
+        If this fastattn has no such operator, or gives it other arguments.
     """
 
     def __init__(

@@ -64,14 +64,14 @@ def nans(value: Stored) -> int:
 
 
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to behind the last one that a tensor reaches."""
+    """Elements from the first to the last one that a tensor reaches, both counted."""
     if 0 in shape:
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides))
 
 
 def layout(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Where tensors lie: dtype, shape, strides, place, and the memory that they share.
+    """Layout of tensors: dtype, shape, strides, place, and the memory that they share.
 
     Tensors whose memory overlaps have the same ``buffer``. ``offset`` counts bytes from the
     multiple of 256 before the buffer's first byte.
@@ -109,17 +109,17 @@ def _plain(value: Stored, place: Any) -> Any:
 
 
 def _fill(buffer: Array, facts: Mapping[str, Any], value: Stored) -> None:
-    """Write a tensor's elements to where they lie in a buffer of bytes."""
+    """Write a tensor's elements to their places in a buffer of bytes."""
     size = DTYPES[value.dtype][1]
     strides = [n * size for n in facts["strides"]]
     room = buffer[facts["offset"] :]
-    # Each element is `size` bytes that lie together, whatever its alignment.
+    # Each element is `size` adjacent bytes, whatever its alignment.
     view = np.lib.stride_tricks.as_strided(room, [*value.shape, size], [*strides, 1])
     view[...] = value.data.reshape([*value.shape, size])
 
 
 def _buffer(names: Sequence[str], facts: Mapping[str, Any], values: Mapping[str, Stored]) -> Array:
-    """Bytes of a buffer; those of no tensor are 0xFF, which are NaN for every float."""
+    """Bytes of a buffer; where no tensor is they are 0xFF, which is NaN for every float."""
     end = 0
     for name in names:
         at = facts[name]

@@ -98,7 +98,7 @@ def test_the_prediction_by_hand():
 
 def test_the_prediction_of_a_prompt_by_hand():
     call = DECODE._replace(num_tokens=4096, batch=1, max_seqlen_q=4096)
-    pairs = 4096 * 4097 // 2  # those of a triangle with its diagonal
+    pairs = 4096 * 4097 // 2  # of a triangle with its diagonal
     found = explain.predict(call, ["wgmma_fp8"], explain.PEAKS["sm_90"], True)
     assert found.operations == pairs * 32 * 4 * 128
     assert found.us == pytest.approx(found.operations / 1979e12 * 1e6)

@@ -154,7 +154,7 @@ def test_changed_files_are_refused(dumping, capsys):
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     assert cli.main(["replay", str(dumping), "--no-time"]) == 1
     out = capsys.readouterr().out
-    assert "000001" in out and "REFUSED" in out and "its SHA-256 is not that of call.json" in out
+    assert "000001" in out and "REFUSED" in out and "call.json has another SHA-256" in out
     assert "1 of 2 calls ok" in out
 
 
