@@ -105,7 +105,8 @@ def _plain(value: Stored, place: Any) -> Any:
     # A copy: where a file has it, it need not be aligned.
     array = value.data.copy().view(numpy.get(value.dtype, value.dtype)).reshape(value.shape)
     tensor = paddle.to_tensor(array, place=place)
-    return tensor.view(value.dtype) if value.dtype.startswith("float8") else tensor
+    fp8 = value.dtype.startswith("float8")
+    return tensor.view(getattr(paddle, value.dtype)) if fp8 else tensor
 
 
 def _fill(buffer: Array, facts: Mapping[str, Any], value: Stored) -> None:
@@ -184,7 +185,10 @@ def rebuilt(
         if contiguous or (len(names) == 1 and _is_plain(facts[names[0]])):
             tensors.update({name: _plain(values[name], where) for name in names})
             continue
-        pool = paddle.to_tensor(_buffer(names, facts, values), place=where)
+        data = _buffer(names, facts, values)
+        kinds = {facts[name]["dtype"] for name in names}
+        kind = kinds.pop() if len(kinds) == 1 else "uint8"
+        pool = _plain(Stored(kind, (data.size // DTYPES[kind][1],), data), where)
         for name in names:
             at = facts[name]
             if 0 in at["shape"]:
@@ -193,7 +197,13 @@ def rebuilt(
             size = DTYPES[at["dtype"]][1]
             if at["offset"] % size:
                 raise DumpError(f"{name}: {at['dtype']} at byte {at['offset']} of its memory")
-            typed = pool if at["dtype"] == "uint8" else pool.view(at["dtype"])
+            if at["dtype"] != kind and paddle.__version__.startswith("2."):
+                # Its view of another dtype ends the process.
+                raise DumpError(
+                    f"{', '.join(names)}: Paddle {paddle.__version__} makes no tensors of "
+                    "different dtypes over the same memory; --contiguous gives each its own"
+                )
+            typed = pool if at["dtype"] == kind else pool.view(getattr(paddle, at["dtype"]))
             tensors[name] = _views.strided_view(
                 typed, at["shape"], at["strides"], at["offset"] // size
             )

@@ -351,3 +351,18 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         files.write_atomically(tmp_path / "x", [b"abc", 3])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_and_scales_in_one_memory():
+    """Tensors of different dtypes over the same bytes, as planar pages have them."""
+    if paddle.__version__.startswith("2."):
+        pytest.skip("Paddle 2.6 has no such views")
+    pool = to_paddle(np.random.default_rng(0).integers(0, 64, 512).astype(np.uint8))
+    scales = _views.strided_view(pool.view(paddle.float32), [3, 2], [32, 1], 30)
+    codes = _views.strided_view(pool, [3, 120], [128, 1])
+    given = {"codes": codes, "scales": scales}
+    values = {name: tensors.stored(t) for name, t in given.items()}
+    made = tensors.rebuilt(tensors.layout(given), values, "cpu")
+    assert made["scales"].data_ptr() - made["codes"].data_ptr() == 120
+    for name, tensor in given.items():
+        assert to_numpy(made[name]).tobytes() == to_numpy(tensor).tobytes()
