@@ -37,7 +37,7 @@ def partial_tables() -> Iterator[None]:
         _thread.partial = before
 
 
-def _readable() -> bool:
+def readable() -> bool:
     """Whether tensors can be read now: not during a trace or the capture of a graph."""
     if not paddle.in_dynamic_mode():
         return False
@@ -63,7 +63,7 @@ def checked(
 
     @functools.wraps(call)
     def wrapper(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
-        if _readable():
+        if readable():
             meant = getattr(_thread, "partial", False)
             partial = meant or level == PARTIAL
             _check_rules.check(signature(op), inputs, attrs, partial=partial, clipped=meant)

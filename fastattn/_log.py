@@ -3,8 +3,9 @@
 Level 1 logs (INFO) the first call of every configuration. A configuration is an operator with the
 dtypes, places, options and shapes of its inputs, without the first dimension, which varies from
 step to step. Level 2 also logs (DEBUG) every call with all its inputs, so the last line identifies
-the call that crashed. Contents of tensors are never read, because that would wait for the device.
-At level 0 this module is not imported.
+the call that crashed. Level 3 adds the kernels that the call takes and their plan. Contents of
+tensors are never read, because that would wait for the device. At level 0 this module is not
+imported.
 
 The logger is ``fastattn``. Its lines go only to stderr, because Paddle gives the root logger a
 handler of its own, which would repeat them. If an application adds a handler to the logger
@@ -88,6 +89,20 @@ def _line(names: tuple[str, ...], values: tuple[Any, ...]) -> str:
     return ", ".join(f"{name.split(':')[0]}={describe(v)}" for name, v in zip(names, values))
 
 
+def _plan_of(sig: Any, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> str:
+    """Kernels and launches of a call."""
+    from fastattn import _plan  # it imports nothing of Paddle's by itself
+
+    given = {n: t for n, t in zip(sig.inputs, inputs) if t is not None and hasattr(t, "shape")}
+    shapes = {n: (_dtype(t), [int(size) for size in t.shape]) for n, t in given.items()}
+    places = [str(t.place) for t in given.values() if _is_eager(t)]
+    gpu = next((place for place in places if "gpu:" in place), None)
+    place = "gpu:" + gpu.partition("gpu:")[2].rstrip(")") if gpu else "cpu"
+    names = (name.split(":")[0] for name in sig.attrs)
+    facts = _plan.facts_of(sig.name, shapes, dict(zip(names, attrs)), _plan.device_of(place))
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
 def logged(call: Callable[..., Any], signature: Callable[[str], Any]) -> Callable[..., Any]:
     """Wrap `_ops.call` with a log."""
     seen: set[Any] = set()
@@ -108,6 +123,8 @@ def logged(call: Callable[..., Any], signature: Callable[[str], Any]) -> Callabl
                     LOGGER.info("%s first called so: %s", op, text)
                 if LEVEL > 1:
                     LOGGER.debug("call %d: %s: %s", count, op, text)
+                if LEVEL > 2:
+                    LOGGER.debug("call %d: %s: %s", count, op, _plan_of(sig, inputs, attrs))
         except Exception as error:  # a call that cannot be described is still made
             LOGGER.debug("call %d: %s: %s: %s", count, op, type(error).__name__, error)
         return call(op, inputs, attrs)

@@ -561,6 +561,10 @@ if env.profile():
     from fastattn import _profile
 
     call = _profile.ranged(call)
+if (_dump_settings := env.dump()) is not None:
+    from fastattn.dump import record
+
+    call = record.recorded(call, signature, _dump_settings)
 if env.log_level():
     from fastattn import _log
 

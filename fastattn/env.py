@@ -6,7 +6,10 @@ variable                   meaning
 ``FASTATTN_LIBRARY``       load this compiled library instead of the one inside the package
 ``FASTATTN_CACHE``         folder of the demo's trained model, default ``~/.cache/fastattn``
 ``FASTATTN_LOG``           0 (default): no log; 1: the first call of every configuration; 2: every
-                           call with all its inputs, before its kernel starts. Read at import.
+                           call with all its inputs, before its kernel starts; 3: and the kernels
+                           that it takes. Read at import.
+``FASTATTN_DUMP``          ``DIR[,every=N][,max=N][,mib=N][,op=NAME][,nan][,seed]``: write operator
+                           calls into a folder (docs/debugging.md). Read at import.
 ``FASTATTN_PROFILE``       1: a range around every operator call, for ``paddle.profiler`` and NVTX.
                            Read at import.
 ``FASTATTN_CHECK``         1: refuse wrong block tables, lengths, slots and scales on the device,
@@ -36,6 +39,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
 def library() -> str | None:
@@ -56,8 +60,50 @@ def calibration() -> Path | None:
 
 
 def log_level() -> int:
-    """Log level, 0 to 2. Another value warns and counts as 0."""
-    return _number("FASTATTN_LOG", ("0", "1", "2"))
+    """Log level, 0 to 3. Another value warns and counts as 0."""
+    return _number("FASTATTN_LOG", ("0", "1", "2", "3"))
+
+
+class DumpSettings(NamedTuple):
+    """What ``FASTATTN_DUMP`` asks for."""
+
+    folder: Path
+    every: int = 1  # of the calls of an operator, the first and each N-th after it
+    most: int = 100  # calls that a process writes
+    mib: float = 4096.0  # and MiB
+    op: str = "*"  # pattern of operators' names
+    nan: bool = False  # only calls that gave a NaN or raised
+    seed: bool = False  # shapes and integers; other contents come from a seed at the replay
+
+
+def dump() -> DumpSettings | None:
+    """Which calls are dumped, or None. Another text warns and counts as None."""
+    text = os.environ.get("FASTATTN_DUMP")
+    if not text:
+        return None
+    folder, *options = text.split(",")
+    given: dict[str, Any] = {}
+    kinds = {"every": int, "max": int, "mib": float, "op": str}
+    try:
+        for option in options:
+            name, equals, value = option.partition("=")
+            if name in ("nan", "seed") and not equals:
+                given[name] = True
+            else:
+                given[{"max": "most"}.get(name, name)] = kinds[name](value)
+        settings = DumpSettings(Path(folder), **given)
+        if not folder or settings.every < 1 or settings.most < 1 or not settings.mib > 0:
+            raise ValueError
+        if settings.nan and settings.seed:  # contents from a seed would not show the NaN again
+            raise ValueError
+    except (KeyError, ValueError):
+        warnings.warn(
+            "FASTATTN_DUMP: expected DIR[,every=N][,max=N][,mib=N][,op=NAME][,nan][,seed], got "
+            f"{text!r}: no call is dumped",
+            stacklevel=2,
+        )
+        return None
+    return settings
 
 
 def profile() -> bool:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastattn demo | bench | calibrate | show-config | collect-env``.
+"""The command line: ``python -m fastattn COMMAND``, see :data:`COMMANDS`.
 
 The module of a subcommand is imported only if that subcommand is requested. So a module that cannot
 be imported (no Paddle, no matplotlib, a broken library) does not affect the others.
@@ -18,6 +18,8 @@ COMMANDS = {
     "demo": ("fastattn.demo.cli", "serve a tiny model with every cache type"),
     "bench": ("fastattn.bench.cli", "time the operators on this machine"),
     "calibrate": ("fastattn.calibrate.cli", "scales, centres and cache types from samples"),
+    "replay": ("fastattn.cli.replay", "make dumped calls again and compare them"),
+    "explain": ("fastattn.cli.explain", "which kernel a call takes, and why not another"),
     "show-config": ("fastattn.cli.show_config", "versions, what is compiled, what would run"),
     "collect-env": ("fastattn.cli.collect_env", "one block about this machine for a bug report"),
 }

@@ -108,7 +108,7 @@ def _probe(code: str, timeout: float = 120.0) -> list[tuple[str, str]]:
     """Answers of a probe, and how it ended if it failed."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "FASTATTN_LOG": "0"}
+    environment = {**os.environ, "PYTHONPATH": path, "FASTATTN_LOG": "0", "FASTATTN_DUMP": ""}
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],

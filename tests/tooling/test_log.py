@@ -107,7 +107,7 @@ def test_a_root_handler_does_not_repeat_the_lines():
 def test_a_wrong_level_warns():
     done, lines = run(CALLS, "verbose")
     assert done.returncode == 0 and lines == []
-    assert "FASTATTN_LOG: expected 0, 1 or 2, got 'verbose'" in done.stderr
+    assert "FASTATTN_LOG: expected 0, 1, 2 or 3, got 'verbose'" in done.stderr
 
 
 def test_a_traced_program_is_logged_while_it_is_traced(tmp_path):

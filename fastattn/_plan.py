@@ -1,0 +1,218 @@
+"""Which kernels a call takes, asked of the functions that the operators ask; no GPU is needed.
+
+``FASTATTN_LOG=3``, dumps of calls and ``python -m fastattn explain`` tell this. For attention
+operators it is ``DecideAttention`` of ``custom_ops/heuristics/attention.h``, through the module
+``fastattn._host``. That module assumes what contiguous tensors have: a call of views that TMA
+cannot read takes ``mma_sm80`` all the same (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fastattn import env
+
+#: Operators whose kernels the host chooses by a function that can be asked.
+ATTENTION = ("paged_attention", "flash_attention")
+
+#: Those that choose among several kernels in C++ where nothing can ask: page that tells the rule.
+_ELSEWHERE = {
+    "mla_attention": "docs/kernels/mla_dense.md",
+    "mla_sparse_attention": "docs/kernels/mla_sparse.md",
+    "mqa_logits": "docs/kernels/mqa_logits.md",
+    "paged_mqa_logits": "docs/kernels/mqa_logits.md",
+    "indexer_topk": "docs/kernels/mqa_logits.md",
+    "paged_indexer_topk": "docs/kernels/mqa_logits.md",
+}
+
+_CODES = {
+    "cache_int8": "int8",
+    "block_wise_int8": "int8",
+    "block_wise_int4": "int4",
+    "block_wise_mxfp4": "e2m1",
+}
+
+
+class Device(NamedTuple):
+    """What the choice of kernels depends on."""
+
+    name: str  # cpu or sm_90
+    major: int = 0
+    processors: int = 0
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is a GPU."""
+        return self.major > 0
+
+
+CPU = Device("cpu")
+
+
+class AttentionCall(NamedTuple):
+    """An attention call as the plan functions take it."""
+
+    op: str
+    q_dtype: str
+    k_dtype: str
+    cache_type: str  # "ragged" for flash_attention
+    num_tokens: int
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    window_left: int = -1
+    batch_invariant: bool = False
+
+
+@functools.lru_cache(maxsize=1)
+def host() -> Any:
+    """The module ``fastattn._host``; ImportError where it was not built."""
+    return importlib.import_module("fastattn._host")
+
+
+@functools.lru_cache(maxsize=8)
+def device_of(place: str) -> Device:
+    """Device of a place's name, ``cpu`` or ``gpu:0``."""
+    if not place.startswith("gpu"):
+        return CPU
+    import paddle
+
+    facts = paddle.device.cuda.get_device_properties(int(place.partition(":")[2] or 0))
+    return Device(f"sm_{facts.major}{facts.minor}", facts.major, facts.multi_processor_count)
+
+
+def key_dtype(cache_type: str, stored: str, fp8_format: str) -> str:
+    """Type of a cache's codes, as the plan functions name it."""
+    if cache_type == "none":
+        return stored
+    if cache_type in _CODES:
+        return _CODES[cache_type]
+    e5m2 = stored == "float8_e5m2" or fp8_format == "e5m2"
+    return "float8_e5m2" if e5m2 else "float8_e4m3fn"
+
+
+def attention_call(
+    op: str, tensors: Mapping[str, tuple[str, list[int]]], attrs: Mapping[str, Any]
+) -> AttentionCall:
+    """The plan functions' view of a call.
+
+    Parameters
+    ----------
+    op : str
+        One of :data:`ATTENTION`.
+    tensors : mapping
+        Dtype (Paddle's name) and shape by input.
+    attrs : mapping
+    """
+    q_dtype, (tokens, heads, head_dim) = tensors["q"]
+    if q_dtype == "uint8" or attrs["quantize_q"]:
+        q_dtype = "float8_e4m3fn"
+    if op == "paged_attention":
+        stored, shape = tensors["key_cache"]
+        kind = attrs["cache_quant_type"]
+        key, kv_heads = key_dtype(kind, stored, attrs["fp8_format"]), shape[1]
+    else:
+        stored, shape = tensors["k"]
+        wanted = str(attrs["kv_dtype"])
+        bits = {"e5m2": "float8_e5m2", "int8": "int8"}.get(wanted, "float8_e4m3fn")
+        key, kind, kv_heads = (bits if stored == "uint8" else stored), "ragged", shape[1]
+    return AttentionCall(
+        op,
+        q_dtype,
+        key,
+        kind,
+        tokens,
+        tensors["cu_seqlens_q"][1][0] - 1,
+        heads,
+        kv_heads,
+        head_dim,
+        attrs["max_seqlen_q"],
+        attrs["max_seqlen_k"],
+        attrs["window_left"],
+        bool(attrs.get("batch_invariant")),
+    )
+
+
+def _kernels(
+    call: AttentionCall, prefill: str, launches: list[dict[str, int]], dequantizes: bool
+) -> list[str]:
+    """Kernels in the order of their launch: ``LaunchAttention`` of ``cuda/attention/launch.cu``."""
+    ragged, prefills = call.cache_type == "ragged", prefill != "mma_sm80"
+    kernels = ["dequantize_kv"] if dequantizes else []
+    if prefills and not (dequantizes and ragged):
+        kernels.append(prefill)
+    if dequantizes and "wgmma_fp16" not in kernels:
+        kernels.append("wgmma_fp16")
+    whole_is_done = prefills or (dequantizes and ragged)
+    if any(launch["split"] or not whole_is_done for launch in launches):
+        kernels.append("mma_sm80")
+    if any(x["split"] and x["shares"] > 1 and not x["joins"] for x in launches):
+        kernels.append("merge of partial results")
+    return kernels
+
+
+def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
+    """Kernels of an attention call on a GPU.
+
+    Returns
+    -------
+    dict
+        ``kernels``: names, in the order of their launch. ``launches``: what the plan says of each.
+        ``workspace``: bytes. ``dequantize``: room for 16-bit K and V of long sequences; empty where
+        codes are attended as they are.
+    """
+    facts: Any = call[1:-2]
+    prefill, floats, launches = host().decide_attention(
+        *facts,
+        compute_major=device.major,
+        num_sms=device.processors,
+        batch_invariant=call.batch_invariant,
+    )
+    mib, operations = env.dequantized()
+    room = host().dequantize_plan(
+        *facts,
+        compute_major=device.major,
+        window_left=call.window_left,
+        batch_invariant=call.batch_invariant,
+        memory=int(min(mib, 2**20) * 2**20),
+        operations=operations,
+    )
+    room = {name: value for name, value in room.items() if room["blocks"]}
+    return {
+        "kernels": _kernels(call, prefill, launches, bool(room)),
+        "launches": launches,
+        "workspace": 4 * floats,
+        "dequantize": room,
+    }
+
+
+def facts_of(
+    op: str,
+    tensors: Mapping[str, tuple[str, list[int]]],
+    attrs: Mapping[str, Any],
+    device: Device,
+) -> dict[str, Any]:
+    """Kernel and plan of any operator's call, as far as the host can be asked; never raises."""
+    try:
+        if not device.is_gpu:
+            isa = f", {host().cpu_isa()}" if "attention" in op else ""
+            return {"kernel": f"C++ and OpenMP{isa}"}
+        if op in ATTENTION:
+            found = decision(attention_call(op, tensors, attrs), device)
+            return {"kernel": ", ".join(found["kernels"]), **found}
+        if op == "indexer_topk" and tensors:
+            rows, keys = tensors["q"][1][0], tensors["keys"][1][0]
+            columns = attrs["max_seqlen_k"] if attrs["max_seqlen_k"] > 0 else keys
+            tile, workspace = host().plan_indexer_topk(rows, columns, attrs["workspace_bytes"])
+            return {"kernel": "mqa_logits, topk", "tile_rows": tile, "workspace": workspace}
+        if op in _ELSEWHERE:
+            return {"kernel": f"chosen in C++, rule in {_ELSEWHERE[op]}"}
+        return {"kernel": f"the operator's only family, on {device.name}"}
+    except Exception as error:
+        return {"kernel": f"unknown ({type(error).__name__}: {error})"}
