@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastattn._formats import FORMATS
+
 #: ``fastattn.functional`` has the same names and brings Paddle with them.
-CACHE_QUANT_TYPES = (
-    *("none", "cache_int8", "cache_fp8"),
-    *("block_wise_int8", "block_wise_fp8", "block_wise_int4", "block_wise_mxfp4"),
-)
+CACHE_QUANT_TYPES = tuple(row.name for row in FORMATS)
 
 #: What K's rotation is compared with, by type: rows of their own.
-_OTHER_ROTATIONS = {"block_wise_int4": ("none",), "block_wise_mxfp4": ("none",)}
+_OTHER_ROTATIONS = {row.name: ("none",) for row in FORMATS if row.bits == 4}
 
 DEFAULT_PROMPT = "The following statement "
 DEFAULT_NEW_TOKENS = 200

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Types whose two codes of a byte have 4 bits each.
-NIBBLE_TYPES = ("block_wise_int4", "block_wise_mxfp4")
+from fastattn._formats import FORMATS
 
-#: Types with scales of tokens (one for each token and KV head, or for each 32 of its channels),
+#: Rows of the table of cache types by name.
+TYPES = {row.name: row for row in FORMATS}
+
+CACHE_QUANT_TYPES = tuple(TYPES)
+
+#: Types whose two codes of a byte have 4 bits each.
+NIBBLE_TYPES = tuple(row.name for row in FORMATS if row.bits == 4)
+
+#: Types with scales of tokens (one for each token and KV head, or for each group of its channels),
 #: computed while writing.
-DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", *NIBBLE_TYPES)
+DYNAMIC_TYPES = tuple(row.name for row in FORMATS if row.scheme in ("token", "group"))
 
 #: Types with scales that the layer holds.
-STATIC_TYPES = ("cache_int8", "cache_fp8")
+STATIC_TYPES = tuple(row.name for row in FORMATS if row.scheme in ("layer", "head", "channel"))
 
 #: Head dimensions of a cache: channels of K. V has 128 where K has 192, else as many.
 HEAD_DIMS = (64, 96, 128, 192, 256)
 
 #: Those of fused projections, whose heads are of one size.
 FUSED_HEAD_DIMS = (64, 96, 128, 256)
-
-CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 
 def value_dim(head_dim: int) -> int:
@@ -35,9 +40,8 @@ def codes_per_byte(cache_quant_type: str) -> int:
 
 def token_scales(cache_quant_type: str, head_dim: int) -> tuple[list[int], str]:
     """Shape of a token's dynamic scales of one KV head, and their dtype (float32: or bfloat16)."""
-    if cache_quant_type == "block_wise_mxfp4":
-        return [head_dim // 32], "uint8"
-    return [], "float32"
+    group = TYPES[cache_quant_type].group
+    return ([head_dim // group], "uint8") if group else ([], "float32")
 
 
 #: FastDeploy's ``kv_cache_quant_type`` strings, and the type that each is.
