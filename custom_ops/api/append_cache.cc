@@ -22,9 +22,8 @@ constexpr const char* kOp = "append_cache_kv_c8";
 void CheckType(const std::string& cache_quant_type, bool dynamic_quant) {
   const CacheType type = ParseCacheType(kOp, cache_quant_type);
   if (!IsQuantized(type)) {
-    Fail("NotImplementedError", kOp, "cache_quant_type", "'none' stores no codes; supported:",
-         " cache_int8, cache_fp8, block_wise_int8, block_wise_fp8, block_wise_int4,"
-         " block_wise_mxfp4");
+    Fail("NotImplementedError", kOp, "cache_quant_type",
+         "'none' stores no codes; supported: ", QuantizedTypeNames());
   }
   if (dynamic_quant != IsDynamic(type)) {
     Fail("ValueError", kOp, "dynamic_quant", "cache_quant_type '", cache_quant_type, "' has ",

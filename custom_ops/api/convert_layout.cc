@@ -83,17 +83,18 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
          conversion.is_value ? HeadDims::Text() : AttentionHeadDims::Text());
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
+  const DType code = CodeOf(conversion.type);
   const bool fits = conversion.type == CacheType::kNone
                         ? dtype == DType::kBFloat16 || dtype == DType::kFloat16
-                    : CodesPerByte(conversion.type) == 2 ? dtype == DType::kUInt8
-                    : IsInt8(conversion.type)
-                        ? dtype == DType::kUInt8 || dtype == DType::kInt8
-                        : dtype == DType::kUInt8 || dtype == DType::kE4M3 || dtype == DType::kE5M2;
+                    : dtype == DType::kUInt8             ? true
+                    : CodesPerByte(conversion.type) == 2 ? false
+                    : code == DType::kE4M3 ? dtype == DType::kE4M3 || dtype == DType::kE5M2
+                                           : dtype == code;
   if (!fits) {
     Fail("TypeError", op, "cache", "expected dtype ",
          conversion.type == CacheType::kNone  ? "bfloat16 or float16"
          : CodesPerByte(conversion.type) == 2 ? "uint8"
-         : IsInt8(conversion.type)            ? "uint8 or int8"
+         : code == DType::kInt8               ? "uint8 or int8"
                                               : "uint8, float8_e4m3fn or float8_e5m2",
          " for ", NameOf(conversion.type), ", got ", NameOf(dtype));
   }

@@ -20,13 +20,13 @@ namespace {
 
 constexpr const char* kOp = "gqa_rope_write_cache";
 
-// Refuses the cache type that FastDeploy does not have.
+// Refuses the cache types that FastDeploy does not have.
 CacheType CheckType(const std::string& cache_quant_type) {
   const CacheType type = ParseCacheType(kOp, cache_quant_type);
-  if (type == CacheType::kBlockWiseInt8 || CodesPerByte(type) == 2) {
+  if (!FormatOf(type).in_fastdeploy) {
     Fail("NotImplementedError", kOp, "cache_quant_type", "FastDeploy has no '", NameOf(type),
-         "'; supported: none, cache_int8, cache_fp8, "
-         "block_wise_fp8");
+         "'; supported: ",
+         CacheTypeNames([](const CacheFormat& format) { return format.in_fastdeploy; }));
   }
   return type;
 }

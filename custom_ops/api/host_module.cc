@@ -23,16 +23,31 @@ namespace fastattn::api {
 
 namespace {
 
-constexpr CacheType kCacheTypes[] = {
-    CacheType::kNone,           CacheType::kInt8,         CacheType::kFp8,
-    CacheType::kBlockWiseInt8,  CacheType::kBlockWiseFp8, CacheType::kBlockWiseInt4,
-    CacheType::kBlockWiseMxfp4,
-};
-
 std::vector<std::string> CacheTypes() {
   std::vector<std::string> names;
-  for (CacheType type : kCacheTypes) names.emplace_back(NameOf(type));
+  for (const CacheFormat& format : kCacheFormats) names.emplace_back(format.name);
   return names;
+}
+
+const char* NameOf(ScaleScheme scheme) {
+  constexpr const char* kNames[] = {"layer", "head", "channel", "token", "group", "none"};
+  return kNames[static_cast<int>(scheme)];
+}
+
+// Rows of the table of cache types: (name, code, other code, bits of a code, scheme of the scales,
+// channels of a group, type of the scales).
+using FormatRow =
+    std::tuple<std::string, std::string, std::string, int, std::string, int, std::string>;
+
+std::vector<FormatRow> CacheFormats() {
+  std::vector<FormatRow> rows;
+  for (const CacheFormat& format : kCacheFormats) {
+    const ScaleInfo& scale = InfoOf(format.scales);
+    rows.emplace_back(format.name, NameOf(format.code), NameOf(format.other_code),
+                      InfoOf(format.code).bits, NameOf(format.scheme), scale.group,
+                      NameOf(scale.type));
+  }
+  return rows;
 }
 
 std::vector<int> SupportedHeadDims() {
@@ -92,16 +107,15 @@ Launches PlanOf(int64_t num_tokens, int64_t batch, int64_t num_heads, int64_t nu
 }
 
 DType NamedType(const std::string& name) {
-  for (DType type : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3, DType::kE5M2,
-                     DType::kInt8, DType::kInt4, DType::kE2M1}) {
-    if (name == NameOf(type)) return type;
+  for (const DTypeInfo& info : kDTypes) {
+    if (name == info.name) return info.type;
   }
   throw std::invalid_argument("unknown type " + name);
 }
 
 CacheType NamedCacheType(const std::string& name) {
-  for (CacheType type : kCacheTypes) {
-    if (name == NameOf(type)) return type;
+  for (const CacheFormat& format : kCacheFormats) {
+    if (name == format.name) return format.type;
   }
   throw std::invalid_argument("unknown cache type " + name);
 }
@@ -193,6 +207,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("block_size", [] { return kBlockSize; }, "Tokens of a cache block.");
   m.def("head_dims", &api::SupportedHeadDims, "Head sizes that attention and the caches support.");
   m.def("cache_types", &api::CacheTypes, "Names of the cache types.");
+  m.def("cache_formats", &api::CacheFormats,
+        "Rows of the table of cache types: name, code, other code, bits, scheme of the scales, "
+        "channels of a group, type of the scales.");
   m.def("token_slots", &api::TokenSlots,
         "Slot of each token of a block in the V cache of the fastattn layout.");
   m.def("plan_attention", &api::PlanOf, pybind11::arg("num_tokens"), pybind11::arg("batch"),

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "api/check.h"
+#include "api/paged_cache.h"
 #include "params/common.h"
 #include "params/key_transform.h"
 
@@ -27,8 +28,7 @@ inline KeyTransform ParseKeyTransform(const char* op, const Tensor* k_center,
   const char* given = rotates ? "k_rotation" : "k_center";
   if ((rotates || k_center != nullptr) && !IsQuantized(cache.type)) {
     Fail("NotImplementedError", op, given, "cache_quant_type '", NameOf(cache.type),
-         "' is not supported; supported: cache_int8, cache_fp8, block_wise_int8, block_wise_fp8, "
-         "block_wise_int4, block_wise_mxfp4");
+         "' is not supported; supported: ", QuantizedTypeNames());
   }
   if ((rotates || k_center != nullptr) && cache.dtype == DType::kE5M2) {
     Fail("NotImplementedError", op, given, "fp8_format 'e5m2' is not supported; supported: e4m3");

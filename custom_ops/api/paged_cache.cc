@@ -1,5 +1,4 @@
 #include "api/paged_cache.h"
-#include "common/fp4.h"
 #include "common/head_dims.h"
 
 #include <algorithm>
@@ -11,21 +10,16 @@ namespace fastattn::api {
 
 namespace {
 
-constexpr const char* kCacheTypes =
-    "none, cache_int8, cache_fp8, block_wise_int8, block_wise_fp8, block_wise_int4, "
-    "block_wise_mxfp4";
-
 // Dtype of a cache's codes. Every Paddle has uint8 tensors, which may hold any codes; a tensor of
 // an 8-bit type of its own must match.
 DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, CacheType type,
                      Fp8Format format) {
+  const CacheFormat& known = FormatOf(type);
   if (CodesPerByte(type) == 2) {
     Arg(op, name, cache).Dtype({phi::DataType::UINT8});
-    return CodeOf(type);
+    return known.code;
   }
-  const DType codes = IsInt8(type)                 ? DType::kInt8
-                      : format == Fp8Format::kE5M2 ? DType::kE5M2
-                                                   : DType::kE4M3;
+  const DType codes = format == Fp8Format::kE5M2 ? known.other_code : known.code;
   const DType given = ToDType(op, name, cache.dtype());
   if (given != DType::kUInt8 && given != codes) {
     Fail("TypeError", op, name, "expected dtype uint8 or ", NameOf(codes), " for ", NameOf(type),
@@ -35,12 +29,12 @@ DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, Cach
 }
 
 // `head_dim`: that of K or of V, whose scales they are.
-ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* scales,
-                             const PagedCache& cache, int64_t head_dim, const phi::Place& place,
-                             CacheStrides* strides) {
+ScaleScheme ParseScales(const char* op, const char* name, const Tensor* scales,
+                        const PagedCache& cache, int64_t head_dim, const phi::Place& place,
+                        CacheStrides* strides) {
   // Paddle passes an empty optional tensor as an absent one.
   if (scales == nullptr && IsDynamic(cache.type) && cache.num_blocks == 0) {
-    return ScaleGranularity::kToken;
+    return ScaleScheme::kToken;
   }
   if (scales == nullptr) {
     Fail("ValueError", op, name, "cache_quant_type '", NameOf(cache.type),
@@ -48,26 +42,29 @@ ScaleGranularity ParseScales(const char* op, const char* name, const Tensor* sca
   }
   Arg arg(op, name, *scales);
   arg.On(place);
-  if (HasBlockScales(cache.type)) {
+  const CacheFormat& known = FormatOf(cache.type);
+  if (known.scheme == ScaleScheme::kGroup) {
     arg.Dtype({phi::DataType::UINT8})
-        .Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize, head_dim / kMxBlock});
+        .Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize,
+               head_dim / InfoOf(known.scales).group});
     *strides = ParseCacheStrides(op, name, *scales, true);
-    return ScaleGranularity::kToken;
+    return ScaleScheme::kToken;
   }
   arg.Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
   if (IsDynamic(cache.type)) {
     arg.Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize});
     *strides = ParseCacheStrides(op, name, *scales);
-    return ScaleGranularity::kToken;
+    return ScaleScheme::kToken;
   }
   arg.Contiguous();
   const Sizes shape = SizesOf(*scales);
   const int64_t heads = cache.num_kv_heads;
   const int64_t channels = heads * head_dim;
-  if (shape == Sizes{1}) return ScaleGranularity::kTensor;
-  if (shape == Sizes{heads}) return ScaleGranularity::kHead;
-  if (shape == Sizes{channels} && IsInt8(cache.type)) return ScaleGranularity::kChannel;
-  if (IsInt8(cache.type)) {
+  if (shape == Sizes{1}) return ScaleScheme::kLayer;
+  if (shape == Sizes{heads}) return ScaleScheme::kHead;
+  const bool by_channel = known.scheme == ScaleScheme::kChannel;
+  if (shape == Sizes{channels} && by_channel) return ScaleScheme::kChannel;
+  if (by_channel) {
     Fail("ValueError", op, name, "expected shape [1], [", heads, "] (KV heads) or [", channels,
          "] (KV heads * head_dim), got ", ShapeText(shape));
   }
@@ -84,13 +81,11 @@ void RequireFits(const char* op, const char* name, int64_t size) {
 }
 
 CacheType ParseCacheType(const char* op, const std::string& name) {
-  for (CacheType type :
-       {CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseInt8,
-        CacheType::kBlockWiseFp8, CacheType::kBlockWiseInt4, CacheType::kBlockWiseMxfp4}) {
-    if (name == NameOf(type)) return type;
+  for (const CacheFormat& format : kCacheFormats) {
+    if (name == format.name) return format.type;
   }
   Fail("NotImplementedError", op, "cache_quant_type", "'", name,
-       "' is not supported; supported: ", kCacheTypes);
+       "' is not supported; supported: ", CacheTypeNames([](const CacheFormat&) { return true; }));
 }
 
 Fp8Format ParseFp8Format(const char* op, const std::string& name) {
@@ -135,8 +130,9 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   cache.type = ParseCacheType(op, args.cache_quant_type);
   cache.layout = args.layout;
   const Fp8Format format = ParseFp8Format(op, args.fp8_format);
-  if (cache.type == CacheType::kBlockWiseFp8 && format != Fp8Format::kE4M3) {
-    Fail("NotImplementedError", op, "fp8_format", "block_wise_fp8 stores e4m3 only, got '",
+  const CacheFormat& known = FormatOf(cache.type);
+  if (known.code == DType::kE4M3 && known.other_code == known.code && format != Fp8Format::kE4M3) {
+    Fail("NotImplementedError", op, "fp8_format", known.name, " stores e4m3 only, got '",
          args.fp8_format, "'");
   }
 

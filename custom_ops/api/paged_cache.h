@@ -12,6 +12,20 @@ namespace fastattn::api {
 // Refuses a dimension that does not fit into an int.
 void RequireFits(const char* op, const char* name, int64_t size);
 
+// Names of the cache types of which holds(format) is true, as error messages list them.
+template <typename Predicate>
+std::string CacheTypeNames(Predicate holds) {
+  std::string names;
+  for (const CacheFormat& format : kCacheFormats) {
+    if (holds(format)) names += (names.empty() ? "" : ", ") + std::string(format.name);
+  }
+  return names;
+}
+
+inline std::string QuantizedTypeNames() {
+  return CacheTypeNames([](const CacheFormat& format) { return IsQuantized(format.type); });
+}
+
 CacheType ParseCacheType(const char* op, const std::string& name);
 Fp8Format ParseFp8Format(const char* op, const std::string& name);
 CacheLayout ParseCacheLayout(const char* op, const char* arg, const std::string& name);

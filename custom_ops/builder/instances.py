@@ -87,6 +87,8 @@ def _word(column: str, value: Value) -> str:
         return column if value else ""
     if isinstance(value, int):
         return str(value)
+    if value == "kStatic":
+        return ""
     return _TYPES.get(value) or re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "_", value[1:]).lower()
 
 
@@ -136,13 +138,14 @@ FAMILIES = (
         declared="launch.h",
         defined="kernel.cuh",
         columns={
-            **{"element": "DType", "head_dim": "int", "paged": "bool", "per_token_scales": "bool"},
+            **{"element": "DType", "head_dim": "int", "paged": "bool", "scales": "Scales"},
             **{"columns": "int"},
         },
         together="columns",
         rows=(
-            ((*HALF, *FP8, "kInt8"), HEAD_DIMS, EITHER, False, (8, 16, 64)),
-            (("kE4M3", "kInt8", "kInt4", "kE2M1"), HEAD_DIMS, True, True, (8, 16, 64)),
+            ((*HALF, *FP8, "kInt8"), HEAD_DIMS, EITHER, "kStatic", (8, 16, 64)),
+            (("kE4M3", "kInt8", "kInt4"), HEAD_DIMS, True, "kToken", (8, 16, 64)),
+            ("kE2M1", HEAD_DIMS, True, "kGroup32UE8M0", (8, 16, 64)),
         ),
     ),
     Family(
@@ -154,13 +157,14 @@ FAMILIES = (
         columns={
             "element": "DType",
             "head_dim": "int",
-            "per_token_scales": "bool",
+            "scales": "Scales",
             "columns": "int",
         },
         together="columns",
         rows=(
-            ((*HALF, *FP8, "kInt8"), HEAD_DIMS, False, (8, 16, 64)),
-            (("kE4M3", "kInt8", "kInt4", "kE2M1"), HEAD_DIMS, True, (8, 16, 64)),
+            ((*HALF, *FP8, "kInt8"), HEAD_DIMS, "kStatic", (8, 16, 64)),
+            (("kE4M3", "kInt8", "kInt4"), HEAD_DIMS, "kToken", (8, 16, 64)),
+            ("kE2M1", HEAD_DIMS, "kGroup32UE8M0", (8, 16, 64)),
         ),
     ),
     Family(
@@ -203,11 +207,12 @@ FAMILIES = (
         takes="const AppendCacheParams&, cudaStream_t",
         declared="launch.h",
         defined="kernel.cuh",
-        columns={"code": "DType", "dynamic_quant": "bool", "layout": "CacheLayout"},
+        columns={"code": "DType", "scales": "Scales", "layout": "CacheLayout"},
         rows=(
-            ((*FP8, "kInt8"), False, ("kFastattn", "kFastDeploy")),
-            (("kE4M3", "kInt8"), True, ("kFastattn", "kFastDeploy")),
-            (("kInt4", "kE2M1"), True, "kFastattn"),
+            ((*FP8, "kInt8"), "kStatic", ("kFastattn", "kFastDeploy")),
+            (("kE4M3", "kInt8"), "kToken", ("kFastattn", "kFastDeploy")),
+            ("kInt4", "kToken", "kFastattn"),
+            ("kE2M1", "kGroup32UE8M0", "kFastattn"),
         ),
     ),
     Family(
@@ -218,19 +223,18 @@ FAMILIES = (
         defined="kernel.cuh",
         columns={
             "input": "DType",
-            "type": "CacheType",
+            "scales": "Scales",
             "code": "DType",
             "transforms_key": "bool",
         },
         rows=(
-            ("kBFloat16", "kNone", "kBFloat16", False),
-            ("kFloat16", "kNone", "kFloat16", False),
-            ("kFloat32", "kNone", HALF, False),
-            ((*HALF, "kFloat32"), ("kInt8", "kBlockWiseInt8"), "kInt8", EITHER),
-            ((*HALF, "kFloat32"), "kBlockWiseInt4", "kInt4", EITHER),
-            ((*HALF, "kFloat32"), "kBlockWiseMxfp4", "kE2M1", True),
-            ((*HALF, "kFloat32"), ("kFp8", "kBlockWiseFp8"), "kE4M3", EITHER),
-            ((*HALF, "kFloat32"), "kFp8", "kE5M2", False),
+            ("kBFloat16", "kStatic", "kBFloat16", False),
+            ("kFloat16", "kStatic", "kFloat16", False),
+            ("kFloat32", "kStatic", HALF, False),
+            ((*HALF, "kFloat32"), ("kStatic", "kToken"), ("kE4M3", "kInt8"), EITHER),
+            ((*HALF, "kFloat32"), "kToken", "kInt4", EITHER),
+            ((*HALF, "kFloat32"), "kGroup32UE8M0", "kE2M1", True),
+            ((*HALF, "kFloat32"), "kStatic", "kE5M2", False),
         ),
     ),
     Family(

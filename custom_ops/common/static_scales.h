@@ -14,8 +14,8 @@ FASTATTN_HD constexpr Index HeadScaleIndex(bool per_head, Index kv_head) {
   return per_head ? kv_head : 0;
 }
 template <typename Index>
-FASTATTN_HD constexpr Index HeadScaleIndex(ScaleGranularity granularity, Index kv_head) {
-  return granularity == ScaleGranularity::kHead ? kv_head : 0;
+FASTATTN_HD constexpr Index HeadScaleIndex(ScaleScheme granularity, Index kv_head) {
+  return granularity == ScaleScheme::kHead ? kv_head : 0;
 }
 
 // Of scales of channels.
@@ -24,10 +24,10 @@ FASTATTN_HD constexpr Index ChannelScaleIndex(Index kv_head, Index channel, Inde
   return kv_head * head_dim + channel;
 }
 
-FASTATTN_HD constexpr int64_t StaticScaleIndex(ScaleGranularity granularity, int64_t kv_head,
+FASTATTN_HD constexpr int64_t StaticScaleIndex(ScaleScheme granularity, int64_t kv_head,
                                                int64_t channel, int64_t head_dim) {
-  return granularity == ScaleGranularity::kChannel ? ChannelScaleIndex(kv_head, channel, head_dim)
-                                                   : HeadScaleIndex(granularity, kv_head);
+  return granularity == ScaleScheme::kChannel ? ChannelScaleIndex(kv_head, channel, head_dim)
+                                              : HeadScaleIndex(granularity, kv_head);
 }
 
 }  // namespace fastattn

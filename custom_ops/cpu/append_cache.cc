@@ -38,17 +38,18 @@ std::vector<BlockTokens> FindBlocks(const AppendCacheParams& p) {
   return blocks;
 }
 
-template <DType kOut, CacheLayout kLayout, typename Format>
+template <DType kOut, CacheLayout kLayout, typename Kv>
 void Run(const AppendCacheParams& p, const KeyTransform& transform) {
   using T = typename Element<kOut>::Storage;
   const int heads = p.cache.num_kv_heads;
   const int head_dim = p.cache.head_dim, value_dim = p.cache.ValueDim();
-  const CacheReader<Format, kLayout> reader(p.cache);
+  const CacheReader<Kv, kLayout> reader(p.cache);
   const std::vector<BlockTokens> blocks = FindBlocks(p);
 
   const int64_t tasks = static_cast<int64_t>(blocks.size()) * heads;
   ParallelFor(tasks, 2LL * kBlockSize * head_dim, [&](int64_t begin, int64_t end) {
-    typename Format::Storage codes[kBlockSize * kMaxHeadDim];
+    typename CacheReader<Kv, kLayout>::KeyStorage codes[kBlockSize * kMaxHeadDim];
+    typename CacheReader<Kv, kLayout>::ValueStorage value_codes[kBlockSize * kMaxHeadDim];
     float x[kMaxHeadDim];
     for (int64_t task = begin; task < end; ++task) {
       const BlockTokens& tokens = blocks[task / heads];
@@ -62,9 +63,9 @@ void Run(const AppendCacheParams& p, const KeyTransform& transform) {
       }
       T* value =
           static_cast<T*>(p.value) + tokens.out_token * p.value_token_stride + head * value_dim;
-      reader.ValueCodes(tokens.block, head, 0, tokens.count, codes);
+      reader.ValueCodes(tokens.block, head, 0, tokens.count, value_codes);
       for (int r = 0; r < tokens.count; ++r) {
-        reader.DecodeValue(tokens.block, head, r, codes + r * value_dim, x);
+        reader.DecodeValue(tokens.block, head, r, value_codes + r * value_dim, x);
         StoreRow<kOut>(x, value_dim, value + r * p.value_token_stride);
       }
     }
@@ -75,14 +76,14 @@ void Run(const AppendCacheParams& p, const KeyTransform& transform) {
 
 void AppendCache(const AppendCacheParams& p, const KeyTransform& transform) {
   DispatchCache(p.cache, [&](auto format) {
-    using Format = decltype(format);
-    if constexpr (!IsQuantized(Format::kType)) {  // the same order in every layout
-      Run<Format::kCode, CacheLayout::kFastattn, Format>(p, transform);
+    using Kv = decltype(format);
+    if constexpr (!Kv::Key::kQuantized) {  // the same order in every layout
+      Run<Kv::Key::kCode, CacheLayout::kFastattn, Kv>(p, transform);
     } else {
       dispatch<CacheLayout::kFastattn, CacheLayout::kFastDeploy>(
           p.cache.layout, "cache_layout", [&](auto layout) {
             dispatch<DType::kFloat16, DType::kBFloat16>(p.dtype, "dtype", [&](auto dtype) {
-              Run<decltype(dtype)::value, decltype(layout)::value, Format>(p, transform);
+              Run<decltype(dtype)::value, decltype(layout)::value, Kv>(p, transform);
             });
           });
     }

@@ -182,7 +182,7 @@ class ValueScales {
       if (!IsQuantized(cache.type) || IsDynamic(cache.type)) return;
       dtype_ = cache.scale_dtype;
       const int64_t first = StaticScaleIndex(cache.v_granularity, kv_head, 0, cache.ValueDim());
-      if (cache.v_granularity == ScaleGranularity::kChannel) {
+      if (cache.v_granularity == ScaleScheme::kChannel) {
         channels_ = cache.v_scales;
         offset_ = first;
       } else {

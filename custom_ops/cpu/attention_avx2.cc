@@ -5,12 +5,14 @@
 
 #include "common/block_table.h"
 #include "common/dispatch.h"
+#include "common/group_scale.h"
 #include "common/head_dims.h"
 #include "common/layout.h"
 #include "common/numeric.h"
 #include "common/softcap.h"
 #include "common/static_scales.h"
 #include "cpu/attention_tile.h"
+#include "formats/kv_format.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 

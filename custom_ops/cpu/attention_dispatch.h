@@ -3,18 +3,20 @@
 
 TileFunction FindTileFunction(const AttentionParams& p) {
   TileFunction result = nullptr;
-  const bool by_channel = p.paged && IsQuantized(p.cache.type);
   AttentionHeadDims::Dispatch(p.head_dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    if (by_channel) {
-      dispatch<DType::kE4M3, DType::kE5M2, DType::kInt8, DType::kInt4, DType::kE2M1>(
-          p.cache.dtype, "cache dtype",
-          [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, true>::Run; });
+    if (p.paged && IsQuantized(p.cache.type)) {
+      DispatchFormat(p.cache.type, p.cache.dtype, [&](auto format) {
+        using Kv = decltype(format);
+        if constexpr (Kv::Value::kQuantized) result = &TileKernel<kDim, Kv, true>::Run;
+      });
     } else {
       dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3, DType::kE5M2,
                DType::kInt8>(
-          p.paged ? p.cache.dtype : p.ragged.dtype, "dtype of the keys",
-          [&](auto dtype) { result = &TileKernel<kDim, decltype(dtype)::value, false>::Run; });
+          p.paged ? p.cache.dtype : p.ragged.dtype, "dtype of the keys", [&](auto dtype) {
+            using Kv = KvFormat<SideFormat<decltype(dtype)::value, Scales::kStatic>>;
+            result = &TileKernel<kDim, Kv, false>::Run;
+          });
     }
   });
   return result;

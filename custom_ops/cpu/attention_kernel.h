@@ -7,7 +7,26 @@
 // Each row of the tile sees an interval of key positions. Scores of masked keys become -inf, and
 // values of masked keys are never multiplied, because that memory may hold anything, NaN included.
 
-template <int kDim, DType kKv, bool kByChannel>
+// A key's 4-bit codes as fp32: the first of a byte's two is the even channel's. Those of groups
+// are multiplied by the groups' scales.
+template <typename Side, int kDim>
+FASTATTN_INLINE void DecodeNibbles(const uint8_t* in, const uint8_t* scales, float* out) {
+  for (int d = 0; d < kDim; d += 2 * kLanes) {
+    const Vec even = NibblesAsFloats<Side::kCode, false>(in + d / 2);
+    const Vec odd = NibblesAsFloats<Side::kCode, true>(in + d / 2);
+    for (int i = 0; i < kLanes; ++i) out[d + 2 * i] = even[i], out[d + 2 * i + 1] = odd[i];
+  }
+  if constexpr (Side::kGrouped) {
+    static_assert(Side::kGroup % kLanes == 0, "a vector of channels has one scale");
+    for (int d = 0; d < kDim; d += Side::kGroup) {
+      const float scale = GroupScale<Side::kScaleType>::Value(scales[d / Side::kGroup]);
+      for (int i = d; i < d + Side::kGroup; i += kLanes) Store(out + i, Load(out + i) * scale);
+    }
+  }
+}
+
+// Kv: the formats of K and V (formats/kv_format.h), kByChannel: V is stored by channel.
+template <int kDim, typename Kv, bool kByChannel>
 class TileKernel {
  public:
   static void Run(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task,
@@ -16,17 +35,21 @@ class TileKernel {
   }
 
  private:
-  using Code = typename Element<kKv>::Storage;
-  static constexpr bool kNibbles = CodesPerByte(kKv) == 2;  // decoded before they are used
-  // A scale for 32 channels of a token, which its values are multiplied by when they are decoded.
-  static constexpr bool kBlockScales = kKv == DType::kE2M1;
-  static constexpr int kKeyRow = kDim / CodesPerByte(kKv);  // elements of a key
+  using Key = typename Kv::Key;
+  using Value = typename Kv::Value;
+  using KeyCode = typename Element<Key::kCode>::Storage;
+  using ValueCode = typename Element<Value::kCode>::Storage;
+  // Codes of 4 bits are decoded before they are used, and multiplied by scales of groups of
+  // channels then. Scales of whole tokens multiply scores and probabilities.
+  static constexpr bool kKeyTokenScales = Key::kDynamic && !Key::kGrouped;
+  static constexpr bool kValueTokenScales = Value::kDynamic && !Value::kGrouped;
+  static constexpr int kKeyRow = kDim / CodesPerByte(Key::kCode);  // elements of a key
   static constexpr int kValueDim = ValueDim(kDim);
-  static constexpr int kValueBlocks = kBlockScales ? kValueDim / kMxBlock : 1;
+  static constexpr int kValueGroups = Value::TokenScales(kValueDim);
 
   struct Chunk {
-    const Code* key;
-    const Code* value;
+    const KeyCode* key;
+    const ValueCode* value;
     int64_t start;    // key position of the first token
     int64_t k_scale;  // index of its scales (dynamic types)
     int64_t v_scale;
@@ -40,8 +63,6 @@ class TileKernel {
              TileBuffers& buffers)
       : p_(p), seq_(seq), task_(task), b_(buffers), rows_(task.packed_count) {
     if (p.paged) {
-      dynamic_ = IsDynamic(p.cache.type);
-      token_scales_ = dynamic_ && !kBlockScales;
       key_stride_ = p.cache.key_strides.row;
       value_stride_ = p.cache.value_strides.row;
     } else {
@@ -85,9 +106,9 @@ class TileKernel {
     const int group = p_.num_heads / p_.num_kv_heads;
     float key_scale = 1.0f;
     const void* channel_scales = nullptr;
-    if (p_.paged && IsQuantized(p_.cache.type) && !dynamic_) {
+    if (p_.paged && Key::kQuantized && !Key::kDynamic) {
       const PagedCache& cache = p_.cache;
-      if (cache.k_granularity == ScaleGranularity::kChannel) {
+      if (cache.k_granularity == ScaleScheme::kChannel) {
         channel_scales = cache.k_scales;
       } else {
         key_scale = LoadScale(cache.k_scales, cache.scale_dtype,
@@ -107,7 +128,7 @@ class TileKernel {
         for (int d = 0; d < kDim; ++d) {
           b_.q[r * kDim + d] *=
               LoadScale(channel_scales, p_.cache.scale_dtype,
-                        StaticScaleIndex(ScaleGranularity::kChannel, task_.kv_head, d, kDim));
+                        StaticScaleIndex(ScaleScheme::kChannel, task_.kv_head, d, kDim));
         }
       }
       float scale = p_.softmax_scale * key_scale;
@@ -152,22 +173,23 @@ class TileKernel {
       const int head = task_.kv_head;
       chunk->k_scale = cache.k_scale_strides.Plane(block, head);
       chunk->v_scale = cache.v_scale_strides.Plane(block, head);
-      chunk->key = static_cast<const Code*>(cache.key) + cache.key_strides.Plane(block, head);
-      chunk->value = static_cast<const Code*>(cache.value) + cache.value_strides.Plane(block, head);
+      chunk->key = static_cast<const KeyCode*>(cache.key) + cache.key_strides.Plane(block, head);
+      chunk->value =
+          static_cast<const ValueCode*>(cache.value) + cache.value_strides.Plane(block, head);
       return true;
     }
     const RaggedKv& kv = p_.ragged;
     const int64_t token = seq_.k_begin + start;
-    chunk->key = static_cast<const Code*>(kv.key) + token * kv.key_token_stride +
+    chunk->key = static_cast<const KeyCode*>(kv.key) + token * kv.key_token_stride +
                  task_.kv_head * kv.key_head_stride;
-    chunk->value = static_cast<const Code*>(kv.value) + token * kv.value_token_stride +
+    chunk->value = static_cast<const ValueCode*>(kv.value) + token * kv.value_token_stride +
                    task_.kv_head * kv.value_head_stride;
     return true;
   }
 
   void RunTile() {
     for (int c = 0; c < num_chunks_; ++c) {
-      if (token_scales_) LoadScales(c);
+      LoadScales(c);
       Scores(c);
     }
     for (int r = 0; r < rows_; ++r) Softmax(r);
@@ -180,14 +202,19 @@ class TileKernel {
 
   void LoadScales(int c) {
     const PagedCache& cache = p_.cache;
-    float* key = b_.key_scales + c * kBlockSize;
-    float* value = b_.value_scales + c * kBlockSize;
-    if (cache.scale_dtype == DType::kFloat32) {
-      GatherScales<DType::kFloat32>(cache.k_scales, chunks_[c].k_scale, key);
-      GatherScales<DType::kFloat32>(cache.v_scales, chunks_[c].v_scale, value);
+    if constexpr (kKeyTokenScales) {
+      GatherAny(cache.k_scales, chunks_[c].k_scale, b_.key_scales + c * kBlockSize);
+    }
+    if constexpr (kValueTokenScales) {
+      GatherAny(cache.v_scales, chunks_[c].v_scale, b_.value_scales + c * kBlockSize);
+    }
+  }
+
+  void GatherAny(const void* scales, int64_t index, float* out) const {
+    if (p_.cache.scale_dtype == DType::kFloat32) {
+      GatherScales<DType::kFloat32>(scales, index, out);
     } else {
-      GatherScales<DType::kBFloat16>(cache.k_scales, chunks_[c].k_scale, key);
-      GatherScales<DType::kBFloat16>(cache.v_scales, chunks_[c].v_scale, value);
+      GatherScales<DType::kBFloat16>(scales, index, out);
     }
   }
 
@@ -203,46 +230,46 @@ class TileKernel {
   // scores[r][column] = q[r] . key code of the column's token.
   void Scores(int c) {
     const Chunk& chunk = chunks_[c];
-    const Code* key[kBlockSize];
+    const KeyCode* key[kBlockSize];
     for (int i = 0; i < kBlockSize; ++i) {
       const int token = kColumnOrder<kByChannel>.token[i];
       // Past the last token there may be no memory: its column repeats the last one and is masked.
       key[i] = chunk.key + (token < chunk.valid ? token : chunk.valid - 1) * key_stride_;
     }
-    if constexpr (kNibbles) {
+    if constexpr (Key::kNibbles) {
       for (int i = 0; i < kBlockSize; ++i) {
         const int token = kColumnOrder<kByChannel>.token[i];
         const int valid = token < chunk.valid ? token : chunk.valid - 1;
-        const uint8_t* scales = ScaleBytes<kDim>(p_.cache.k_scales, chunk.k_scale, valid);
-        DecodeNibbles<kKv, kDim>(key[i], scales, b_.keys + i * kDim);
+        const uint8_t* scales = ScaleBytes<Key, kDim>(p_.cache.k_scales, chunk.k_scale, valid);
+        DecodeNibbles<Key, kDim>(key[i], scales, b_.keys + i * kDim);
       }
-    } else if (kKv == DType::kFloat32 || rows_ <= kBlockRows) {
-      if (kByChannel && IsFinite<kDim, kBlockSize>(chunk.key, key_stride_)) {
-        ScoreColumns<kKv, true>(c, key);
+    } else if (Key::kCode == DType::kFloat32 || rows_ <= kBlockRows) {
+      if (kByChannel && IsFinite<Key, kDim, kBlockSize>(chunk.key, key_stride_)) {
+        ScoreColumns<Key::kCode, true>(c, key);
       } else {
-        ScoreColumns<kKv, false>(c, key);
+        ScoreColumns<Key::kCode, false>(c, key);
       }
       return;
     }
     const float* decoded[kBlockSize];
     for (int i = 0; i < kBlockSize; ++i) {
       decoded[i] = b_.keys + i * kDim;
-      if constexpr (!kNibbles) DecodeRow<kKv>(key[i], b_.keys + i * kDim);
+      if constexpr (!Key::kNibbles) DecodeRow<Key::kCode>(key[i], b_.keys + i * kDim);
     }
     ScoreColumns<DType::kFloat32, true>(c, decoded);
   }
 
-  // UE8M0 bytes of a token of a block whose first one has the index `plane`.
-  template <int kChannels>
+  // Scales of a token's groups, in a block whose first one has the index `plane`.
+  template <typename Side, int kChannels>
   static const uint8_t* ScaleBytes(const void* scales, int64_t plane, int token) {
-    const int64_t first = plane + token * (kChannels / kMxBlock);
-    return kBlockScales ? static_cast<const uint8_t*>(scales) + first : nullptr;
+    constexpr int kCount = Side::TokenScales(kChannels);
+    return Side::kGrouped ? static_cast<const uint8_t*>(scales) + plane + token * kCount : nullptr;
   }
 
   // Whether a block of codes, kRows rows of kRow, may be read by the faster conversion.
-  template <int kRow, int kRows>
+  template <typename Side, int kRow, int kRows, typename Code>
   static bool IsFinite(const Code* codes, int64_t stride) {
-    if constexpr (kKv != DType::kE4M3) return false;
+    if constexpr (Side::kCode != DType::kE4M3) return false;
     return !HasNaNCode<kRow>(reinterpret_cast<const uint8_t*>(codes), kRows, stride);
   }
 
@@ -251,12 +278,13 @@ class TileKernel {
   FASTATTN_INLINE void Prefetch(int c, int i) const {
     if (!p_.paged) return;
     if (chunks_[c + 1].key != nullptr)
-      PrefetchRows<Code, kKeyRow, 4>(chunks_[c + 1].key, key_stride_, i);
+      PrefetchRows<KeyCode, kKeyRow, 4>(chunks_[c + 1].key, key_stride_, i);
     if constexpr (kByChannel) {
-      constexpr int kRows = kValueDim / CodesPerByte(kKv) / (kBlockSize / 4);  // of as many codes
-      PrefetchRows<Code, kBlockSize, kRows>(chunks_[c].value, value_stride_, i / 4 * kRows);
+      // Of as many codes.
+      constexpr int kRows = kValueDim / CodesPerByte(Value::kCode) / (kBlockSize / 4);
+      PrefetchRows<ValueCode, kBlockSize, kRows>(chunks_[c].value, value_stride_, i / 4 * kRows);
     } else {
-      PrefetchRows<Code, kValueDim, 4>(chunks_[c].value, value_stride_, i);
+      PrefetchRows<ValueCode, kValueDim, 4>(chunks_[c].value, value_stride_, i);
     }
   }
 
@@ -297,7 +325,7 @@ class TileKernel {
       for (int i = 0; i < kBlockSize; i += kLanes) {
         float* s = row + c * kBlockSize + i;
         Vec x = Load(s);
-        if (token_scales_) x = x * Load(b_.key_scales + c * kBlockSize + i);
+        if (kKeyTokenScales) x = x * Load(b_.key_scales + c * kBlockSize + i);
         x = x * factor;
         if (cap > 0.0f) x = Softcap(x, cap, inverse);
         if (!full) x = Visible(r, chunks_[c], i) ? x : Splat(-kInf);
@@ -317,7 +345,7 @@ class TileKernel {
         float* s = row + c * kBlockSize + i;
         Vec x = Exp2(Load(s) - shift);
         sum = sum + x;
-        if (token_scales_) {
+        if (kValueTokenScales) {
           x = x * Load(b_.value_scales + c * kBlockSize + i);
           if (!full) x = Visible(r, chunks_[c], i) ? x : Vec{};
         }
@@ -355,15 +383,15 @@ class TileKernel {
   // --- values stored by token, [64, D]: a token's values are read only where it is visible -------
 
   void AddValuesByToken() {
-    constexpr bool kPlain = kKv == DType::kFloat32;
+    constexpr bool kPlain = Value::kCode == DType::kFloat32;
     const bool decode = !kPlain && rows_ > kBlockRows;
     if (decode) {
       for (int c = 0; c < num_chunks_; ++c) {
         const Chunk& chunk = chunks_[c];
         const int last = First(any_end_, chunk);
         for (int i = First(any_begin_, chunk); i < last; ++i) {
-          DecodeRow<kKv, kValueDim>(chunk.value + i * value_stride_,
-                                    b_.values + (c * kBlockSize + i) * kValueDim);
+          DecodeRow<Value::kCode, kValueDim>(chunk.value + i * value_stride_,
+                                             b_.values + (c * kBlockSize + i) * kValueDim);
         }
       }
     }
@@ -372,7 +400,7 @@ class TileKernel {
       if (decode) {
         AddRows<DType::kFloat32>(r, n, true);
       } else {
-        AddRows<kKv>(r, n, false);
+        AddRows<Value::kCode>(r, n, false);
       }
       r += n;
     }
@@ -442,15 +470,15 @@ class TileKernel {
     for (int c = 0; c < num_chunks_; ++c) {
       Chunk& chunk = chunks_[c];
       chunk.poisoned = false;
-      chunk.from_codes =
-          !kNibbles && chunk.full && rows_ <= kBlockRows &&
-          (kKv != DType::kE4M3 || IsFinite<kBlockSize, kValueDim>(chunk.value, value_stride_));
+      chunk.from_codes = !Value::kNibbles && chunk.full && rows_ <= kBlockRows &&
+                         (Value::kCode != DType::kE4M3 ||
+                          IsFinite<Value, kBlockSize, kValueDim>(chunk.value, value_stride_));
       if (!chunk.from_codes) chunk.poisoned = !DecodeChannels(c) && !chunk.full;
       any_codes |= chunk.from_codes;
       any_decoded |= !chunk.from_codes;
     }
-    if constexpr (!kNibbles) {
-      if (any_codes) AddChannels<kKv>(true);
+    if constexpr (!Value::kNibbles) {
+      if (any_codes) AddChannels<Value::kCode>(true);
     }
     if (any_decoded) AddChannels<DType::kFloat32>(false);
     for (int c = 0; c < num_chunks_; ++c) {
@@ -464,21 +492,24 @@ class TileKernel {
     const Chunk& chunk = chunks_[c];
     const int first = First(any_begin_, chunk), last = First(any_end_, chunk);
     float* out = b_.values + c * kBlockSize * kValueDim;
+    constexpr bool kFiniteNibbles = Value::kNibbles && !Value::kGrouped;
     const VecInt keep = VecInt{} - (chunk.full ? 1 : 0);
     Vec check{};
-    if constexpr (kBlockScales) FindBlockScales(chunk);
+    if constexpr (Value::kGrouped) FindGroupScales(chunk);
     for (int i = 0; i < kBlockSize; i += kLanes) {
       const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
       const VecInt seen = (token >= first) & (token < last);
-      if constexpr (kNibbles && !kBlockScales) {  // a row is two channels; every code is finite
+      if constexpr (kFiniteNibbles) {  // a row is two channels; every code is finite
         for (int d = 0; d < kValueDim; d += 2) {
           const uint8_t* codes = chunk.value + d / 2 * value_stride_ + i;
-          Store(out + d * kBlockSize + i, seen ? NibblesAsFloats<kKv, false>(codes) : Vec{});
-          Store(out + (d + 1) * kBlockSize + i, seen ? NibblesAsFloats<kKv, true>(codes) : Vec{});
+          const Vec even = NibblesAsFloats<Value::kCode, false>(codes);
+          const Vec odd = NibblesAsFloats<Value::kCode, true>(codes);
+          Store(out + d * kBlockSize + i, seen ? even : Vec{});
+          Store(out + (d + 1) * kBlockSize + i, seen ? odd : Vec{});
         }
         continue;
       }
-      for (int d = 0; d < (kNibbles && !kBlockScales ? 0 : kValueDim); ++d) {
+      for (int d = 0; d < (kFiniteNibbles ? 0 : kValueDim); ++d) {
         const Vec x = seen ? LoadChannel(chunk, d, i) : Vec{};
         const Vec zero = x * 0.0f;  // NaN if x is infinite or NaN
         check = check + zero;
@@ -490,22 +521,22 @@ class TileKernel {
 
   // V of the columns from `column` on of a channel.
   FASTATTN_INLINE Vec LoadChannel(const Chunk& chunk, int d, int column) const {
-    if constexpr (kBlockScales) {
+    if constexpr (Value::kGrouped) {
       const uint8_t* codes = chunk.value + d / 2 * value_stride_ + column;
-      const Vec x =
-          d % 2 == 0 ? NibblesAsFloats<kKv, false>(codes) : NibblesAsFloats<kKv, true>(codes);
-      return x * Load(block_scales_[d / kMxBlock] + column);
+      const Vec x = d % 2 == 0 ? NibblesAsFloats<Value::kCode, false>(codes)
+                               : NibblesAsFloats<Value::kCode, true>(codes);
+      return x * Load(group_scales_[d / Value::kGroup] + column);
     } else {
-      return LoadAs<kKv>(chunk.value + d * value_stride_ + column);
+      return LoadAs<Value::kCode>(chunk.value + d * value_stride_ + column);
     }
   }
 
-  void FindBlockScales(const Chunk& chunk) {
+  void FindGroupScales(const Chunk& chunk) {
     for (int i = 0; i < kBlockSize; ++i) {
       const int token = kColumnOrder<kByChannel>.token[i];
-      const uint8_t* bytes = ScaleBytes<kValueDim>(p_.cache.v_scales, chunk.v_scale, token);
-      for (int block = 0; block < kValueBlocks; ++block) {
-        block_scales_[block][i] = UE8M0ToFloat(bytes[block]);
+      const uint8_t* bytes = ScaleBytes<Value, kValueDim>(p_.cache.v_scales, chunk.v_scale, token);
+      for (int group = 0; group < kValueGroups; ++group) {
+        group_scales_[group][i] = GroupScale<Value::kScaleType>::Value(bytes[group]);
       }
     }
   }
@@ -563,7 +594,7 @@ class TileKernel {
   // NaN and infinite values that only some rows see are 0 in the matrix products, so that rows that
   // do not see them keep their bits. The rows that see them get them here.
   void AddNonFinite(int c) {
-    if constexpr (kBlockScales) FindBlockScales(chunks_[c]);
+    if constexpr (Value::kGrouped) FindGroupScales(chunks_[c]);
     for (int i = 0; i < kBlockSize * kValueDim; i += kLanes) {
       const Vec values = LoadChannel(chunks_[c], i / kBlockSize, i % kBlockSize);
       if (SumLanes(values * 0.0f) == 0.0f) continue;
@@ -587,9 +618,7 @@ class TileKernel {
   const AttentionTask& task_;
   TileBuffers& b_;
   const int rows_;
-  bool dynamic_ = false;
-  bool token_scales_ = false;  // that scores and probabilities are multiplied by
-  alignas(64) float block_scales_[kValueBlocks][kBlockSize];  // of V, in the columns' order
+  alignas(64) float group_scales_[kValueGroups][kBlockSize];  // of V, in the columns' order
   int64_t key_stride_;                                        // elements between tokens
   int64_t value_stride_;                       // elements between tokens or, by channel, channels
   int64_t any_begin_ = 0, any_end_ = 0;        // keys that some row sees

@@ -232,22 +232,6 @@ FASTATTN_INLINE void DotBlock(const float* a, int a_stride,
   }
 }
 
-// A key's 4-bit codes as fp32: the first of a byte's two is the even channel's. E2M1 codes are
-// multiplied by the scales of their blocks.
-template <DType kCode, int kDim>
-FASTATTN_INLINE void DecodeNibbles(const uint8_t* in, const uint8_t* scales, float* out) {
-  static_assert(kMxBlock % (2 * kLanes) == 0, "channels of a step have one scale");
-  for (int d = 0; d < kDim; d += 2 * kLanes) {
-    Vec even = NibblesAsFloats<kCode, false>(in + d / 2);
-    Vec odd = NibblesAsFloats<kCode, true>(in + d / 2);
-    if constexpr (kCode == DType::kE2M1) {
-      const float scale = UE8M0ToFloat(scales[d / kMxBlock]);
-      even = even * scale, odd = odd * scale;
-    }
-    for (int i = 0; i < kLanes; ++i) out[d + 2 * i] = even[i], out[d + 2 * i + 1] = odd[i];
-  }
-}
-
 // Whether one of n e4m3 codes in each of `rows` rows is NaN.
 template <int n>
 FASTATTN_INLINE bool HasNaNCode(const uint8_t* codes, int rows, int64_t stride) {

@@ -133,10 +133,11 @@ inline uint32_t AmaxBits(const float* x, int n) {
   return static_cast<uint32_t>(amax);
 }
 
-// The same of an MXFP4 block, in which a NaN does not count.
-inline uint32_t MxAmaxBits(const float* x) {
+// The same of a group with a scale of its own, in which a NaN does not count.
+template <int kGroup>
+uint32_t GroupAmaxBits(const float* x) {
   int32_t amax = 0;
-  for (int i = 0; i < kMxBlock; ++i) amax = std::max(amax, static_cast<int32_t>(MxAbsBits(x[i])));
+  for (int i = 0; i < kGroup; ++i) amax = std::max(amax, static_cast<int32_t>(MxAbsBits(x[i])));
   return static_cast<uint32_t>(amax);
 }
 

@@ -17,7 +17,7 @@ namespace fastattn::cpu {
 
 namespace {
 
-template <DType kDType, typename Format, int kHeadDim>
+template <DType kDType, typename Kv, int kHeadDim>
 class Step {
   using T = typename Element<kDType>::Storage;
 
@@ -91,7 +91,7 @@ class Step {
 
   const GqaRopeWriteCacheParams& p_;
   const RopeWriteCacheParams& rope_;
-  CacheWriter<Format, CacheLayout::kFastDeploy> cache_;
+  CacheWriter<Kv, CacheLayout::kFastDeploy> cache_;
   std::vector<float> q_weight_;
   std::vector<float> k_weight_;
 };

@@ -16,7 +16,7 @@ void Mxfp4Dequantize(const Mxfp4DequantizeParams& p);
 inline void EncodeMxfp4(const float* x, int64_t n, uint8_t* codes, uint8_t* scales) {
   for (int64_t block = 0; block < n / kMxBlock; ++block) {
     const float* in = x + block * kMxBlock;
-    scales[block] = MxScaleByte(MxAmaxBits(in));
+    scales[block] = MxScaleByte(GroupAmaxBits<kMxBlock>(in));
     const float inverse = UE8M0Inverse(scales[block]);
     uint8_t one_a_byte[kMxBlock];
     for (int i = 0; i < kMxBlock; ++i) {

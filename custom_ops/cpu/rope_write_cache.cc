@@ -17,7 +17,7 @@ namespace fastattn::cpu {
 
 namespace {
 
-template <DType kDType, typename Format, int kHeadDim>
+template <DType kDType, typename Kv, int kHeadDim>
 class Writer {
   using E = Element<kDType>;
   using T = typename E::Storage;
@@ -93,7 +93,7 @@ class Writer {
 
   const RopeWriteCacheParams& p_;
   const KeyTransform& transform_;
-  CacheWriter<Format> cache_;
+  CacheWriter<Kv> cache_;
   std::vector<float> bias_;
   std::vector<float> q_weight_;
   std::vector<float> k_weight_;

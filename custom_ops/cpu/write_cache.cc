@@ -13,14 +13,14 @@ namespace fastattn::cpu {
 
 namespace {
 
-template <DType kDType, typename Format>
+template <DType kDType, typename Kv>
 void Run(const WriteCacheParams& p, const KeyTransform& transform) {
   using T = typename Element<kDType>::Storage;
   const int heads = p.cache.num_kv_heads;
   const int head_dim = p.cache.head_dim, value_dim = p.cache.ValueDim();
   const T* keys = static_cast<const T*>(p.key);
   const T* values = static_cast<const T*>(p.value);
-  const CacheWriter<Format> writer(p.cache);
+  const CacheWriter<Kv> writer(p.cache);
   const std::vector<int> seq_of_token = SeqOfTokens(p.seqs);
 
   ParallelFor(int64_t{p.seqs.num_tokens} * heads, 2 * head_dim, [&](int64_t begin, int64_t end) {

@@ -44,8 +44,8 @@ struct PagedCache {
   DType scale_dtype = DType::kFloat32;  // fp32 or bf16, the same for K and V; uint8: UE8M0
   CacheType type = CacheType::kNone;
   CacheLayout layout = CacheLayout::kFastattn;
-  ScaleGranularity k_granularity = ScaleGranularity::kTensor;
-  ScaleGranularity v_granularity = ScaleGranularity::kTensor;
+  ScaleScheme k_granularity = ScaleScheme::kLayer;
+  ScaleScheme v_granularity = ScaleScheme::kLayer;
   int num_blocks = 0;
   int num_kv_heads = 0;
   int head_dim = 0;  // of K

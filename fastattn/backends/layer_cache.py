@@ -9,6 +9,7 @@ from fastattn.backends.forward_meta import field
 from fastattn.backends.scales import HeadShard, local_scales
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
+    TYPES,
     check_cache_type,
     check_no_zero_points,
     value_dim,
@@ -132,8 +133,7 @@ class LayerCache:
 
     def holds_e4m3(self) -> bool:
         """Whether K and V are e4m3 codes."""
-        fp8 = self.quant_type in ("cache_fp8", "block_wise_fp8")
-        return fp8 and self.fp8_format == "e4m3"
+        return TYPES[self.quant_type].code == "e4m3" and self.fp8_format == "e4m3"
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that the operators take besides the two cache tensors."""

@@ -14,10 +14,9 @@ from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
 from fastattn.functional._cache_types import DYNAMIC_TYPES, NIBBLE_TYPES, STATIC_TYPES
 from fastattn.reference.attention import dense_attention
-from fastattn.reference.cache import code_of, dynamic_scales, static_scales
+from fastattn.reference.cache import code_of, dynamic_scales, static_scales, written_scales
 from fastattn.reference.hadamard import restore_key, transform_key
-from fastattn.reference.mxfp4 import block_scales
-from fastattn.reference.numerics import QMAX, Array, from_codes, group_scale, quantize
+from fastattn.reference.numerics import QMAX, Array, from_codes, quantize
 
 GRANULARITIES = ("tensor", "head", "channel")
 
@@ -79,8 +78,7 @@ def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
         return x.astype(np.float64)
     code = code_of(cache_quant_type)
     if cache_quant_type in DYNAMIC_TYPES:
-        scales = block_scales(x) if code == "e2m1" else group_scale(x, code)
-        multiplier = dynamic_scales(scales, cache_quant_type)
+        multiplier = dynamic_scales(written_scales(x, cache_quant_type), cache_quant_type)
     else:
         assert scales is not None
         multiplier = static_scales(scales, *x.shape[1:])

@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastattn._formats import FORMATS
+
 #: The same names as in ``fastattn.functional``, whose import would import Paddle.
-CACHE_QUANT_TYPES = (
-    *("none", "cache_int8", "cache_fp8"),
-    *("block_wise_int8", "block_wise_fp8", "block_wise_int4", "block_wise_mxfp4"),
-)
+CACHE_QUANT_TYPES = tuple(row.name for row in FORMATS)
 
 #: Rotations of K to compare with, by type. Each gets its own row.
-_OTHER_ROTATIONS = {"block_wise_int4": ("none",), "block_wise_mxfp4": ("none",)}
+_OTHER_ROTATIONS = {row.name: ("none",) for row in FORMATS if row.bits == 4}
 
 DEFAULT_PROMPT = "The following statement "
 DEFAULT_NEW_TOKENS = 200

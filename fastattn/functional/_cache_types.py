@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Types with 4-bit codes: a byte holds two.
-NIBBLE_TYPES = ("block_wise_int4", "block_wise_mxfp4")
+from fastattn._formats import FORMATS
 
-#: Types whose scales are computed while writing: one scale per token and KV head, or per 32 of its
-#: channels.
-DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", *NIBBLE_TYPES)
+#: Rows of the table of cache types by name.
+TYPES = {row.name: row for row in FORMATS}
+
+CACHE_QUANT_TYPES = tuple(TYPES)
+
+#: Types with 4-bit codes: a byte holds two.
+NIBBLE_TYPES = tuple(row.name for row in FORMATS if row.bits == 4)
+
+#: Types whose scales are computed while writing: one scale per token and KV head, or per group of
+#: its channels.
+DYNAMIC_TYPES = tuple(row.name for row in FORMATS if row.scheme in ("token", "group"))
 
 #: Types whose scales belong to the layer.
-STATIC_TYPES = ("cache_int8", "cache_fp8")
+STATIC_TYPES = tuple(row.name for row in FORMATS if row.scheme in ("layer", "head", "channel"))
 
 #: Head dimensions of K in a cache. V has 128 channels if K has 192, otherwise as many as K.
 HEAD_DIMS = (64, 96, 128, 192, 256)
 
 #: Head dimensions of fused projections, whose heads all have one size.
 FUSED_HEAD_DIMS = (64, 96, 128, 256)
-
-CACHE_QUANT_TYPES = ("none", *STATIC_TYPES, *DYNAMIC_TYPES)
 
 
 def value_dim(head_dim: int) -> int:
@@ -35,9 +40,8 @@ def codes_per_byte(cache_quant_type: str) -> int:
 
 def token_scales(cache_quant_type: str, head_dim: int) -> tuple[list[int], str]:
     """Shape and dtype of a token's dynamic scales of one KV head; float32 also allows bfloat16."""
-    if cache_quant_type == "block_wise_mxfp4":
-        return [head_dim // 32], "uint8"
-    return [], "float32"
+    group = TYPES[cache_quant_type].group
+    return ([head_dim // group], "uint8") if group else ([], "float32")
 
 
 #: FastDeploy's ``kv_cache_quant_type`` strings and their cache types.

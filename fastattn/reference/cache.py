@@ -6,11 +6,12 @@ Quantised caches are arrays of uint8 (or of an 8-bit type with the same bits) in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from fastattn._formats import FORMATS
 from fastattn.reference.hadamard import restore_key, transform_key
 from fastattn.reference.layout import (
     BLOCK_SIZE,
@@ -20,25 +21,29 @@ from fastattn.reference.layout import (
     unpack,
     value_offsets,
 )
-from fastattn.reference.mxfp4 import block_scales, spread_scales
+from fastattn.reference.mxfp4 import block_amax, block_exponent, block_scale
 from fastattn.reference.numerics import NIBBLES, Array, from_codes, group_scale, quantize
 
-DYNAMIC_TYPES = ("block_wise_int8", "block_wise_fp8", "block_wise_int4", "block_wise_mxfp4")
+_TYPES = {row.name: row for row in FORMATS}
+
+DYNAMIC_TYPES = tuple(row.name for row in FORMATS if row.scheme in ("token", "group"))
+
+#: Scales of groups of channels, by their type: bytes [..., D / group] of fp32 values [..., D] and
+#: the group's size; and multipliers of bytes.
+GROUP_SCALES: dict[str, tuple[Callable[[Array, int], Array], Callable[[Array], Array]]] = {
+    "ue8m0": (
+        lambda x, group: (block_exponent(block_amax(x, group)) + 127).astype(np.uint8),
+        block_scale,
+    ),
+}
 
 
 def code_of(cache_quant_type: str, fp8_format: str = "e4m3") -> str:
     """Format of the codes of a quantised cache: "int8", "e4m3", "e5m2", "int4" or "e2m1"."""
-    if cache_quant_type in ("cache_int8", "block_wise_int8"):
-        return "int8"
-    if cache_quant_type == "block_wise_fp8":
-        return "e4m3"
-    if cache_quant_type == "block_wise_int4":
-        return "int4"
-    if cache_quant_type == "block_wise_mxfp4":
-        return "e2m1"
-    if cache_quant_type == "cache_fp8":
-        return fp8_format
-    raise NotImplementedError(f"cache_quant_type {cache_quant_type!r} stores no codes")
+    row = _TYPES.get(cache_quant_type)
+    if row is None or row.scheme == "none":
+        raise NotImplementedError(f"cache_quant_type {cache_quant_type!r} stores no codes")
+    return row.code if row.code == row.other_code else fp8_format
 
 
 def static_scales(scales: Array, kv_heads: int, head_dim: int) -> Array:
@@ -55,16 +60,30 @@ def _row(cache: Array) -> int:
 
 
 def dynamic_scales(scales: Array, cache_quant_type: str) -> Array:
-    """Dynamic scales as fp32, with another dimension for channels: of size 1, or D for MXFP4.
+    """Dynamic scales as fp32, with another dimension for channels: of size 1, or D for groups.
 
     Parameters
     ----------
-    scales : array, shape [..., 64], or uint8 [..., 64, D / 32] for ``block_wise_mxfp4``
+    scales : array, shape [..., 64], or uint8 [..., 64, D / group] for types with groups
     cache_quant_type : str
     """
-    if cache_quant_type == "block_wise_mxfp4":
-        return spread_scales(scales)
+    row = _TYPES[cache_quant_type]
+    if row.group:
+        return np.repeat(GROUP_SCALES[row.scale_type][1](scales), row.group, axis=-1)
     return np.asarray(scales).astype(np.float32)[..., None]
+
+
+def written_scales(x: Array, cache_quant_type: str, dtype: Any = np.float32) -> Array:
+    """Dynamic scales of fp32 values [..., D] as a cache stores them.
+
+    Returns
+    -------
+    array of `dtype`, shape [...], or of uint8, shape [..., D / group]
+    """
+    row = _TYPES[cache_quant_type]
+    if row.group:
+        return GROUP_SCALES[row.scale_type][0](x, row.group)
+    return group_scale(x, row.code).astype(dtype)
 
 
 def block_of(block_table: Array, position: int, num_blocks: int) -> int | None:
@@ -111,16 +130,16 @@ def quantize_token(
     Returns
     -------
     codes : array of uint8, shape [..., KV, D], or [..., KV, D / 2] for two codes per byte
-    token_scales : array, shape [..., KV] or [..., KV, D / 32], or None
+    token_scales : array, shape [..., KV] or [..., KV, D / group], or None
         For dynamic types, ``max(amax, 1e-6) / QMAX`` of each head (with a sign for int4), rounded
-        to the dtype of `scales` before the token is quantised. For ``block_wise_mxfp4``, the UE8M0
-        byte of each group of 32 channels.
+        to the dtype of `scales` before the token is quantised. For types with groups of channels,
+        the byte of each group.
     """
     code = code_of(cache_quant_type, fp8_format)
     x = np.asarray(x).astype(np.float32)
     if cache_quant_type not in DYNAMIC_TYPES:
         return quantize(x, static_scales(scales, *x.shape[-2:]), code), None
-    stored: Array = block_scales(x) if code == "e2m1" else group_scale(x, code).astype(scales.dtype)
+    stored = written_scales(x, cache_quant_type, scales.dtype)
     codes = quantize(x, dynamic_scales(stored, cache_quant_type), code)
     return pack_nibbles(codes) if code in NIBBLES else codes, stored
 

@@ -47,11 +47,16 @@ def unpack_e2m1(pairs: Array) -> Array:
     return codes.reshape(*pairs.shape[:-1], 2 * pairs.shape[-1])
 
 
+def block_amax(x: Array, block: int = BLOCK) -> Array:
+    """Largest magnitudes [..., C / block] of fp32 values [..., C]. NaNs are ignored."""
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+    largest: Array = np.where(np.isnan(blocks), np.float32(0), np.abs(blocks)).max(axis=-1)
+    return largest
+
+
 def block_scales(x: Array) -> Array:
     """UE8M0 bytes (uint8) [..., C / 32] of fp32 values [..., C]. NaNs are ignored."""
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
-    magnitude = np.where(np.isnan(blocks), np.float32(0), np.abs(blocks))
-    return (block_exponent(magnitude.max(axis=-1)) + 127).astype(np.uint8)
+    return (block_exponent(block_amax(x)) + 127).astype(np.uint8)
 
 
 def spread_scales(scales: Array) -> Array:

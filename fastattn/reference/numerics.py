@@ -13,6 +13,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from fastattn._formats import FORMATS
+
 Array = NDArray[Any]
 
 #: Largest finite value of each format (for int4, the value of the lowest code): the ``QMAX`` of a
@@ -23,7 +25,7 @@ QMAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "int4": 8.0}
 E2M1_VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 
 #: Formats with 4-bit codes, two per byte.
-NIBBLES = ("int4", "e2m1")
+NIBBLES = tuple({row.code for row in FORMATS if row.bits == 4})
 
 #: Smallest amax of a cache token. It keeps the scale of an all-zero token above 0.
 CACHE_AMAX_FLOOR = 1e-6

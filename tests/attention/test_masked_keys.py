@@ -12,7 +12,13 @@ import copy
 import numpy as np
 import pytest
 
-from tests.support.attention import CACHE_KINDS, CacheKind, flash_problem, paged_problem
+from tests.support.attention import (
+    CACHE_KINDS,
+    GROUPED_KINDS,
+    CacheKind,
+    flash_problem,
+    paged_problem,
+)
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import E5M2
 
@@ -27,7 +33,7 @@ FEW = [
     CacheKind("block_wise_fp8"),
     CacheKind("block_wise_int8"),
     CacheKind("block_wise_int4"),
-    CacheKind("block_wise_mxfp4"),
+    *GROUPED_KINDS,
 ]
 GARBAGE = ("large", "huge", "nan", "inf")
 #: Codes of the largest magnitude, NaN and infinity of each code; none: the nearest thing.

@@ -16,7 +16,7 @@ import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.hadamard import hadamard_matrix
-from tests.support.attention import CacheKind, paged_problem
+from tests.support.attention import GROUPED_KINDS, CacheKind, paged_problem
 from tests.support.cache import make_step
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
@@ -25,7 +25,7 @@ KINDS = [
     CacheKind("cache_int8", "channel"),
     CacheKind("block_wise_int8"),
     CacheKind("block_wise_int4"),
-    CacheKind("block_wise_mxfp4"),
+    *GROUPED_KINDS,
 ]
 FP8 = [CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")]
 #: (cached, new): chunks at odd offsets, a prompt, decode, speculative and resting sequences.
@@ -42,7 +42,7 @@ def centre(kv_heads: int, head_dim: int, seed: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("kind", [*KINDS, *FP8], ids=str)
 def test_rotated(place, kind, dim, seqs, q_type):
-    if kind.code == "e2m1" and dim not in (64, 128):
+    if kind.grouped and dim not in (64, 128):
         pytest.skip("MXFP4 caches have heads of 64 and 128 channels")
     options = {"k_rotation": "hadamard", "k_center": centre(2, dim)}
     paged_problem(seqs, kind=kind, dim=dim, q_type=q_type, heads=(6, 2), **options).check(place)

@@ -7,14 +7,11 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import reference
-from tests.support.cache import is_dynamic, make_cache
+from tests.support.cache import QUANTISED, is_dynamic, make_cache
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import DTYPES, to_numpy, to_paddle, value_dim
 
-TYPES = (
-    *("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8", "block_wise_int4"),
-    "block_wise_mxfp4",
-)
+TYPES = tuple(dict.fromkeys(name for name, _ in QUANTISED))
 CACHED = [70, 0, 64, 1, 200]
 #: Room for one token less, for all, and for some more.
 STARTS = [3, 72, 72, 140, 141, 360]

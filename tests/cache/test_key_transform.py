@@ -13,6 +13,7 @@ from fastattn.reference.hadamard import hadamard_matrix, hadamard_size
 from fastattn.reference.layout import unpack
 from fastattn.reference.numerics import from_codes
 from tests.support.cache import (
+    QUANTISED,
     Cache,
     assert_same_cache,
     is_dynamic,
@@ -24,11 +25,8 @@ from tests.support.compare import assert_same_bits
 from tests.support.rope import check, make_case, run
 from tests.support.tensors import DTYPES, to_numpy, to_paddle, value_dim
 
-TYPES = (
-    *("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8", "block_wise_int4"),
-    "block_wise_mxfp4",
-)
-INT8 = TYPES[:2]
+TYPES = tuple(dict.fromkeys(name for name, _ in QUANTISED))
+INT8 = ("cache_int8", "block_wise_int8")
 CACHED = [0, 1, 63, 64, 65, 100, 320, 7]
 NEW = [1, 0, 65, 64, 63, 1, 200, 5]
 

@@ -8,6 +8,7 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import reference
+from fastattn.functional._cache_types import TYPES
 from fastattn.reference.layout import unpack
 from fastattn.reference.numerics import from_codes
 from tests.support.cache import (
@@ -131,8 +132,9 @@ def test_an_all_zero_token_has_codes_0_and_the_floor_scale(place, cache_quant_ty
     ):
         zero = 0x88 if "int4" in cache_quant_type else 0
         assert (unpack(bytes_, kind, "fastattn", int8=False)[block, :, 6] == zero).all()
-        if cache_quant_type == "block_wise_mxfp4":
-            assert (scales[block, :, 6] == 1).all()
+        if TYPES[cache_quant_type].scheme == "group":
+            byte = {"ue8m0": 1}[TYPES[cache_quant_type].scale_type]
+            assert (scales[block, :, 6] == byte).all()
         elif is_dynamic(cache_quant_type):
             qmax = {"int8": 127, "int4": 8}.get(cache_quant_type[-4:], 448)
             floor = np.full(2, np.float32(1e-6) / np.float32(qmax), np.float32)

@@ -14,6 +14,8 @@ import numpy as np
 
 import fastattn.functional as F
 from fastattn import reference
+from fastattn._formats import FORMATS
+from fastattn.functional._cache_types import TYPES
 from fastattn.reference import numerics
 from fastattn.reference.cache import code_of, dynamic_scales
 from tests.support.bounds import (
@@ -56,10 +58,15 @@ class CacheKind:
     def dynamic(self) -> bool:
         return self.quant_type.startswith("block_wise")
 
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of channels have scales of their own, bytes."""
+        return TYPES[self.quant_type].scheme == "group"
+
     def __str__(self) -> str:
         if self.quant_type == "none":
             return f"none-{self.dtype}"
-        if self.code == "e2m1":
+        if self.grouped:
             return self.quant_type
         parts = [self.quant_type, "token" if self.dynamic else self.granularity]
         if self.quant_type == "cache_fp8":
@@ -81,17 +88,20 @@ CACHE_KINDS = [
         for kind in (
             *(("cache_int8", granularity) for granularity in ("tensor", "head", "channel")),
             *(("cache_fp8", g, f) for g in ("tensor", "head") for f in ("e4m3", "e5m2")),
-            *((f"block_wise_{code}",) for code in ("fp8", "int8", "int4")),
+            *((row.name,) for row in FORMATS if row.scheme == "token"),
         )
         for scale_dtype in ("float32", "bfloat16")
     ),
-    BLOCK_WISE_MXFP4,
+    *(CacheKind(row.name) for row in FORMATS if row.scheme == "group"),
 ]
+
+GROUPED_KINDS = [kind for kind in CACHE_KINDS if kind.grouped]
 
 #: One kind for each way of reading codes; enough where the kind is not what is tested.
 FEW_KINDS = [
     *(PLAIN, CacheKind("cache_int8", "channel")),
-    *(BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4, BLOCK_WISE_MXFP4),
+    *(BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4),
+    *GROUPED_KINDS,
 ]
 
 

@@ -7,20 +7,18 @@ import dataclasses
 import numpy as np
 
 import fastattn.functional as F
+from fastattn._formats import FORMATS
 from fastattn.functional._cache_types import codes_per_byte, token_scales
 from fastattn.reference.layout import BLOCK_SIZE, cache_shape
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, to_numpy, to_paddle, value_dim
 
 #: (cache_quant_type, fp8_format) of every quantised cache.
-QUANTISED = (
-    ("cache_int8", "e4m3"),
-    ("cache_fp8", "e4m3"),
-    ("cache_fp8", "e5m2"),
-    ("block_wise_int8", "e4m3"),
-    ("block_wise_fp8", "e4m3"),
-    ("block_wise_int4", "e4m3"),
-    ("block_wise_mxfp4", "e4m3"),
+QUANTISED = tuple(
+    (row.name, fp8_format)
+    for row in FORMATS
+    if row.scheme != "none"
+    for fp8_format in dict.fromkeys(("e4m3", row.other_code if row.code == "e4m3" else "e4m3"))
 )
 
 

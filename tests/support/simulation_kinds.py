@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastattn import backends
+from fastattn.functional._cache_types import DYNAMIC_TYPES, TYPES
 from tests.support.serving import Model
 from tests.support.simulation_kind import Kind
 from tests.support.simulation_latent import Latent, Sparse
@@ -21,13 +22,8 @@ from tests.support.tensors import BF16
 #: GQA caches: type and format of FP8 codes.
 PAGED = (
     ("none", "e4m3"),
-    ("cache_int8", "e4m3"),
-    ("cache_fp8", "e4m3"),
-    ("cache_fp8", "e5m2"),
-    ("block_wise_fp8", "e4m3"),
-    ("block_wise_int8", "e4m3"),
-    ("block_wise_int4", "e4m3"),
-    ("block_wise_mxfp4", "e4m3"),
+    *(("cache_int8", "e4m3"), ("cache_fp8", "e4m3"), ("cache_fp8", "e5m2")),
+    *((name, "e4m3") for name in DYNAMIC_TYPES),
 )
 
 #: Formats of latent caches that dense attention reads ("backend": MLAAttentionBackend's bf16), and
@@ -87,7 +83,7 @@ def _draw(quant_type: str, fp8_format: str, rng: np.random.Generator) -> dict[st
         options["per_channel"] = quant_type == "cache_int8" and one_in(2)
         if one_in(3):
             options["scale_dtype"] = BF16
-    elif quant_type != "block_wise_mxfp4" and one_in(4):
+    elif TYPES[quant_type].scheme == "token" and one_in(4):
         options["scale_dtype"] = BF16
     if fp8_format != "e5m2":  # such keys are neither rotated nor centred
         options["centred"] = one_in(4)

@@ -10,10 +10,9 @@ import numpy as np
 import fastattn.functional as F
 from fastattn import backends
 from fastattn.reference import attention
-from fastattn.reference.cache import dynamic_scales, static_scales
+from fastattn.reference.cache import dynamic_scales, static_scales, written_scales
 from fastattn.reference.hadamard import hadamard, hadamard_matrix, transform_key
-from fastattn.reference.mxfp4 import block_scales
-from fastattn.reference.numerics import from_codes, group_scale, quantize
+from fastattn.reference.numerics import from_codes, quantize
 from fastattn.reference.rope import quantize_q, rope_qkv
 from tests.support.bounds import assert_error_ratio
 from tests.support.serving import MAX_MODEL_LEN, Model
@@ -154,8 +153,7 @@ class Paged(Kind):
         if not model.dynamic:
             multiplier = static_scales(scales, *x.shape[1:])
         else:
-            own = block_scales(x) if model.code == "e2m1" else group_scale(x, model.code)
-            own = own if model.code == "e2m1" else own.astype(model.scale_dtype)
+            own = written_scales(x, model.cache_quant_type, model.scale_dtype)
             multiplier = dynamic_scales(own, model.cache_quant_type)
         codes = quantize(x, multiplier, model.code)
         return from_codes(codes, model.code).astype(np.float64) * multiplier

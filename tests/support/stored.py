@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastattn.reference import layout, mxfp4, numerics
+from fastattn.functional._cache_types import TYPES
+from fastattn.reference import layout, numerics
+from fastattn.reference.cache import dynamic_scales, written_scales
 from tests.support.tensors import BF16, ue8m0_byte
 
 if TYPE_CHECKING:
     from tests.support.attention import CacheKind
 
 NUMPY_TYPES = {"bfloat16": BF16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+
+#: The byte of a group's scale, by its type: the one whose value is nearest.
+GROUP_BYTES = {"ue8m0": ue8m0_byte, "float32": None}
 
 
 @dataclasses.dataclass
@@ -45,14 +50,19 @@ class CacheTensor:
             self.rescale(where, np.nan)
 
     def rescale(self, where, scale: float) -> None:
-        """Set dynamic scales at [block, ..., r]: of MXFP4 blocks, to the nearest power of two."""
-        self.scales[where] = ue8m0_byte(scale) if self.kind.code == "e2m1" else scale
+        """Set dynamic scales at [block, ..., r]: of groups, to the nearest byte."""
+        byte_of = GROUP_BYTES[TYPES[self.kind.quant_type].scale_type]
+        self.scales[where] = byte_of(scale) if self.kind.grouped else scale
 
     def grow(self, where, factor: float) -> None:
-        """Multiply dynamic scales by a factor: those of MXFP4 blocks, by a power of two near it."""
-        before = self.scales[where]
-        exponents = self.kind.code == "e2m1"
-        self.scales[where] = before + round(np.log2(factor)) if exponents else before * factor
+        """Multiply dynamic scales by a factor: those of groups, to the nearest byte."""
+        before = dynamic_scales(self.scales, self.kind.quant_type)[where]
+        if not self.kind.grouped:
+            self.scales[where] = before[..., 0] * factor
+            return
+        group = TYPES[self.kind.quant_type].group
+        byte_of = np.vectorize(GROUP_BYTES[TYPES[self.kind.quant_type].scale_type])
+        self.scales[where] = byte_of(before[..., ::group] * factor)
 
 
 def store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
@@ -61,12 +71,9 @@ def store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
         return CacheTensor(kind, letter, x.astype(NUMPY_TYPES[kind.dtype]), None)
     kv, dim = x.shape[1], x.shape[3]
     scale_type = NUMPY_TYPES[kind.scale_dtype]
-    if kind.code == "e2m1":
-        scales = mxfp4.block_scales(x)
-        multiplier = mxfp4.spread_scales(scales)
-    elif kind.dynamic:
-        scales = numerics.group_scale(x, kind.code).astype(scale_type)
-        multiplier = scales.astype(np.float32)[..., None]
+    if kind.dynamic:
+        scales = written_scales(x, kind.quant_type, scale_type)
+        multiplier = dynamic_scales(scales, kind.quant_type)
     else:
         base = {"int8": 0.031, "e4m3": 0.0113, "e5m2": 0.0147}[kind.code]
         size = {"tensor": 1, "head": kv, "channel": kv * dim}[kind.granularity]

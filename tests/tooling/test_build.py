@@ -20,7 +20,7 @@ import pytest
 from custom_ops.builder import instances, project, toolchain
 from custom_ops.builder.toolchain import BuildError
 from fastattn import _ops, env
-from fastattn.functional._cache_types import HEAD_DIMS
+from fastattn.functional._cache_types import CACHE_QUANT_TYPES, HEAD_DIMS
 from fastattn.reference import layout
 from fastattn.version import __version__
 from tests.support import ROOT
@@ -538,15 +538,12 @@ def test_a_build_may_be_limited_to_some_head_dims(monkeypatch):
 def test_host_module_agrees_with_the_reference():
     host = pytest.importorskip("fastattn._host")
     assert host.block_size() == 64
-    assert host.cache_types() == [
-        *("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8"),
-        *("block_wise_int4", "block_wise_mxfp4"),
-    ]
+    assert host.cache_types() == list(CACHE_QUANT_TYPES)
     assert host.token_slots() == layout.token_slot(np.arange(64)).tolist()
 
 
 def test_kernels_include_no_paddle_header():
-    for folder in ("cpu", "cuda", "params", "common"):
+    for folder in ("cpu", "cuda", "params", "common", "formats"):
         for path in (CUSTOM_OPS / folder).rglob("*.*"):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r'#include ["<](paddle|phi)/', text), path

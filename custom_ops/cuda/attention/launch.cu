@@ -18,12 +18,16 @@ namespace {
 
 using Launcher = cudaError_t (*)(const AttentionParams&, const AttentionTask&, int, cudaStream_t);
 
+Scales ScalesOf(const AttentionParams& p) {
+  return p.paged ? FormatOf(p.cache.type).scales : Scales::kStatic;
+}
+
 Launcher Find(const AttentionParams& p, int columns) {
   const bool dynamic = p.paged && IsDynamic(p.cache.type);
   const char* keys = dynamic ? "dynamic codes" : p.paged ? "cache on a GPU" : "keys on a GPU";
   const std::tuple wanted{Wanted{keys, p.paged ? p.cache.dtype : p.ragged.dtype},
                           Wanted{"head_dim", p.head_dim}, Wanted{"paged", p.paged},
-                          Wanted{"per_token_scales", dynamic}, Wanted{"columns", columns}};
+                          Wanted{"scales of the cache", ScalesOf(p)}, Wanted{"columns", columns}};
   Launcher found = nullptr;
   dispatch(AttentionInstances{}, wanted, [&](auto... arguments) {
     found = LaunchAttentionVariant<decltype(arguments)::value...>;
@@ -66,8 +70,8 @@ using InvariantLauncher = cudaError_t (*)(const AttentionParams&, const Invarian
 InvariantLauncher FindInvariant(const AttentionParams& p, int columns) {
   const bool dynamic = IsDynamic(p.cache.type);
   const std::tuple wanted{Wanted{dynamic ? "dynamic codes" : "cache on a GPU", p.cache.dtype},
-                          Wanted{"head_dim", p.head_dim}, Wanted{"per_token_scales", dynamic},
-                          Wanted{"columns", columns}};
+                          Wanted{"head_dim", p.head_dim},
+                          Wanted{"scales of the cache", ScalesOf(p)}, Wanted{"columns", columns}};
   InvariantLauncher found = nullptr;
   dispatch(InvariantInstances{}, wanted, [&](auto... arguments) {
     found = LaunchInvariantVariant<decltype(arguments)::value...>;

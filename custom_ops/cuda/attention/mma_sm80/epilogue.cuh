@@ -38,7 +38,7 @@ __device__ __forceinline__ float FinishColumn(const AttentionParams& p, const Co
 __device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_head, int64_t column,
                                             int d, float4 values, float factor) {
   float out[4] = {values.x * factor, values.y * factor, values.z * factor, values.w * factor};
-  if (p.paged && p.cache.v_granularity == ScaleGranularity::kChannel && factor != 0.0f) {
+  if (p.paged && p.cache.v_granularity == ScaleScheme::kChannel && factor != 0.0f) {
     const int64_t first = ChannelScaleIndex<int64_t>(kv_head, d, p.cache.ValueDim());
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -564,13 +564,13 @@ inline bool WantsWide(const AttentionParams& p, const AttentionTask& task) {
          p.max_seqlen_k > kWarps * kBlockSize * task.cluster;
 }
 
-template <DType kElement, int kHeadDim, bool kPaged, bool kPerTokenScales, int kColumns>
+template <DType kElement, int kHeadDim, bool kPaged, Scales kScales, int kColumns>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream) {
-  using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kPerTokenScales, kColumns>;
+  using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kScales, kColumns>;
   // Keys of 4 bits are here before one warp a scheduler has computed on them.
   if constexpr (Traits::kNibbles && kHeadDim == 128 && kColumns == 8) {
-    using Wide = AttentionTraits<kElement, kHeadDim, kPaged, kPerTokenScales, kColumns, true>;
+    using Wide = AttentionTraits<kElement, kHeadDim, kPaged, kScales, kColumns, true>;
     if (WantsWide(p, task)) return LaunchKernel<Wide>(p, task, grid, stream);
   }
   return LaunchKernel<Traits>(p, task, grid, stream);

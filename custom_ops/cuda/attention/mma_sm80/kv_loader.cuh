@@ -120,12 +120,12 @@ class KvLoader {
       assigned_ |= IsAssignedBlock(block_, p_.cache.num_blocks) ? 1 : 0;
       // A plane holds 64 keys; a KV tile may be half of them.
       constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
-      static_assert(kKvTilesPerBlock == 1 || !(Traits::kTransposedV || Traits::kPerTokenScales));
+      static_assert(kKvTilesPerBlock == 1 || !(Traits::kTransposedV || Traits::kStageScales));
       const PagedCache& cache = p_.cache;
       const int head = segment_->head, row = kv_tile_ % kKvTilesPerBlock * Traits::kKvTile;
       key_ = cache.key_strides.Row(block_, head, row);
       value_ = cache.value_strides.Row(block_, head, row);
-      if constexpr (Traits::kPerTokenScales) {
+      if constexpr (Traits::kStageScales) {
         key_scale_ = cache.k_scale_strides.Plane(block_, head);
         value_scale_ = cache.v_scale_strides.Plane(block_, head);
       }
@@ -203,7 +203,7 @@ class KvLoader {
   // `kBlocks`: scales of a token, where it has some for blocks of channels.
   template <int kBlocks>
   __device__ __forceinline__ void CopyScales(uint32_t stage, const void* scales, int64_t element) {
-    if constexpr (Traits::kPerTokenScales) {
+    if constexpr (Traits::kStageScales) {
       constexpr int kOffset = Traits::kDataBytes + (Traits::kBlockScales ? Traits::kRawScales : 0);
       const int size = Traits::kBlockScales ? 1 : SizeOf(p_.cache.scale_dtype);
       constexpr int kTokenScales = Traits::kBlockScales ? kBlocks : 1;

@@ -175,14 +175,14 @@ __device__ __forceinline__ void AccumulateNibbles(
   using Format = typename Traits::Format;
   constexpr DType kOperand = Format::kOperand;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  uint32_t factors[Traits::kGroup];  // of the tokens of a word, for the block of two tiles
+  uint32_t factors[Traits::kGroup];  // of the tokens of a word, for a block of channels
 #pragma unroll
   for (int i = 0; i < Traits::kDimTiles; ++i) {
     uint32_t words[Traits::kGroup];
     LoadNibbles(stage + (8 * i + g) * kBlockSize + 16 * t + 4 * first, words);
     if constexpr (Traits::kBlockScales) {
-      if (i % 2 == 0) {
-        const int row = (i / 2 * 4 + t) * 16;
+      if (i % Traits::kBlockTiles == 0) {
+        const int row = (i / Traits::kBlockTiles * 4 + t) * 16;
         LoadNibbles(stage + Traits::kDataBytes + Traits::kBlockFactors + row + 4 * first, factors);
       }
     }

@@ -18,10 +18,10 @@ namespace fastattn::cuda {
 // A scale of K that is constant over a cache's blocks and a head's channels.
 template <typename Traits>
 __device__ __forceinline__ float KeyScale(const AttentionParams& p, int kv_head) {
-  if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kPerTokenScales) {
+  if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kStageScales) {
     const PagedCache& cache = p.cache;
-    const ScaleGranularity granularity = cache.k_granularity;
-    if (granularity != ScaleGranularity::kChannel) {
+    const ScaleScheme granularity = cache.k_granularity;
+    if (granularity != ScaleScheme::kChannel) {
       return LoadHeadScale(cache, cache.k_scales, granularity, kv_head);
     }
   }
@@ -32,7 +32,7 @@ __device__ __forceinline__ float KeyScale(const AttentionParams& p, int kv_head)
 __device__ __forceinline__ float ValueScale(const AttentionParams& p, int batch_idx, int kv_head) {
   if (p.paged) {
     const PagedCache& cache = p.cache;
-    if (cache.v_granularity == ScaleGranularity::kChannel || !IsQuantized(cache.type) ||
+    if (cache.v_granularity == ScaleScheme::kChannel || !IsQuantized(cache.type) ||
         IsDynamic(cache.type)) {
       return 1.0f;
     }
@@ -288,8 +288,8 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
       float x[kQuads][4];
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) RawToFloat(loads->raw[b][q], p.q_dtype, x[q]);
-      if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kPerTokenScales) {
-        if (p.cache.k_granularity == ScaleGranularity::kChannel) {
+      if constexpr (Traits::kQuantized && Traits::kPaged && !Traits::kStageScales) {
+        if (p.cache.k_granularity == ScaleScheme::kChannel) {
 #pragma unroll
           for (int q = 0; q < kQuads; ++q) {
             const int own = quad + q * kLanes;

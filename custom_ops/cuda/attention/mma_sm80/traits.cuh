@@ -12,9 +12,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/fp4.h"
 #include "common/types.h"
 #include "cuda/attention/shared/format.cuh"
+#include "formats/kv_format.h"
 #include "heuristics/attention_plan.h"
 
 namespace fastattn::cuda {
@@ -43,7 +43,7 @@ constexpr int MergeDims(int most, int dim) {
 }
 
 // kWide: twice the warps in a CTA, for calls whose clusters have a multiprocessor for each CTA.
-template <DType kElement_, int kHeadDim_, bool kPaged_, bool kPerTokenScales_, int kColumns_,
+template <DType kElement_, int kHeadDim_, bool kPaged_, Scales kScales_, int kColumns_,
           bool kWide_ = false>
 struct AttentionTraits {
   static constexpr bool kWide = kWide_;
@@ -53,7 +53,9 @@ struct AttentionTraits {
   using Format = fastattn::cuda::Format<kElement>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kPaged = kPaged_;
-  static constexpr bool kPerTokenScales = kPerTokenScales_;  // one a token and KV head
+  using Side = SideFormat<kElement, kScales_>;             // how K and V are stored
+  static constexpr bool kStageScales = Side::kDynamic;     // a stage has the scales of its tokens
+  static constexpr bool kPerTokenScales = Side::kDynamic;  // V's multiply probabilities
   static constexpr int kColumns = kColumns_;
 
   // Channels of V and of the output.
@@ -62,7 +64,7 @@ struct AttentionTraits {
   // A KV tile's K, and its V, lie in several stages where a head is large, kStageDim channels in
   // each (4-bit codes of any head: in one). Channels of K past kHeadDim are 0, and so are a
   // query's.
-  static constexpr bool kNibbles = CodesPerByte(kElement) == 2;
+  static constexpr bool kNibbles = Side::kNibbles;
   static constexpr int kStageDim =
       kNibbles ? (kHeadDim == 96 ? 128 : kHeadDim) : StageDim(kHeadDim);
   static constexpr int kKeyStages = (kHeadDim + kStageDim - 1) / kStageDim;
@@ -80,11 +82,13 @@ struct AttentionTraits {
   static constexpr int kTiles = kColumns / 8 / kPipelineWarps;  // 8-column tiles of a warp
 
   static constexpr bool kQuantized = Format::kBytes == 1;
-  // E2M1: a scale for 32 channels of a token (mx_scales.cuh).
-  static constexpr bool kBlockScales = kElement == DType::kE2M1;
-  static constexpr int kKeyBlocks = kHeadDim / kMxBlock;
-  static constexpr int kValueBlocks = kValueDim / kMxBlock;
-  static constexpr bool kBiased = kNibbles && !kBlockScales;  // codes of int4
+  // A scale for a block of some channels of a token (mx_scales.cuh).
+  static constexpr bool kBlockScales = Side::kGrouped;
+  static constexpr int kKeyBlocks = Side::TokenScales(kHeadDim);
+  static constexpr int kValueBlocks = Side::TokenScales(kValueDim);
+  static constexpr int kBlockTiles = Side::kGroup / 16;  // channel tiles of a block
+  // Integers of 4 bits are operands with a bias.
+  static constexpr bool kBiased = kNibbles && InfoOf(kElement).kind == NumberKind::kInteger;
   static constexpr bool kTransposedV = kQuantized && kPaged;  // V [D, 64] in TokenSlot order
   static constexpr int kRowBytes =
       kStageDim * Format::kBytes / CodesPerByte(kElement);  // of a key in a stage
@@ -114,8 +118,8 @@ struct AttentionTraits {
   static constexpr int kRawScales = kBlockFactors + (kFactorsInPlace ? 0 : kKvTile * kValueBlocks);
   static constexpr int kScaleBytes = kBlockScales
                                          ? kRawScales + kKvTile * std::max(kKeyBlocks, kValueBlocks)
-                                     : kPerTokenScales ? kKvTile * 4
-                                                       : 0;
+                                     : kStageScales ? kKvTile * 4
+                                                    : 0;
   // 128 bytes that neighbouring lanes copy must lie in one line of shared memory: else the copy
   // becomes several requests to the L2 cache, and large calls take 3 to 6 % longer.
   static constexpr int kStageBytes = kDataBytes + kScaleBytes;
@@ -173,7 +177,7 @@ struct AttentionTraits {
   // Swizzles and chunks of KV tiles assume it; the last channels would be dropped.
   static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256 ||
                 (kNibbles && (kRowBytes == 32 || kRowBytes == 96)));
-  static_assert(!kNibbles || (kPaged && kPerTokenScales));
+  static_assert(!kNibbles || (kPaged && kStageScales));
 
   // The 16-byte piece in which a row's piece `chunk` lies: no 8 lanes of a load meet in a bank.
   static __device__ __forceinline__ int Swizzle(int row, int chunk) {

@@ -18,7 +18,7 @@
 #include <cstdint>
 
 #include "common/dispatch.h"
-#include "common/fp4.h"
+#include "common/group_scale.h"
 #include "common/head_dims.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
@@ -33,29 +33,33 @@
 #include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
+#include "formats/kv_format.h"
 
 namespace fastattn::cuda {
 
 // Threads of a CTA: a whole number of tokens' pieces.
 constexpr int AppendThreads(int head_dim) { return head_dim % 3 == 0 ? 96 : 128; }
 
-template <DType kOut_, DType kCode_, bool kDynamicQuant_, CacheLayout kLayout_, int kHeadDim_>
+template <DType kOut_, DType kCode_, Scales kScales_, CacheLayout kLayout_, int kHeadDim_>
 struct AppendTraits {
   static constexpr DType kOut = kOut_;
   static constexpr DType kCode = kCode_;
-  static constexpr bool kDynamicQuant = kDynamicQuant_;
+  using Side = SideFormat<kCode, kScales_>;
+  static constexpr bool kDynamicQuant = Side::kDynamic;
   static constexpr CacheLayout kLayout = kLayout_;
   static constexpr int kHeadDim = kHeadDim_;  // of K
   // The same for V.
   static constexpr bool kOwnValueDim = ValueDim(kHeadDim) != kHeadDim;
-  using Value = AppendTraits<kOut, kCode, kDynamicQuant, kLayout, ValueDim(kHeadDim)>;
+  using Value = AppendTraits<kOut, kCode, kScales_, kLayout, ValueDim(kHeadDim)>;
 
   // FastDeploy adds 128 to int8 codes: flip the top bit of each byte.
   static constexpr uint32_t kBias =
       kCode == DType::kInt8 && kLayout == CacheLayout::kFastDeploy ? 0x80808080u : 0u;
 
-  static constexpr bool kNibbles = CodesPerByte(kCode) == 2;
-  static constexpr bool kBlockScales = kCode == DType::kE2M1;  // one for a piece of 32 channels
+  static constexpr bool kNibbles = Side::kNibbles;
+  // Scales of a piece of 16 bytes, and of a token.
+  static constexpr int kPieceScales = Side::kGrouped ? 32 / std::max(Side::kGroup, 1) : 1;
+  static constexpr int kTokenScales = Side::TokenScales(kHeadDim);
   static constexpr int kRow = kHeadDim / CodesPerByte(kCode);  // bytes of a token
   static constexpr int kThreads = AppendThreads(kHeadDim);
   static constexpr int kPiecesPerToken = kRow / 16;
@@ -67,9 +71,9 @@ struct AppendTraits {
 // Loads the static scales of channels [channel, channel + 16) of a head; they are equal where the
 // scale is per tensor or per head.
 __device__ __forceinline__ void LoadStaticScales(const void* scales, DType dtype,
-                                                 ScaleGranularity granularity, int head,
-                                                 int head_dim, int channel, float (&out)[16]) {
-  if (granularity == ScaleGranularity::kChannel) {
+                                                 ScaleScheme granularity, int head, int head_dim,
+                                                 int channel, float (&out)[16]) {
+  if (granularity == ScaleScheme::kChannel) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       out[i] = LoadScale(scales, dtype, StaticScaleIndex(granularity, head, channel + i, head_dim));
@@ -134,13 +138,16 @@ __device__ __forceinline__ void StorePiece(uint4 codes, const float (&static_sca
   halves[2] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
 }
 
-// Scale of piece g of token r of a block whose first scale is `scales`[plane].
+template <typename Traits>
+using PieceScales = float[Traits::kPieceScales];
+
+// The n-th scale of piece g of token r of a block whose first scale is `scales`[plane].
 template <typename Traits>
 __device__ __forceinline__ float PieceScale(const PagedCache& cache, const void* scales,
-                                            int64_t plane, int r, int g) {
-  if constexpr (Traits::kBlockScales) {
-    return UE8M0ToFloat(
-        static_cast<const uint8_t*>(scales)[plane + r * Traits::kPiecesPerToken + g]);
+                                            int64_t plane, int r, int g, int n) {
+  if constexpr (Traits::Side::kGrouped) {
+    return GroupScale<Traits::Side::kScaleType>::Value(static_cast<const uint8_t*>(
+        scales)[plane + r * Traits::kTokenScales + g * Traits::kPieceScales + n]);
   } else {
     return LoadScale(scales, cache.scale_dtype, plane + r);
   }
@@ -148,17 +155,18 @@ __device__ __forceinline__ float PieceScale(const PagedCache& cache, const void*
 
 // The same of 32 codes of 4 bits: channels [32 g, 32 g + 32).
 template <typename Traits>
-__device__ __forceinline__ void StoreNibblePiece(uint4 codes, float token_scale, uint16_t* out,
-                                                 int g, bool active) {
+__device__ __forceinline__ void StoreNibblePiece(uint4 codes, const PieceScales<Traits>& scales,
+                                                 uint16_t* out, int g, bool active) {
   const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
   uint32_t pairs[4][4];  // of a word's 8 channels
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     float x[8];
     NibblesToFloat<Traits::kCode>(words[w], x);
+    const float scale = scales[w * Traits::kPieceScales / 4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      pairs[w][i] = PackPair<Traits::kOut>(x[2 * i] * token_scale, x[2 * i + 1] * token_scale);
+      pairs[w][i] = PackPair<Traits::kOut>(x[2 * i] * scale, x[2 * i + 1] * scale);
     }
   }
   if constexpr (Traits::kPiecesPerToken % 2 != 0) {  // no lane to trade with
@@ -197,11 +205,12 @@ __device__ __forceinline__ void StoreNibblePiece(uint4 codes, float token_scale,
 // Either, by the codes.
 template <typename Traits>
 __device__ __forceinline__ void StoreCodes(uint4 codes, const float (&static_scales)[16],
-                                           float token_scale, uint16_t* out, int g, bool active) {
+                                           const PieceScales<Traits>& scales, uint16_t* out, int g,
+                                           bool active) {
   if constexpr (Traits::kNibbles) {
-    StoreNibblePiece<Traits>(codes, token_scale, out, g, active);
+    StoreNibblePiece<Traits>(codes, scales, out, g, active);
   } else {
-    StorePiece<Traits>(codes, static_scales, token_scale, out, g, active);
+    StorePiece<Traits>(codes, static_scales, scales[0], out, g, active);
   }
 }
 
@@ -210,14 +219,14 @@ template <typename Traits, typename CodesOf>
 __device__ __forceinline__ void StorePieces(CodesOf&& codes_of,
                                             const int (&tokens)[Traits::kPieces], int count,
                                             const float (&static_scales)[16],
-                                            const float (&token_scales)[Traits::kPieces],
+                                            const PieceScales<Traits> (&scales)[Traits::kPieces],
                                             uint16_t* out, int64_t token_stride, int g) {
 #pragma unroll
   for (int i = 0; i < Traits::kPieces; ++i) {
     uint4 codes = codes_of(i);
     codes.x ^= Traits::kBias, codes.y ^= Traits::kBias;
     codes.z ^= Traits::kBias, codes.w ^= Traits::kBias;
-    StoreCodes<Traits>(codes, static_scales, token_scales[i], out + tokens[i] * token_stride, g,
+    StoreCodes<Traits>(codes, static_scales, scales[i], out + tokens[i] * token_stride, g,
                        tokens[i] < count);
   }
 }
@@ -268,7 +277,7 @@ __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const App
                         : make_uint4(0, 0, 0, 0);
     }
   }
-  float k_token_scale[Traits::kPieces], v_token_scale[Traits::kPieces];
+  PieceScales<Traits> k_scales[Traits::kPieces], v_scales[Traits::kPieces];
   float k_static[16], v_static[16];
   if constexpr (Traits::kDynamicQuant) {
 #pragma unroll
@@ -276,10 +285,14 @@ __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const App
       const int r = tokens_of_thread[i];
       const int64_t k_plane = cache.k_scale_strides.Plane(block, head);
       const int64_t v_plane = cache.v_scale_strides.Plane(block, head);
-      k_token_scale[i] =
-          kKeys && r < count ? PieceScale<Traits>(cache, cache.k_scales, k_plane, r, g) : 0.0f;
-      v_token_scale[i] =
-          kValues && r < count ? PieceScale<Traits>(cache, cache.v_scales, v_plane, r, g) : 0.0f;
+#pragma unroll
+      for (int n = 0; n < Traits::kPieceScales; ++n) {
+        k_scales[i][n] =
+            kKeys && r < count ? PieceScale<Traits>(cache, cache.k_scales, k_plane, r, g, n) : 0.0f;
+        v_scales[i][n] = kValues && r < count
+                             ? PieceScale<Traits>(cache, cache.v_scales, v_plane, r, g, n)
+                             : 0.0f;
+      }
     }
   } else {
     if constexpr (kKeys) {
@@ -306,7 +319,7 @@ __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const App
       return Traits::kLayout == CacheLayout::kFastDeploy ? SlotsToOrder(k[i]) : k[i];
     };
     uint16_t* out = static_cast<uint16_t*>(p.key) + tile.out_token * p.key_token_stride;
-    StorePieces<Traits>(codes_of, tokens_of_thread, count, k_static, k_token_scale,
+    StorePieces<Traits>(codes_of, tokens_of_thread, count, k_static, k_scales,
                         out + static_cast<int64_t>(head) * kHeadDim, p.key_token_stride, g);
   }
 
@@ -318,7 +331,7 @@ __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const App
       return *reinterpret_cast<const uint4*>(row + g * 16);
     };
     uint16_t* out = static_cast<uint16_t*>(p.value) + tile.out_token * p.value_token_stride;
-    StorePieces<Traits>(codes_of, tokens_of_thread, count, v_static, v_token_scale,
+    StorePieces<Traits>(codes_of, tokens_of_thread, count, v_static, v_scales,
                         out + static_cast<int64_t>(head) * kHeadDim, p.value_token_stride, g);
   }
 }
@@ -342,7 +355,7 @@ __global__ void __launch_bounds__(std::max(Traits::kThreads, Traits::Value::kThr
   }
 }
 
-template <DType kCode, bool kDynamicQuant, CacheLayout kLayout>
+template <DType kCode, Scales kScales, CacheLayout kLayout>
 cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t stream) {
   const int64_t ctas = NumTileSlots(p.num_out_tokens, p.batch) * p.cache.num_kv_heads;
   if (p.num_out_tokens == 0 || p.batch == 0 || p.max_blocks == 0 || p.cache.num_blocks == 0) {
@@ -351,8 +364,8 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
   cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
     AttentionHeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
-      using Traits = AppendTraits<decltype(out)::value, kCode, kDynamicQuant, kLayout,
-                                  decltype(head_dim)::value>;
+      using Traits =
+          AppendTraits<decltype(out)::value, kCode, kScales, kLayout, decltype(head_dim)::value>;
       constexpr int kThreads = std::max(Traits::kThreads, Traits::Value::kThreads);
       status = LaunchPdl(AppendCacheKernel<Traits>,
                          dim3(GridSize(Traits::kOwnValueDim ? 2 * ctas : ctas)), dim3(kThreads),

@@ -17,15 +17,18 @@ cudaError_t LaunchRestoreKey(const AppendCacheParams& p, const KeyTransform& tra
   const int64_t ctas = NumTileSlots(p.num_out_tokens, p.batch) * p.cache.num_kv_heads;
   cudaError_t status = cudaErrorInvalidValue;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
-    dispatch<DType::kInt8, DType::kE4M3, DType::kInt4, DType::kE2M1>(
-        p.cache.dtype, "codes", [&](auto code) {
-          constexpr DType kCode = decltype(code)::value;
-          AttentionHeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
-            status =
-                LaunchPdl(RestoreKeyKernel<decltype(out)::value, kCode, decltype(head_dim)::value>,
-                          dim3(GridSize(ctas)), dim3(kRestoreThreads), stream, p, transform);
-          });
+    DispatchFormat(p.cache.type, p.cache.dtype, [&](auto format) {
+      using Key = typename decltype(format)::Key;
+      if constexpr (Key::kQuantized && Key::kCode != DType::kE5M2) {  // which is not transformed
+        constexpr Scales kScales = Key::kGrouped ? Key::kScales : Scales::kStatic;
+        using Side = SideFormat<Key::kCode, kScales>;
+        AttentionHeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
+          status =
+              LaunchPdl(RestoreKeyKernel<decltype(out)::value, Side, decltype(head_dim)::value>,
+                        dim3(GridSize(ctas)), dim3(kRestoreThreads), stream, p, transform);
         });
+      }
+    });
   });
   return status;
 }

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "common/exact.h"
-#include "common/fp4.h"
+#include "common/group_scale.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
 #include "cuda/cache/shared/append_tile.cuh"
@@ -16,6 +16,7 @@
 #include "cuda/common/hadamard.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/vector.cuh"
+#include "formats/kv_format.h"
 #include "params/cache.h"
 #include "params/key_transform.h"
 
@@ -38,11 +39,13 @@ __device__ __forceinline__ void LoadCodes(const uint8_t* from, float (&x)[kChunk
   }
 }
 
+// Scales of the layer and of tokens are told apart at run time: a Side of either is kStatic.
 // Neighbouring lanes take a token of one KV head, with 8 channels each.
-template <DType kOut, DType kCode, int kHeadDim>
+template <DType kOut, typename Side, int kHeadDim>
 __global__ void __launch_bounds__(kRestoreThreads)
     RestoreKeyKernel(const __grid_constant__ AppendCacheParams p,
                      const __grid_constant__ KeyTransform transform) {
+  constexpr DType kCode = Side::kCode;
   constexpr int kLanes = kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
   static_assert(kLanes * kChunk >= kHeadDim, "every channel has a lane");
   constexpr int kAtOnce = kRestoreThreads / kLanes;
@@ -60,7 +63,7 @@ __global__ void __launch_bounds__(kRestoreThreads)
     scales[i] = 1.0f, center[i] = 0.0f;
     if (!in_head) continue;
     const int channel = lane * kChunk + i;
-    if (cache.k_granularity != ScaleGranularity::kToken) {
+    if (cache.k_granularity != ScaleScheme::kToken) {
       const int64_t index = StaticScaleIndex(cache.k_granularity, head, channel, kHeadDim);
       scales[i] = LoadScale(cache.k_scales, cache.scale_dtype, index);
     }
@@ -79,16 +82,17 @@ __global__ void __launch_bounds__(kRestoreThreads)
     float token_scale = 1.0f;
     if (active) {
       LoadCodes<kCode>(codes + r * cache.key_strides.row, x);
-      if constexpr (kCode == DType::kE2M1) {
+      if constexpr (Side::kGrouped) {
         const int64_t index = cache.k_scale_strides.Plane(tile.block, head) +
-                              r * (kHeadDim / kMxBlock) + lane * kChunk / kMxBlock;
-        token_scale = UE8M0ToFloat(static_cast<const uint8_t*>(cache.k_scales)[index]);
-      } else if (cache.k_granularity == ScaleGranularity::kToken) {
+                              r * Side::TokenScales(kHeadDim) + lane * kChunk / Side::kGroup;
+        token_scale =
+            GroupScale<Side::kScaleType>::Value(static_cast<const uint8_t*>(cache.k_scales)[index]);
+      } else if (cache.k_granularity == ScaleScheme::kToken) {
         const int64_t index = cache.k_scale_strides.Plane(tile.block, head) + r;
         token_scale = LoadScale(cache.k_scales, cache.scale_dtype, index);
       }
     }
-    const bool own = cache.k_granularity == ScaleGranularity::kToken;
+    const bool own = cache.k_granularity == ScaleScheme::kToken;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x[i] = Mul(x[i], own ? token_scale : scales[i]);
     if (transform.rotation == KeyRotation::kHadamard) HadamardOfChunks<kHeadDim>(lane, x);

@@ -13,9 +13,9 @@
 #include "common/static_scales.h"
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/rope_write/token_columns.cuh"
+#include "cuda/cache/shared/group_scales.cuh"
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/key_transform.cuh"
-#include "cuda/cache/shared/mx_blocks.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
@@ -121,10 +121,10 @@ class DecodeScale {
   // Of a static type's head or tensor. Scales of channels are not read here.
   template <typename Traits>
   static __device__ __forceinline__ DecodeScale OfHead(const PagedCache& cache, const void* scales,
-                                                       ScaleGranularity granularity, int head) {
+                                                       ScaleScheme granularity, int head) {
     DecodeScale scale;
-    if constexpr (Traits::kQuantized && !IsDynamic(Traits::kType)) {
-      scale.given_ = granularity != ScaleGranularity::kChannel;
+    if constexpr (Traits::kQuantized && !Traits::Side::kDynamic) {
+      scale.given_ = granularity != ScaleScheme::kChannel;
       scale.half_ = cache.scale_dtype == DType::kBFloat16;
       scale.from_ = static_cast<const char*>(scales) +
                     HeadScaleIndex(granularity, head) * (scale.half_ ? 2 : 4);
@@ -440,9 +440,9 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   }
   const Inverse inverse = {Reciprocal(scale.Value())};
   int block = loaded_block;
-  if constexpr (IsDynamic(Traits::kType)) block = ValidBlock(p, block);  // scales are stored, too
+  if constexpr (Traits::Side::kDynamic) block = ValidBlock(p, block);  // scales are stored, too
   const int slot = place.position % kBlockSize;
-  constexpr int kStores = Lane::kValues / CodesPerByte(Traits::kType);
+  constexpr int kStores = Lane::kValues / CodesPerByte(Traits::kCode);
   uint32_t codes[kStores / 4];
   const int64_t scale_index =
       cache.v_scale_strides.Plane(block, at.head) + slot * Traits::kTokenScales;
@@ -471,7 +471,7 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
   const int64_t step = Lane::kLanes * strides.row;  // to a lane's next channel
 #pragma unroll
   for (int i = 0; i < kStores; ++i, out += step) {
-    const int channel = Map::Channel(at.lane, i * CodesPerByte(Traits::kType));
+    const int channel = Map::Channel(at.lane, i * CodesPerByte(Traits::kCode));
     const bool there = Lane::kActive == Lane::kLanes || channel < Lane::kHeadDim;
     if (there && (i & (at.shares - 1)) == at.share) {
       *out = static_cast<uint8_t>(codes[i / 4] >> (8 * (i % 4)));

@@ -75,7 +75,7 @@ cudaError_t LaunchStep(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   }
 }
 
-template <DType kIn, CacheType kType, DType kCode, bool kTransformsKey>
+template <DType kIn, Scales kScales, DType kCode, bool kTransformsKey>
 cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
   AttentionHeadDims::Dispatch(p.rope.cache.head_dim, [&](auto head_dim) {
@@ -84,7 +84,8 @@ cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream)
     if constexpr (kIn != DType::kFloat32 && HeadDims::Has(kHeadDim)) {
       if (p.rope.num_heads > 0) {
         const auto launch = [&](auto options) {
-          using Traits = StepTraits<kIn, kType, kCode, kHeadDim, decltype(options), kTransformsKey>;
+          using Traits =
+              StepTraits<kIn, kScales, kCode, kHeadDim, decltype(options), kTransformsKey>;
           status = LaunchStep<Traits>(p, stream);
         };
         if constexpr (kTransformsKey) {
@@ -95,7 +96,7 @@ cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream)
         return;
       }
     }
-    using Traits = StepTraits<kIn, kType, kCode, kHeadDim, NoRope, kTransformsKey>;
+    using Traits = StepTraits<kIn, kScales, kCode, kHeadDim, NoRope, kTransformsKey>;
     status = LaunchStep<Traits>(p, stream);
   });
   return status;

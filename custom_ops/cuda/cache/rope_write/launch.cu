@@ -11,14 +11,16 @@ namespace {
 
 cudaError_t Launch(const TransformStepParams& p, const char* dtype_name, cudaStream_t stream) {
   const PagedCache& cache = p.rope.cache;
-  const bool e4m3 = cache.type == CacheType::kBlockWiseFp8;  // whatever fp8_format says
-  // Keys of this type are mostly rotated: those that are not have no kernels of their own.
-  const bool transforms = p.transform.Any() || HasBlockScales(cache.type);
-  const std::tuple wanted{Wanted{dtype_name, p.rope.dtype}, Wanted{"cache_quant_type", cache.type},
-                          Wanted{"cache dtype", e4m3 ? DType::kE4M3 : cache.dtype},
-                          Wanted{"k_rotation or k_center", transforms}};
+  const auto wanted = [&](bool transforms) {
+    return std::tuple{Wanted{dtype_name, p.rope.dtype},
+                      Wanted{"scales of the cache", FormatOf(cache.type).scales},
+                      Wanted{"cache dtype", cache.dtype},
+                      Wanted{"k_rotation or k_center", transforms}};
+  };
+  // Keys of some types are mostly transformed: those that are not have no kernels of their own.
+  const bool transforms = p.transform.Any() || !IsCompiled(StepInstances{}, wanted(false));
   cudaError_t status = cudaErrorInvalidValue;
-  dispatch(StepInstances{}, wanted, [&](auto... arguments) {
+  dispatch(StepInstances{}, wanted(transforms), [&](auto... arguments) {
     status = LaunchStepVariant<decltype(arguments)::value...>(p, stream);
   });
   return status;

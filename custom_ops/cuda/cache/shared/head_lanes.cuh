@@ -320,9 +320,9 @@ __device__ __forceinline__ void Scale(float (&x)[kValues], float factor) {
 // Static scale of a whole head or tensor; asked for before the values are needed.
 template <typename Traits>
 __device__ __forceinline__ float HeadScale(const PagedCache& cache, const void* scales,
-                                           ScaleGranularity granularity, int head) {
-  if constexpr (Traits::kQuantized && !IsDynamic(Traits::kType)) {
-    if (granularity != ScaleGranularity::kChannel) {
+                                           ScaleScheme granularity, int head) {
+  if constexpr (Traits::kQuantized && !Traits::Side::kDynamic) {
+    if (granularity != ScaleScheme::kChannel) {
       return LoadScale(scales, cache.scale_dtype, HeadScaleIndex(granularity, head));
     }
   }
@@ -342,11 +342,11 @@ __device__ __forceinline__ float InverseOf(Inverse inverse) { return inverse.val
 template <typename Traits, typename Lane, typename Map = HalvesMap<Lane>, typename HeadScaleOf>
 __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWords],
                                              const PagedCache& cache, void* scales,
-                                             ScaleGranularity granularity, HeadScaleOf head_scale,
+                                             ScaleScheme granularity, HeadScaleOf head_scale,
                                              int head, int lane, int64_t scale_index, bool store,
                                              uint32_t (&codes)[Lane::kCodeWords]) {
   float x[Lane::kValues];
-  if constexpr (IsDynamic(Traits::kType)) {
+  if constexpr (Traits::Side::kDynamic) {
     const uint32_t amax = LaneAmaxBits<Lane>(words);
     float scale = FastDynamicScale(amax, kCacheAmaxFloor, kCodeMax<Traits::kCode>);
     if (cache.scale_dtype == DType::kBFloat16) {
@@ -365,7 +365,7 @@ __device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWord
     }
   } else {
     UnpackWords<Lane>(words, x);
-    if (IsInt8(Traits::kType) && granularity == ScaleGranularity::kChannel) {
+    if (Traits::kCode == DType::kInt8 && granularity == ScaleScheme::kChannel) {
 #pragma unroll
       for (int i = 0; i < Lane::kValues; ++i) {
         if (i % 4 == 0) asm volatile("" ::: "memory");  // few scales at a time: registers

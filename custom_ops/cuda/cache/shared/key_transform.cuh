@@ -54,8 +54,8 @@ template <typename Traits, typename Lane, typename Params, typename HeadScaleOf>
 __device__ __forceinline__ void StoreKey(const uint32_t (&words)[Lane::kWords], const Params& p,
                                          const PagedCache& cache, HeadScaleOf head_scale, int head,
                                          int lane, int64_t row, int64_t scale_index, bool store) {
-  // Prompts of MXFP4 without a transform have this kernel, too, and need no fp32 values.
-  if constexpr (Traits::kTransformsKey && HasBlockScales(Traits::kType) && !Traits::kRope &&
+  // Prompts of grouped codes without a transform have this kernel, too, and need no fp32 values.
+  if constexpr (Traits::kTransformsKey && Traits::Side::kGrouped && !Traits::kRope &&
                 Lane::kIn != DType::kFloat32 && Lane::kHalf == 8) {
     if (!p.transform.Any()) {
       StoreTokenMajor<Traits, Lane>(words, cache, cache.key, cache.k_scales, cache.k_granularity,

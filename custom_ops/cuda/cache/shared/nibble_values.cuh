@@ -11,15 +11,18 @@ namespace fastattn::cuda {
 
 // Of 8 codes, the first in the lowest nibble.
 template <DType kCode>
-__device__ __forceinline__ void NibblesToFloat(uint32_t word, float (&x)[8]) {
-  static_assert(CodesPerByte(kCode) == 2);
-  if constexpr (kCode == DType::kE2M1) {
-    UnpackE2M1x8(word, x);
-  } else {
+__device__ __forceinline__ void NibblesToFloat(uint32_t word, float (&x)[8]);
+
+template <>
+__device__ __forceinline__ void NibblesToFloat<DType::kE2M1>(uint32_t word, float (&x)[8]) {
+  UnpackE2M1x8(word, x);
+}
+
+template <>
+__device__ __forceinline__ void NibblesToFloat<DType::kInt4>(uint32_t word, float (&x)[8]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      x[i] = static_cast<float>(static_cast<int>(word >> (4 * i) & 0xFu) - kInt4Bias);
-    }
+  for (int i = 0; i < 8; ++i) {
+    x[i] = static_cast<float>(static_cast<int>(word >> (4 * i) & 0xFu) - kInt4Bias);
   }
 }
 

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
-#include "common/fp4.h"
 #include "common/head_dims.h"
 #include "common/types.h"
+#include "formats/kv_format.h"
 #include "params/rope.h"
 
 namespace fastattn::cuda {
@@ -112,23 +112,23 @@ void DispatchTransformRope(const RopeWriteCacheParams& p, F&& f) {
 
 // kTransformsKey: K is transformed before it is quantised, as the kernel's parameters say
 // (params/key_transform.h).
-template <DType kIn_, CacheType kType_, DType kCode_, int kHeadDim_, typename Options_,
+template <DType kIn_, Scales kScales_, DType kCode_, int kHeadDim_, typename Options_,
           bool kTransformsKey_ = false>
 struct StepTraits {
   using Options = Options_;
   static constexpr DType kIn = kIn_;
-  static constexpr CacheType kType = kType_;
-  static constexpr DType kCode = kCode_;  // of the cache: codes, or 16-bit values
+  using Side = SideFormat<kCode_, kScales_>;  // how K and V are stored
+  static constexpr DType kCode = kCode_;      // of the cache: codes, or 16-bit values
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kRope = Options::kRope;
-  static constexpr bool kQuantized = IsQuantized(kType);
-  static constexpr bool kNibbles = CodesPerByte(kType) == 2;
-  static constexpr int kCodeBytes = kHeadDim / CodesPerByte(kType);  // of a token
+  static constexpr bool kQuantized = Side::kQuantized;
+  static constexpr bool kNibbles = Side::kNibbles;
+  static constexpr int kCodeBytes = kHeadDim / CodesPerByte(kCode);  // of a token
   // The same for heads of V, which may have fewer channels.
   static constexpr bool kOwnValueDim = ValueDim(kHeadDim) != kHeadDim;
-  using Value = StepTraits<kIn, kType, kCode, ValueDim(kHeadDim), Options, kTransformsKey_>;
+  using Value = StepTraits<kIn, kScales_, kCode, ValueDim(kHeadDim), Options, kTransformsKey_>;
   // Dynamic scales of a token and KV head.
-  static constexpr int kTokenScales = HasBlockScales(kType) ? kHeadDim / kMxBlock : 1;
+  static constexpr int kTokenScales = Side::TokenScales(kHeadDim);
   static constexpr bool kTransformsKey = kTransformsKey_;
   static_assert(kQuantized || !kTransformsKey, "K is transformed for its codes");
 };

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/cache/shared/group_scales.cuh"
 #include "cuda/cache/shared/head_lanes.cuh"
-#include "cuda/cache/shared/mx_blocks.cuh"
 #include "cuda/cache/shared/nibbles.cuh"
 
 namespace fastattn::cuda {
@@ -14,7 +14,7 @@ namespace fastattn::cuda {
 template <typename Traits, typename Lane, typename HeadScaleOf>
 __device__ __forceinline__ void StoreTokenMajor(const uint32_t (&words)[Lane::kWords],
                                                 const PagedCache& cache, void* codes_out,
-                                                void* scales, ScaleGranularity granularity,
+                                                void* scales, ScaleScheme granularity,
                                                 HeadScaleOf head_scale, int head, int lane,
                                                 int64_t row, int64_t scale_index, bool store) {
   const int64_t element = row + lane * Lane::kHalf;

@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kStreamThreads, kGqaCtas<Traits>)
   }
 }
 
-template <DType kIn, CacheType kType, DType kCode>
+template <DType kIn, Scales kScales, DType kCode>
 cudaError_t LaunchGqaFormat(const GqaRopeWriteCacheParams& p, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
   const RopeWriteCacheParams& rope = p.rope;
@@ -348,11 +348,11 @@ cudaError_t LaunchGqaFormat(const GqaRopeWriteCacheParams& p, cudaStream_t strea
   HeadDims::Dispatch(rope.cache.head_dim, [&](auto head_dim) {
     constexpr int kHeadDim = decltype(head_dim)::value;
     if (!IsCommonRope(rope)) {
-      launch(StepTraits<kIn, kType, kCode, kHeadDim, RopeOptions<false, true, true>>{});
+      launch(StepTraits<kIn, kScales, kCode, kHeadDim, RopeOptions<false, true, true>>{});
     } else if (norm) {
-      launch(StepTraits<kIn, kType, kCode, kHeadDim, RopeOptions<false, true>>{});
+      launch(StepTraits<kIn, kScales, kCode, kHeadDim, RopeOptions<false, true>>{});
     } else {
-      launch(StepTraits<kIn, kType, kCode, kHeadDim, RopeOptions<false, false>>{});
+      launch(StepTraits<kIn, kScales, kCode, kHeadDim, RopeOptions<false, false>>{});
     }
   });
   return status;
@@ -364,10 +364,8 @@ cudaError_t LaunchGqaTokens(const GqaRopeWriteCacheParams& p, cudaStream_t strea
   dispatch<CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseFp8>(
       p.rope.cache.type, "cache_quant_type", [&](auto type) {
         constexpr CacheType kType = decltype(type)::value;
-        constexpr DType kCode = kType == CacheType::kNone ? kIn
-                                : IsInt8(kType)           ? DType::kInt8
-                                                          : DType::kE4M3;
-        status = LaunchGqaFormat<kIn, kType, kCode>(p, stream);
+        constexpr DType kCode = IsQuantized(kType) ? CodeOf(kType) : kIn;
+        status = LaunchGqaFormat<kIn, FormatOf(kType).scales, kCode>(p, stream);
       });
   return status;
 }

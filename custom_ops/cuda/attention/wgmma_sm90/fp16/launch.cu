@@ -26,7 +26,7 @@ bool IsCode(DType dtype) {
 bool KeyCodes(const AttentionParams& p) {
   if (p.head_dim > 128) return false;  // two codes of each channel take too many registers
   if (KeyType(p) != DType::kE4M3) return KeyType(p) == DType::kInt8;  // of 4 bits: see below
-  const bool channels = p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;
+  const bool channels = p.paged && p.cache.k_granularity == ScaleScheme::kChannel;
   return p.q_dtype == DType::kBFloat16 && !channels;
 }
 

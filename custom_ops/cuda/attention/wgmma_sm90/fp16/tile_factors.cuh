@@ -13,20 +13,20 @@ namespace fastattn::cuda::wgmma_fp16 {
 
 // A scale of K or V that is constant over a sequence's keys and a head's channels.
 __device__ inline float ConstantScale(const AttentionParams& p, const volatile WorkTile& tile,
-                                      int kv_head, const void* paged, ScaleGranularity granularity,
+                                      int kv_head, const void* paged, ScaleScheme granularity,
                                       const Descale& ragged) {
   if (!p.paged) return LoadDescale(ragged, 0, kv_head, tile);
   const auto load = [&] { return LoadHeadScale(p.cache, paged, granularity, kv_head); };
-  if (granularity == ScaleGranularity::kHead) return load();
-  return granularity == ScaleGranularity::kTensor ? load() : 1.0f;
+  if (granularity == ScaleScheme::kHead) return load();
+  return granularity == ScaleScheme::kLayer ? load() : 1.0f;
 }
 
 __device__ __forceinline__ bool UsesKeyChannels(const AttentionParams& p) {
-  return p.paged && p.cache.k_granularity == ScaleGranularity::kChannel;
+  return p.paged && p.cache.k_granularity == ScaleScheme::kChannel;
 }
 
 __device__ __forceinline__ bool UsesValueChannels(const AttentionParams& p) {
-  return p.paged && p.cache.v_granularity == ScaleGranularity::kChannel;
+  return p.paged && p.cache.v_granularity == ScaleScheme::kChannel;
 }
 
 // Applies V's per-channel scales to the outputs of a thread. Without a visible key they are 0,

@@ -238,8 +238,8 @@ class ValueScrubber {
       factor *= Read(p_.ragged.k_descale, tile, 0, kv_head);
       output *= Read(p_.ragged.v_descale, tile, 0, kv_head);
     } else if (!IsDynamic(cache.type)) {
-      const bool key = cache.k_granularity == ScaleGranularity::kHead;
-      const bool value = cache.v_granularity == ScaleGranularity::kHead;
+      const bool key = cache.k_granularity == ScaleScheme::kHead;
+      const bool value = cache.v_granularity == ScaleScheme::kHead;
       factor *= LoadHeadScale(cache, cache.k_scales, key, kv_head);
       output *= LoadHeadScale(cache, cache.v_scales, value, kv_head);
     }

@@ -1,27 +1,28 @@
-// A head of one token as MXFP4: E2M1 codes, two neighbouring channels in a byte, and a UE8M0 byte
-// for 32 channels; the lanes are those of head_lanes.cuh. The bits are those of common/fp4.h.
+// A head of one token as E2M1 codes, two neighbouring channels in a byte, with a byte of scale for
+// each group of channels; the lanes are those of head_lanes.cuh. The bits are those of
+// common/fp4.h and common/group_scale.h.
 #pragma once
 
 #include <cstdint>
 
 #include "common/exact.h"
-#include "common/fp4.h"
+#include "common/group_scale.h"
 #include "cuda/cache/shared/head_lanes.cuh"
 #include "cuda/cache/shared/nibbles.cuh"
 #include "cuda/common/e2m1.cuh"
 
 namespace fastattn::cuda {
 
-// Which lanes share a block. A lane has values of kGroups blocks, kEach of every one. kPairs: the
-// lane's pairs of channels are Lane::kLanes pairs apart (StridedPairMap), else it has halves
-// (HalvesMap).
-template <typename Lane, bool kPairs>
-struct MxGroups {
-  static constexpr int kBlocks = Lane::kHeadDim / kMxBlock;
-  static constexpr int kLanes = !kPairs              ? kMxBlock / Lane::kHalf
-                                : Lane::kLanes <= 16 ? Lane::kLanes
-                                                     : kMxBlock / 2;
-  static constexpr int kEach = kMxBlock / kLanes;
+// Which lanes share a group of kGroup channels, a block. A lane has values of kGroups blocks, kEach
+// of every one. kPairs: the lane's pairs of channels are Lane::kLanes pairs apart (StridedPairMap),
+// else it has halves (HalvesMap).
+template <typename Lane, int kGroup, bool kPairs>
+struct LaneGroups {
+  static constexpr int kBlocks = Lane::kHeadDim / kGroup;
+  static constexpr int kLanes = !kPairs                      ? kGroup / Lane::kHalf
+                                : Lane::kLanes <= kGroup / 2 ? Lane::kLanes
+                                                             : kGroup / 2;
+  static constexpr int kEach = kGroup / kLanes;
   static constexpr int kGroups = kPairs ? Lane::kHeadDim / (kEach * Lane::kLanes) : 2;
   // Half a head is no whole number of blocks: the one in the middle has lanes of both halves.
   static constexpr bool kSplitBlock = !kPairs && kBlocks % 2 != 0;
@@ -44,13 +45,14 @@ __device__ __forceinline__ uint32_t LargestBits(const float* x) {
 
 // Scales a lane's halves of a head with a block that lies in both, and stores the blocks' bytes.
 // Every lane finds all blocks' largest values. All lanes of the warp take part.
-template <typename Lane>
+template <typename Lane, typename Side>
 __device__ __forceinline__ void ScaleSplitBlocks(float (&x)[Lane::kValues], uint8_t* scales,
                                                  int lane, bool store) {
-  constexpr int kBlocks = Lane::kHeadDim / kMxBlock;
+  using Scale = GroupScale<Side::kScaleType>;
+  constexpr int kBlocks = Lane::kHeadDim / Side::kGroup;
   uint32_t amax[kBlocks] = {};
   const auto block_of = [lane](int half) {
-    return (lane * Lane::kHalf + half * (Lane::kHeadDim / 2)) / kMxBlock;
+    return (lane * Lane::kHalf + half * (Lane::kHeadDim / 2)) / Side::kGroup;
   };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -66,7 +68,7 @@ __device__ __forceinline__ void ScaleSplitBlocks(float (&x)[Lane::kValues], uint
     for (int lanes = 1; lanes < Lane::kLanes; lanes *= 2) {
       amax[b] = max(amax[b], __shfl_xor_sync(kFullWarp, amax[b], lanes));
     }
-    const uint8_t byte = MxScaleByte(amax[b]);
+    const uint8_t byte = Scale::Byte(amax[b]);
     if (store && lane == b) scales[b] = byte;
     amax[b] = byte;
   }
@@ -77,20 +79,20 @@ __device__ __forceinline__ void ScaleSplitBlocks(float (&x)[Lane::kValues], uint
     for (int b = 0; b < kBlocks - 1; ++b) {
       if (block_of(half) == b) byte = amax[b];
     }
-    const float inverse = UE8M0Inverse(static_cast<uint8_t>(byte));
+    const float inverse = Scale::Inverse(static_cast<uint8_t>(byte));
 #pragma unroll
     for (int i = half * Lane::kHalf; i < (half + 1) * Lane::kHalf; ++i) x[i] = Mul(x[i], inverse);
   }
 }
 
 #if __CUDA_ARCH__ >= 900
-// QuantizeMx of bf16 where 8 neighbouring values of a lane share a block: scaled and rounded two at
-// a time.
-template <typename Lane, bool kPairs>
-__device__ __forceinline__ void QuantizeMxPairs(const uint32_t (&words)[Lane::kWords],
-                                                uint8_t* scales, int lane, bool store,
-                                                uint32_t (&nibbles)[kNibbleWords<Lane>]) {
-  using Groups = MxGroups<Lane, kPairs>;
+// QuantizeGroups of bf16 where 8 neighbouring values of a lane share a block whose scale is a power
+// of two: scaled and rounded two at a time.
+template <typename Lane, int kGroup, bool kPairs>
+__device__ __forceinline__ void QuantizePairs(const uint32_t (&words)[Lane::kWords],
+                                              uint8_t* scales, int lane, bool store,
+                                              uint32_t (&nibbles)[kNibbleWords<Lane>]) {
+  using Groups = LaneGroups<Lane, kGroup, kPairs>;
   constexpr int kWords = Groups::kEach / 2;  // of a block
   const auto larger = [](uint32_t a, uint32_t b) {
     uint32_t out;  // passes over a NaN
@@ -124,22 +126,24 @@ __device__ __forceinline__ void QuantizeMxPairs(const uint32_t (&words)[Lane::kW
 
 // Codes of a lane's K or V, `words` being the values as the input's type holds them. The blocks'
 // bytes go to scales[first_scale ..] if `store`. All lanes of the warp take part.
-template <typename Lane, bool kPairs>
-__device__ __forceinline__ void QuantizeMx(const uint32_t (&words)[Lane::kWords], void* scales,
-                                           int lane, int64_t first_scale, bool store,
-                                           uint32_t (&nibbles)[kNibbleWords<Lane>]) {
-  using Groups = MxGroups<Lane, kPairs>;
+template <typename Lane, typename Side, bool kPairs>
+__device__ __forceinline__ void QuantizeGroups(const uint32_t (&words)[Lane::kWords], void* scales,
+                                               int lane, int64_t first_scale, bool store,
+                                               uint32_t (&nibbles)[kNibbleWords<Lane>]) {
+  using Groups = LaneGroups<Lane, Side::kGroup, kPairs>;
+  using Scale = GroupScale<Side::kScaleType>;
 #if __CUDA_ARCH__ >= 900
-  if constexpr (Lane::kIn == DType::kBFloat16 && !Groups::kSplitBlock && Groups::kEach % 8 == 0) {
-    QuantizeMxPairs<Lane, kPairs>(words, static_cast<uint8_t*>(scales) + first_scale, lane, store,
-                                  nibbles);
+  if constexpr (Scale::kPowersOfTwo && Lane::kIn == DType::kBFloat16 && !Groups::kSplitBlock &&
+                Groups::kEach % 8 == 0) {
+    QuantizePairs<Lane, Side::kGroup, kPairs>(words, static_cast<uint8_t*>(scales) + first_scale,
+                                              lane, store, nibbles);
     return;
   }
 #endif
   float x[Lane::kValues];
   UnpackWords<Lane>(words, x);
   if constexpr (Groups::kSplitBlock) {
-    ScaleSplitBlocks<Lane>(x, static_cast<uint8_t*>(scales) + first_scale, lane, store);
+    ScaleSplitBlocks<Lane, Side>(x, static_cast<uint8_t*>(scales) + first_scale, lane, store);
   } else {
 #pragma unroll
     for (int group = 0; group < Groups::kGroups; ++group) {
@@ -149,11 +153,11 @@ __device__ __forceinline__ void QuantizeMx(const uint32_t (&words)[Lane::kWords]
       for (int lanes = 1; lanes < Groups::kLanes; lanes *= 2) {
         amax = max(amax, __shfl_xor_sync(kFullWarp, amax, lanes));
       }
-      const uint8_t byte = MxScaleByte(amax);
+      const uint8_t byte = Scale::Byte(amax);
       if (store && lane % Groups::kLanes == 0 && (kPairs || Lane::IsActive(lane))) {
         static_cast<uint8_t*>(scales)[first_scale + Groups::Block(lane, group)] = byte;
       }
-      const float inverse = UE8M0Inverse(byte);
+      const float inverse = Scale::Inverse(byte);
 #pragma unroll
       for (int i = 0; i < Groups::kEach; ++i) own[i] = Mul(own[i], inverse);
     }
@@ -163,7 +167,7 @@ __device__ __forceinline__ void QuantizeMx(const uint32_t (&words)[Lane::kWords]
     float eight[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) eight[i] = x[8 * w + i];
-    nibbles[w] = PackE2M1x8<kFitsHalf<Lane::kIn>>(eight);
+    nibbles[w] = PackE2M1x8 < Scale::kPowersOfTwo && kFitsHalf < Lane::kIn >> (eight);
   }
 }
 
@@ -173,8 +177,9 @@ __device__ __forceinline__ void QuantizeFourBits(const uint32_t (&words)[Lane::k
                                                  const PagedCache& cache, void* scales, int lane,
                                                  int64_t first_scale, bool store,
                                                  uint32_t (&nibbles)[kNibbleWords<Lane>]) {
-  if constexpr (HasBlockScales(Traits::kType)) {
-    QuantizeMx<Lane, kPairs>(words, scales, lane, first_scale, store, nibbles);
+  if constexpr (Traits::Side::kGrouped) {
+    QuantizeGroups<Lane, typename Traits::Side, kPairs>(words, scales, lane, first_scale, store,
+                                                        nibbles);
   } else {
     QuantizeNibbles<Lane>(words, cache, scales, lane, first_scale, store, nibbles);
   }

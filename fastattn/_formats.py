@@ -1,0 +1,32 @@
+"""The table of cache types: written by scripts/make_formats.py, not by hand.
+
+It is custom_ops/formats/cache_format.h for Python, which needs neither Paddle nor a build to read
+it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class CacheFormat(NamedTuple):
+    """How a cache type stores K and V."""
+
+    name: str
+    code: str
+    other_code: str  #: what ``fp8_format`` may name instead, else `code`
+    bits: int  #: of a code
+    scheme: str  #: what a scale covers: none, head or channel (of the layer), token, group
+    group: int  #: channels of a group
+    scale_type: str  #: of dynamic scales; "float32": or bfloat16
+
+
+FORMATS = (
+    CacheFormat("none", "bfloat16", "float16", 16, "none", 0, "float32"),
+    CacheFormat("cache_int8", "int8", "int8", 8, "channel", 0, "float32"),
+    CacheFormat("cache_fp8", "e4m3", "e5m2", 8, "head", 0, "float32"),
+    CacheFormat("block_wise_int8", "int8", "int8", 8, "token", 0, "float32"),
+    CacheFormat("block_wise_fp8", "e4m3", "e4m3", 8, "token", 0, "float32"),
+    CacheFormat("block_wise_int4", "int4", "int4", 4, "token", 0, "float32"),
+    CacheFormat("block_wise_mxfp4", "e2m1", "e2m1", 4, "group", 32, "ue8m0"),
+)
