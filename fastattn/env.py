@@ -14,6 +14,8 @@ variable                   meaning
                            blocks (docs/backends.md). Every call waits. Read at import.
 ``FASTATTN_CALIBRATION``   file of ``python -m fastattn calibrate`` whose rotations and centres
                            backends use (docs/calibrate.md). Read when a backend is made.
+``FASTATTN_IGNORED``       names, with commas between, of FastDeploy's options and fields that
+                           backends need not know (docs/backends.md)
 ``FASTATTN_DEQUANTIZED_*`` ``MIB``: GPU memory that an attention call takes for K and V of long
                            sequences in bf16; ``FROM``: operations from which it does
                            (docs/kernels/dequantize_kv.md). Read when the library is loaded.
@@ -52,6 +54,11 @@ def calibration() -> Path | None:
     """File of what the layers' keys are stored with, or None."""
     path = os.environ.get("FASTATTN_CALIBRATION")
     return Path(path) if path else None
+
+
+def ignored() -> list[str]:
+    """Names of FastDeploy's options and fields that backends need not know."""
+    return os.environ.get("FASTATTN_IGNORED", "").replace(" ", "").split(",")
 
 
 def log_level() -> int:

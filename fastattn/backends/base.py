@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn.backends.forward_meta import field
+from fastattn.backends.forward_meta import SHARED_STEP, field
+from fastattn.backends.known import refuse_unknown_fields
 
 
 @dataclass
 class AttentionMetadata:
     """Metadata that a backend prepares once per step for all layers."""
+
+
+class _SharedStep:
+    """What a step's `forward_meta` keeps for the backends of other layers.
+
+    It keeps neither the step nor the metadata alive: metadata refer to steps.
+    """
+
+    __slots__ = ("kind", "metadata", "step", "takers")
+
+    def __init__(self, backend: Any, forward_meta: Any, metadata: AttentionMetadata) -> None:
+        self.kind, self.step = type(backend), id(forward_meta)  # a copy is another step
+        self.metadata, self.takers = weakref.ref(metadata), {id(backend)}
+
+    def take(self, backend: Any, forward_meta: Any) -> AttentionMetadata | None:
+        """The metadata, if the backend has not begun this step yet; else None."""
+        if type(backend) is not self.kind or id(forward_meta) != self.step:
+            return None
+        new = id(backend) not in self.takers
+        self.takers.add(id(backend))
+        return self.metadata() if new else None
 
 
 class AttentionBackend(ABC):
@@ -21,9 +44,31 @@ class AttentionBackend(ABC):
     cache-manager processes make a backend only to ask it for shapes.
     """
 
-    @abstractmethod
+    attention_metadata: Any = None
+
     def init_attention_metadata(self, forward_meta: Any) -> None:
-        """Prepare a step. Called once, before the step's first layer."""
+        """Prepare a step, before its first layer. Nothing is copied from the device.
+
+        A server may have a backend for each layer and call this for all of them with the same
+        `forward_meta`. The first one prepares the step, and the others share its metadata. A second
+        call for the same backend begins a new step.
+
+        Raises
+        ------
+        NotImplementedError
+            If the step has a field that the backend does not support or does not know.
+        """
+        shared = getattr(forward_meta, SHARED_STEP, None)
+        known = shared.take(self, forward_meta) if shared is not None else None
+        if known is None:
+            refuse_unknown_fields(forward_meta, type(self).__name__)
+            known = self._prepare(forward_meta)
+            setattr(forward_meta, SHARED_STEP, _SharedStep(self, forward_meta, known))
+        self.attention_metadata = known
+
+    @abstractmethod
+    def _prepare(self, forward_meta: Any) -> AttentionMetadata:
+        """Metadata of a new step."""
 
     @abstractmethod
     def get_kv_cache_shape(
@@ -32,8 +77,9 @@ class AttentionBackend(ABC):
         """Shapes of a layer's key and value cache."""
 
     def get_attention_meta(self) -> AttentionMetadata | None:
-        """Metadata of the current step."""
-        return None
+        """Metadata of the current step; None before the first one."""
+        metadata: AttentionMetadata | None = self.attention_metadata
+        return metadata
 
     def forward(
         self,

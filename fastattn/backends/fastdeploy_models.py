@@ -9,7 +9,6 @@ attributes stay.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -139,28 +138,3 @@ def _halves(x: Any) -> Any:
     """The inverse of :func:`_neighbours`."""
     tokens, heads, dim = x.shape
     return x.reshape([tokens, heads, dim // 2, 2]).transpose([0, 1, 3, 2]).reshape(x.shape)
-
-
-def refuse_one_token_layers(backend: str) -> None:
-    """Refuse a FastDeploy whose MLA layers would pass only one token of each sequence.
-
-    FastDeploy's development branch does so before it calls a backend, on GPUs other than Hopper and
-    with ``USE_FLASH_MLA``. Prefilled tokens and draft tokens would be missing.
-
-    Raises
-    ------
-    NotImplementedError
-        In these cases.
-    """
-    layer = getattr(sys.modules.get(MODELS), "DeepseekV3MLAAttention", None)
-    code = getattr(getattr(layer, "forward", None), "__code__", None)
-    if "extract_decoder_token_from_q" not in getattr(code, "co_names", ()):
-        return
-    if int(os.environ.get("USE_FLASH_MLA", "0")):
-        raise NotImplementedError(f"{backend}: USE_FLASH_MLA is not supported; unset it")
-    major = paddle.device.cuda.get_device_properties().major
-    if major != 9:
-        raise NotImplementedError(
-            f"{backend}: this FastDeploy's MLA layers on a GPU of compute capability {major}.x "
-            "are not supported; supported: 9.x"
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from fastattn import _views, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
@@ -100,17 +100,11 @@ class LatentAttentionBackend(AttentionBackend):
         self.num_heads = num_heads
         self.kv_num_heads = 1
         self.head_dim = LATENT_DIM + ROPE_DIM
-        self.attention_metadata: Any = None
         self._signals = KvSignals.of(fd_config)
         self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
 
-    def get_attention_meta(self) -> Any:
-        """Metadata of the current step."""
-        return self.attention_metadata
-
-    def init_attention_metadata(self, forward_meta: Any) -> None:
-        """Prepare a step. Nothing is copied from the device."""
-        for name in ("attn_mask", "attn_mask_offsets"):
+    def _prepare(self, forward_meta: Any) -> LatentAttentionMetadata:
+        for name in ("attn_mask", "attn_mask_offsets", "swa_rotary_embs"):
             if optional(forward_meta, name) is not None:
                 self._refuse(f"forward_meta.{name}")
         if optional(forward_meta, "pre_caches_length"):
@@ -120,11 +114,11 @@ class LatentAttentionBackend(AttentionBackend):
         starts = optional(forward_meta, "cu_seqlens_q")
         if self._stale_starts is not None and starts is not None:
             self._stale_starts.settle(starts)
-        self.attention_metadata = self._metadata_class(host_lengths(forward_meta))
         if self._signals is not None:
             self._signals.begin(forward_meta)
+        return self._metadata_class(host_lengths(forward_meta))
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__}: {what} is not supported")
 
     def _metadata(self) -> Any:

@@ -11,11 +11,13 @@ from typing import Any, NoReturn
 from fastattn import env
 from fastattn.backends.config import (
     BLOCK_SIZE,
+    cache_kind,
     count_of,
     drafted_tokens,
     read,
     refuse_disaggregation,
 )
+from fastattn.backends.known import refuse_unknown_options
 from fastattn.functional.topk import MAX_K
 
 #: Channels of a token that all heads share: latent channels and rotated channels.
@@ -24,6 +26,16 @@ ROPE_DIM = 64
 
 #: Channels of an index key.
 INDEX_DIM = 128
+
+#: Options of windows.
+_WINDOWS = (
+    "head_wise_swa_ratio",
+    "sink_size",
+    "swa_num_key_value_heads",
+    "swa_rope_theta",
+    "window_attn_skip_freq",
+    "window_size",
+)
 
 #: Maximum number of heads of a process.
 MOST_HEADS = 128
@@ -164,13 +176,13 @@ def _refuse(fd_config: Any, backend: str, num_heads: int) -> None:
     level = count_of(fd_config, backend, "graph_opt_config.graph_opt_level", 0, 0)
     if level > 0:
         no("graph_opt_config.graph_opt_level", level, "supported: 0 (CUDA graphs of dygraph)")
-    kind = read(fd_config, "quant_config.kv_cache_quant_type")
-    kind = getattr(kind, "value", kind)  # FastDeploy has an enum of strings
+    kind = cache_kind(fd_config)
     if kind not in (None, "none"):
         no("quant_config.kv_cache_quant_type", kind, "the backend chooses the cache's format")
-    for name in ("window_size", "head_wise_swa_ratio", "sink_size"):
+    for name in _WINDOWS:
         value = read(fd_config, f"model_config.{name}", 0)
-        if value:
+        if any(value) if isinstance(value, (list, tuple)) else value:
             no(f"model_config.{name}", value, "latent attention has no window")
+    refuse_unknown_options(fd_config, backend)
     if env.deterministic():
         no("FD_DETERMINISTIC_MODE", 1, "bits of a sequence may depend on the batch")

@@ -33,6 +33,14 @@ class HeadShard:
     size: int = 1
     rank: int = 0
 
+    def holds(self, local_heads: int) -> bool:
+        """Whether this process holds that many heads."""
+        try:
+            self.first_head(local_heads)
+        except ValueError:
+            return False
+        return True
+
     def first_head(self, local_heads: int) -> int:
         """Index of this process's first head in the model.
 

@@ -444,29 +444,12 @@ def test_bug50_padding_tokens_write_into_no_block(kind, positions):
     server.step([1, 1], padding=3, **fields)
 
 
-def test_layers_that_give_one_token_a_sequence_are_refused(monkeypatch):
-    """FastDeploy's development branch cuts queries down where it would call another kernel."""
-    module = make_indexer(monkeypatch, LayerNorm)
+def test_layers_that_give_one_token_a_sequence_are_refused():
+    """FastDeploy's development branch cuts queries down where it would call another kernel.
 
-    class DeepseekV3MLAAttention:
-        def forward(self, q):
-            from fastdeploy.backend import extract_decoder_token_from_q
-
-            return extract_decoder_token_from_q(q)
-
+    Before it calls a backend it then sets ``forward_meta.cache_seqlens``.
+    """
     server = LatentServer([20], 8)
-    meta = server.meta([1], None, 0, {})
-    module.DeepseekV3MLAAttention = DeepseekV3MLAAttention
-    monkeypatch.setattr(
-        paddle.device.cuda, "get_device_properties", lambda: SimpleNamespace(major=9)
-    )
-    server.backend.init_attention_metadata(meta)
-    monkeypatch.setenv("USE_FLASH_MLA", "1")
-    with pytest.raises(NotImplementedError, match="USE_FLASH_MLA is not supported"):
-        server.backend.init_attention_metadata(meta)
-    monkeypatch.delenv("USE_FLASH_MLA")
-    monkeypatch.setattr(
-        paddle.device.cuda, "get_device_properties", lambda: SimpleNamespace(major=8)
-    )
-    with pytest.raises(NotImplementedError, match=r"compute capability 8\.x"):
-        server.backend.init_attention_metadata(meta)
+    server.step([3])
+    with pytest.raises(NotImplementedError, match=r"MLA.*: forward_meta\.cache_seqlens.* 9\.x"):
+        server.step([1], cache_seqlens=to_paddle(np.array([4], np.int32)))
