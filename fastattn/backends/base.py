@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from fastattn.backends.forward_meta import SHARED_STEP, field
 from fastattn.backends.known import refuse_unknown_fields
@@ -92,16 +92,16 @@ class AttentionBackend(ABC):
         layer: Any,
         forward_meta: Any,
     ) -> Any:
-        """Run the attention of one layer according to ``forward_meta.forward_mode``."""
-        mode = field(forward_meta, "forward_mode")
-        if mode.is_native():
-            return self.forward_native_backend(q, k, v, qkv, layer, forward_meta)
-        arguments = (q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta)
-        if mode.is_mixed():
-            return self.forward_mixed(*arguments)
-        if mode.is_decode():
-            return self.forward_decode(*arguments)
-        return self.forward_extend(*arguments)
+        """Attention of one layer: :meth:`forward_mixed`, which takes steps of all kinds.
+
+        Raises
+        ------
+        NotImplementedError
+            If ``forward_meta.forward_mode`` asks for the framework's own operators.
+        """
+        if field(forward_meta, "forward_mode").is_native():
+            self._refuse("forward_mode NATIVE")
+        return self.forward_mixed(q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta)
 
     @abstractmethod
     def forward_mixed(
@@ -117,16 +117,11 @@ class AttentionBackend(ABC):
     ) -> Any:
         """Attention of a step with prefill, decoding and inactive sequences."""
 
-    def forward_decode(self, *args: Any) -> Any:
-        """Attention of a step of decoding sequences; by default :meth:`forward_mixed`."""
-        return self.forward_mixed(*args)
+    def _metadata(self) -> Any:
+        """Metadata of the current step."""
+        if self.attention_metadata is None:
+            raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
+        return self.attention_metadata
 
-    def forward_extend(self, *args: Any) -> Any:
-        """Attention of a step of prefill sequences; by default :meth:`forward_mixed`."""
-        return self.forward_mixed(*args)
-
-    def forward_native_backend(
-        self, q: Any, k: Any, v: Any, qkv: Any, layer: Any, forward_meta: Any
-    ) -> Any:
-        """Attention by the framework's own operators. No backend of fastattn supports it."""
-        raise NotImplementedError(f"{type(self).__name__}: forward_mode NATIVE is not supported")
+    def _refuse(self, what: str, more: str = "") -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__}: {what} is not supported{more}")

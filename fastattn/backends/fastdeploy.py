@@ -30,6 +30,7 @@ import paddle
 
 from fastattn import _ops
 from fastattn._plugin import METHOD, REPLACED, method_of
+from fastattn._plugin.patches import BACKEND_CLASS
 from fastattn.backends import fastdeploy_models
 
 _LOG = logging.getLogger(__name__)
@@ -115,10 +116,14 @@ def _check_not_chosen() -> None:
 
 def _patch(platform: type) -> None:
     original = method_of(platform)
-    if not inspect.ismethod(original):
+    known = BACKEND_CLASS.parameters
+    if (
+        not inspect.ismethod(original)
+        or ", ".join(inspect.signature(original).parameters) not in known
+    ):
         raise RuntimeError(
-            f"fastattn: FastDeploy's {platform.__name__} has no class method {METHOD}: this "
-            "version of FastDeploy is not supported"
+            f"fastattn: FastDeploy's {platform.__name__} has no class method "
+            f"{METHOD}({known[0]}): this version of FastDeploy is not supported"
         )
 
     # FastDeploy's own method runs first, because it refuses backends that it does not know.

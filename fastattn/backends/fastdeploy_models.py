@@ -14,6 +14,8 @@ from typing import Any
 
 import paddle
 
+from fastattn._plugin import patches
+
 #: FastDeploy's module of DeepSeek's and GLM's models.
 MODELS = "fastdeploy.model_executor.models.deepseek_v3"
 
@@ -41,32 +43,35 @@ class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
 
 
 def take_indexer() -> None:
-    """Replace ``forward`` of FastDeploy's ``Indexer`` once, if its models were imported.
+    """Replace methods of FastDeploy's ``Indexer`` once, if its models were imported.
 
     Backends call this in every step, because FastDeploy may import its models after it has made the
     backends.
     """
-    kind = getattr(sys.modules.get(MODELS), "Indexer", None)
-    if kind is None or getattr(kind.forward, "fastattn", False):
-        return
-    make, own = kind.__init__, kind.forward
+    patches.KEY_NORM.apply(_with_key_norm)
+    patches.INDEXER.apply(_selecting)
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+
+def _with_key_norm(make: Any) -> Any:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         if _is_rms(self.k_norm):
             self.k_norm = KeyNorm(self.index_head_dim)
 
+    return __init__
+
+
+def _selecting(own: Any) -> Any:
     def forward(self: Any, forward_meta: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(forward_meta.attn_backend, "select"):
             return own(self, forward_meta, *args, **kwargs)
         return indexer_forward(self, forward_meta, *args, **kwargs)
 
-    forward.fastattn = True  # type: ignore[attr-defined]
-    kind.__init__, kind.forward = init, forward
+    return forward
 
 
 def _is_rms(norm: Any) -> bool:
-    return type(norm).__name__ == "RMSNorm"
+    return isinstance(norm, getattr(sys.modules.get(MODELS), "RMSNorm", ()))
 
 
 def indexer_forward(

@@ -33,14 +33,15 @@ _OPTIONS = _names(
     """
     add_cross_attention attention_bias attention_dropout attention_dropout_prob
     attention_probs_dropout_prob attn_implementation causal cross_attention_hidden_size
-    enable_rope_3d_runtime fuse_attention_ffn fuse_attention_qkv fuse_rope fuse_softmax_mask
-    fused_rope gated_attn_act head_dim head_wise_swa_ratio index_head_dim
+    enable_rope_3d_runtime fuse_attention_ffn fuse_attention_qkv fuse_attn_ffn fuse_rope
+    fuse_softmax_mask fused_rope gated_attn_act head_dim head_wise_swa_ratio index_head_dim
     indexer_rope_interleave max_window_layers mrope_interleaved mrope_section
     num_attention_heads num_key_value_heads num_key_value_heads_list output_attentions
     partial_rotary_factor qk_head_dim qk_nope_head_dim qk_rope_head_dim rope_3d rope_interleave
-    rope_parameters rope_scaling rope_theta rotary_dim sink_size sliding_window
-    swa_num_key_value_heads swa_rope_theta use_3d_rope use_flash_attention use_flash_attn
-    use_flash_attn_with_mask use_fused_rope use_gated_attn use_mrope use_recompute_attn use_rope
+    rope_is_neox_style rope_parameters rope_reorder rope_scaling rope_scaling_factor rope_theta
+    rotary_dim sink_size sinkhorn_2gate sinkhorn_temp sliding_window swa_num_key_value_heads
+    swa_rope_theta use_3d_rope use_flash_attention use_flash_attn use_flash_attn_with_mask
+    use_fused_rope use_gated_attn use_mem_eff_attn use_mrope use_recompute_attn use_rope
     use_sliding_window use_sparse_flash_attn use_var_len_flash_attn v_head_dim verify_window
     window_attn_skip_freq window_size with_sinks
     """

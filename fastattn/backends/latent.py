@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from fastattn import _views, functional
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
@@ -118,14 +118,6 @@ class LatentAttentionBackend(AttentionBackend):
             self._signals.begin(forward_meta)
         return self._metadata_class(host_lengths(forward_meta))
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise NotImplementedError(f"{type(self).__name__}: {what} is not supported")
-
-    def _metadata(self) -> Any:
-        if self.attention_metadata is None:
-            raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
-        return self.attention_metadata
-
     def _queries(self, q: Any, compressed_kv: Any, layer: Any) -> tuple[Any, Any]:
         """Absorbed queries [T, H, 576], and the latents [T, 512] of the same tokens."""
         name = type(self).__name__
@@ -133,7 +125,7 @@ class LatentAttentionBackend(AttentionBackend):
             if tensor is None:
                 raise ValueError(f"{name}: {what}: expected a tensor, got None")
         if getattr(layer, "sliding_window", 0):
-            raise NotImplementedError(f"{name}: layer.sliding_window is not supported")
+            self._refuse("layer.sliding_window")
         shape = list(q.shape)
         width, whole = self.num_heads * self.head_dim, [self.num_heads, self.head_dim]
         if shape[1:] not in ([width], whole):

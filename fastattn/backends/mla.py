@@ -91,17 +91,17 @@ class MLAAttentionBackend(LatentAttentionBackend):
             If the step lacks a field, or shapes do not match.
         """
         if k is not None or v is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: {'v' if k is None else 'k'}: expanded keys and values are "
-                "not supported; the model has to give absorbed queries, as it does by the "
-                "max_len_tensor_cpu that init_attention_metadata sets"
+            self._refuse(
+                f"{'v' if k is None else 'k'}, expanded keys or values,",
+                "; the model has to give absorbed queries, as it does by the max_len_tensor_cpu "
+                "that init_attention_metadata sets",
             )
         if optional(forward_meta, "cache_seqlens") is not None:
             # FastDeploy's layers set it together with queries of one token of each sequence.
-            raise NotImplementedError(
-                f"{type(self).__name__}: forward_meta.cache_seqlens, of layers that leave out "
-                "draft tokens and prefilled tokens, is not supported; supported: GPUs of compute "
-                "capability 9.x without USE_FLASH_MLA"
+            self._refuse(
+                "forward_meta.cache_seqlens, of layers that leave out draft tokens and prefilled "
+                "tokens,",
+                "; supported: GPUs of compute capability 9.x without USE_FLASH_MLA",
             )
         queries, latents = self._queries(q, compressed_kv, layer)
         tokens = queries.shape[0]

@@ -248,13 +248,10 @@ class PagedAttentionBackend(AttentionBackend):
             If the step lacks a field, or the caches and scales do not match the layer.
         """
         if compressed_kv is not None or k_pe is not None:
-            name = "k_pe" if compressed_kv is None else "compressed_kv"
-            raise NotImplementedError(
-                f"{type(self).__name__}: {name}: multi-head latent attention is not supported"
+            self._refuse(
+                f"{'k_pe' if compressed_kv is None else 'compressed_kv'}, of latent attention,"
             )
-        metadata = self.attention_metadata
-        if metadata is None:
-            raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
+        metadata = self._metadata()
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
         if self._has_own_table(layer, forward_meta):
@@ -442,9 +439,9 @@ class PagedAttentionBackend(AttentionBackend):
         if self.q_quant == "auto":
             return "per_token_head" if cache.holds_e4m3() and not shifts else "none"
         if self.q_quant != "none" and shifts:
-            raise NotImplementedError(
-                f"{type(self).__name__}: q_quant {self.q_quant!r} is not supported for a layer "
-                "with sinks and a cache_k_center; supported: none, auto"
+            self._refuse(
+                f"q_quant {self.q_quant!r}",
+                " for a layer with sinks and a cache_k_center; supported: none, auto",
             )
         return self.q_quant
 
@@ -508,35 +505,24 @@ class PagedAttentionBackend(AttentionBackend):
 
     def _refuse_step(self, forward_meta: Any) -> None:
         if optional(forward_meta, "attn_mask") is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: forward_meta.attn_mask is not supported; use "
-                "attn_mask_offsets"
-            )
+            self._refuse("forward_meta.attn_mask", "; use attn_mask_offsets")
         if self.batch_invariant and optional(forward_meta, "cascade_plan") is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: forward_meta.cascade_plan is not supported with "
-                "batch_invariant: all sequences attend to a shared prefix as one"
+            self._refuse(
+                "forward_meta.cascade_plan",
+                " with batch_invariant: all sequences attend to a shared prefix as one",
             )
         if optional(forward_meta, "pre_caches_length"):
-            raise NotImplementedError(
-                f"{type(self).__name__}: forward_meta.pre_caches_length is not supported"
-            )
+            self._refuse("forward_meta.pre_caches_length")
         if optional(forward_meta, "swa_rotary_embs") is not None and not self.config.window_tables:
-            raise NotImplementedError(
-                f"{type(self).__name__}: forward_meta.swa_rotary_embs is not supported without "
-                "model_config.swa_rope_theta"
-            )
+            self._refuse("forward_meta.swa_rotary_embs", " without model_config.swa_rope_theta")
 
     def _refuse_layer(self, layer: Any) -> None:
         for name in ("linear_shift", "linear_smooth", "qkv_scale"):
             if getattr(layer, name, None) is not None:
-                raise NotImplementedError(f"{type(self).__name__}: layer.{name} is not supported")
+                self._refuse(f"layer.{name}")
         out_scale = getattr(layer, "out_scale", None)
         if out_scale is not None and out_scale > 0:
-            raise NotImplementedError(
-                f"{type(self).__name__}: layer.out_scale = {out_scale}: a quantised output is not "
-                "supported"
-            )
+            self._refuse(f"layer.out_scale = {out_scale}, a quantised output,")
 
 
 @unified
