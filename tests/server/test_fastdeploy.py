@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -190,6 +191,17 @@ def metadata(tmp_path_factory):
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [("fastattn", "all there"), ("fastatn,fastattn", "{'fastatn'}")]
+)
+def test_the_page_tells_how_to_see_a_misspelt_name(metadata, names, told):
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r'^python -c "(import os, importlib\.metadata.*)"$', page, re.M)
+    env = {**os.environ, "FD_PLUGINS": names, "PYTHONPATH": str(metadata)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == told, done.stderr
 
 
 def test_an_installed_package_has_the_entry_point(metadata):
