@@ -95,10 +95,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def chosen(group: str | None, wanted: str) -> Iterator[tuple[str, Callable[[], float]]]:
     """The cases to run."""
-    from fastdeploy_check import disaggregation, latent
+    from fastdeploy_check import disaggregation, latent, newer
     from fastdeploy_check.cases import GROUPS
 
-    more = {"disaggregation": disaggregation.cases, "latent": latent.cases}
+    more = {
+        "disaggregation": disaggregation.cases,
+        "latent": latent.cases,
+        "newer": newer.cases,
+    }
     for name, cases in {**GROUPS, **more}.items():
         if group not in (None, name):
             continue
