@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import paddle
 
@@ -182,11 +181,11 @@ def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
     if not needs or (pattern is None and needs == ["window_size"]):
         return ()
     if not isinstance(pattern, (list, tuple)):
-        raise NotImplementedError(
-            f"{backend}: model_config.window_attn_skip_freq = {pattern!r} is not supported with "
-            f"model_config.{needs[-1]}; supported: a list with one entry a layer, 1 where the "
-            "layer has the window"
+        supported = (
+            f"for model_config.{needs[-1]} it is a list with one entry a layer, 1 where the layer "
+            "has the window"
         )
+        refuse(backend, "model_config.window_attn_skip_freq", pattern, supported)
     return tuple(bool(entry) for entry in pattern)
 
 
@@ -202,27 +201,32 @@ def _layer_kv_heads(fd_config: Any, window_layers: tuple[bool, ...]) -> tuple[in
     return tuple(int(in_window if windowed else others) for windowed in window_layers)
 
 
-def refuse_disaggregation(
-    fd_config: Any, backend: str, no: Callable[[str, Any, str], None]
-) -> None:
-    """Refuse modes and roles of servers that prefill for others, except known ones."""
+def refuse(backend: str, what: str, value: Any, supported: str) -> NoReturn:
+    """Refuse an option by its name and value."""
+    raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported; {supported}")
+
+
+def refuse_server_options(fd_config: Any, backend: str) -> None:
+    """Refuse options of the server that no backend supports, and options that are not known."""
     mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
     if mode not in ("None", "none", "", *PD_MODES):
-        no(
-            "parallel_config.pd_disaggregation_mode",
-            mode,
-            f"supported: None, {', '.join(PD_MODES)}",
-        )
+        supported = f"supported: None, {', '.join(PD_MODES)}"
+        refuse(backend, "parallel_config.pd_disaggregation_mode", mode, supported)
     role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
     if role not in ("mixed", "prefill", "decode"):
-        no("scheduler_config.splitwise_role", role, "supported: mixed, prefill, decode")
+        supported = "supported: mixed, prefill, decode"
+        refuse(backend, "scheduler_config.splitwise_role", role, supported)
     seqs = count_of(fd_config, backend, "scheduler_config.max_num_seqs", 0, 0)
     if role == "prefill" and seqs > MOST_SIGNALLED_SEQS:
-        no(
-            "scheduler_config.max_num_seqs",
-            seqs,
-            f"a prefill server's signals have room for {MOST_SIGNALLED_SEQS} sequences",
-        )
+        supported = f"a prefill server's signals have room for {MOST_SIGNALLED_SEQS} sequences"
+        refuse(backend, "scheduler_config.max_num_seqs", seqs, supported)
+    level = count_of(fd_config, backend, "graph_opt_config.graph_opt_level", 0, 0)
+    if level > 0:
+        # FastDeploy requests one program without graph breaks, but Paddle's SOT breaks in a
+        # backend.
+        supported = "supported: 0 (CUDA graphs of dygraph)"
+        refuse(backend, "graph_opt_config.graph_opt_level", level, supported)
+    refuse_unknown_options(fd_config, backend)
 
 
 def _rope_3d_options(fd_config: Any) -> tuple[str, ...]:
@@ -240,20 +244,12 @@ def _rope_3d_options(fd_config: Any) -> tuple[str, ...]:
 
 
 def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
-    def no(what: str, value: Any, supported: str) -> None:
-        raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported; {supported}")
-
     block_size = read(fd_config, "cache_config.block_size", BLOCK_SIZE)
     if block_size != BLOCK_SIZE:
-        no("cache_config.block_size", block_size, f"supported: {BLOCK_SIZE}")
+        refuse(backend, "cache_config.block_size", block_size, f"supported: {BLOCK_SIZE}")
     if head_dim not in FUSED_HEAD_DIMS:
-        no("head_dim", head_dim, f"supported: {', '.join(map(str, FUSED_HEAD_DIMS))}")
-    refuse_disaggregation(fd_config, backend, no)
-    level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
-    if level > 0:
-        # FastDeploy requests one program without graph breaks, but Paddle's SOT breaks in a
-        # backend.
-        no("graph_opt_config.graph_opt_level", level, "supported: 0 (CUDA graphs of dygraph)")
+        supported = f"supported: {', '.join(map(str, FUSED_HEAD_DIMS))}"
+        refuse(backend, "head_dim", head_dim, supported)
     try:
         cache_type_of(cache_kind(fd_config))
     except NotImplementedError as error:
@@ -261,8 +257,9 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
     for name in ("head_wise_swa_ratio", "sink_size"):
         value = read(fd_config, f"model_config.{name}", 0)
         if value:
-            no(f"model_config.{name}", value, "sliding windows are the same for every head")
-    refuse_unknown_options(fd_config, backend)
+            same = "sliding windows are the same for every head"
+            refuse(backend, f"model_config.{name}", value, same)
+    refuse_server_options(fd_config, backend)
 
 
 #: Paddle's list of operators that its CUDA graphs leave out, and the names of a backend's operators

@@ -120,21 +120,13 @@ class DSAAttentionBackend(LatentAttentionBackend):
         return key, value, [max_num_blocks, size, KEY_BYTES]
 
     def create_kv_cache(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        cache_dtype: Any = None,
-        kv_cache_quant_type: str | None = None,
-        layer_offset: int = 0,
+        self, num_layers: int, num_blocks: int, *_: Any, layer_offset: int = 0, **__: Any
     ) -> dict[tuple[str, int], Any]:
-        """Caches of layers, zeros of uint8, as FastDeploy's cache controller of mid-2026 asks.
+        """Caches by ("key", layer) and ("indexer", layer), as FastDeploy's cache controller asks.
 
-        Returns
-        -------
-        dict
-            By ("key", layer) and ("indexer", layer). The dtype and the type are not used.
+        All are zeros of uint8, whatever dtype and type it passes.
         """
-        key, _, index = self.get_kv_cache_shape(num_blocks, "uint8")
+        key, _none, index = self.get_kv_cache_shape(num_blocks, "uint8")
         return {
             (role, layer): paddle.zeros(shape, "uint8")
             for layer in range(layer_offset, layer_offset + num_layers)

@@ -218,7 +218,7 @@ def test_a_window_without_its_table_is_refused(registered):
 def test_which_layers_have_the_window_must_be_said(registered, name):
     config = make_fd_config(make_model(None))
     setattr(config.model_config, name, 2)
-    with pytest.raises(NotImplementedError, match=f"window_attn_skip_freq = None .* with .*{name}"):
+    with pytest.raises(NotImplementedError, match=f"skip_freq = None .* for model_config.{name}"):
         chosen()(config, 2, 4, 64)
 
 
