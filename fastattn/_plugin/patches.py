@@ -122,5 +122,15 @@ BACKEND_CLASS = Patch(
     ("selected_backend",),
 )
 
+
 #: Every function that the plug-in replaces.
 PATCHES = (BACKEND_CLASS, KEY_NORM, INDEXER, SEND, RECEIVE, BLOCK_NAMES)
+
+#: What it sets in steps. FastDeploy's own backends set this field, too, to other values.
+LENGTHS = Patch(
+    "fastdeploy.model_executor.forward_meta:ForwardMeta.max_len_tensor_cpu",
+    "a model of latent attention passes absorbed queries only of sequences that decode",
+    "all",
+    "a flag of the backend that asks for absorbed queries of all tokens",
+    (),
+)

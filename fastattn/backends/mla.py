@@ -44,7 +44,7 @@ class MLAAttentionBackend(LatentAttentionBackend):
 
         Afterwards ``forward_meta.max_len_tensor_cpu`` says that the step has decoding sequences
         only. FastDeploy's models read it to decide whether to expand K and V of prefilled tokens.
-        So they pass absorbed queries for all tokens.
+        So they pass absorbed queries for all tokens (``LENGTHS`` in fastattn/_plugin/patches.py).
         """
         super().init_attention_metadata(forward_meta)
         forward_meta.max_len_tensor_cpu = self._lengths
