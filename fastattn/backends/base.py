@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from fastattn.backends.forward_meta import SHARED_STEP, field
-from fastattn.backends.known import refuse_unknown_fields
+from fastattn.backends.forward_meta import field
+from fastattn.backends.known import SHARED_STEP, refuse_unknown_fields
 
 
 @dataclass

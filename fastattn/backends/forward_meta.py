@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastattn._ops import is_tensor
 from fastattn._table_checks import check_needed, check_writers
-from fastattn.backends.known import FIELDS
+from fastattn.backends.known import FIELDS, PLAN_RECORD, SHARED_STEP
 from fastattn.functional import plan_cascade
 from fastattn.functional._attributes import as_int32, check_int
 from fastattn.reference.layout import BLOCK_SIZE
@@ -150,10 +150,6 @@ _PLANNED = (
     "seq_lens_decoder",
     "seq_lens_this_time",
 )
-_PLAN_RECORD = "_fastattn_plan_record"
-
-#: Attribute of a step with what the backends of its layers share.
-SHARED_STEP = "_fastattn_shared_step"
 
 
 class _Seen(NamedTuple):
@@ -182,7 +178,7 @@ def _record_plan(forward_meta: Any, plan: Any) -> None:
     """Record the state of the fields that a plan was made for."""
     fields = {name: _Seen.of(optional(forward_meta, name)) for name in _PLANNED}
     own = [_Seen.of(x) for x in plan if is_tensor(x)]
-    setattr(forward_meta, _PLAN_RECORD, (plan, own, fields))
+    setattr(forward_meta, PLAN_RECORD, (plan, own, fields))
 
 
 def current_plan(forward_meta: Any) -> Any:
@@ -204,7 +200,7 @@ def current_plan(forward_meta: Any) -> Any:
         return plan
     if not isinstance(plan, tuple) or not paddle.in_dynamic_mode():
         return plan  # cascade_attention reports the error
-    known, own, fields = getattr(forward_meta, _PLAN_RECORD, None) or (None, [], {})
+    known, own, fields = getattr(forward_meta, PLAN_RECORD, None) or (None, [], {})
     if known is plan and not any(seen.differs(seen.tensor) for seen in own):
         for name, seen in fields.items():
             if seen.differs(optional(forward_meta, name)):
@@ -255,7 +251,7 @@ class ForwardMeta:
 
     def __getstate__(self) -> dict[str, Any]:
         """Attributes without the records of backends, which belong to this object."""
-        return {k: v for k, v in self.__dict__.items() if k not in (_PLAN_RECORD, SHARED_STEP)}
+        return {k: v for k, v in self.__dict__.items() if k not in (PLAN_RECORD, SHARED_STEP)}
 
     @classmethod
     def for_step(
