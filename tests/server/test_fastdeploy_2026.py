@@ -7,6 +7,7 @@ that the backend makes, and options and fields that come later still.
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -385,6 +386,35 @@ def test_an_option_that_is_not_known(registered, monkeypatch, section, name, val
     for unset in (None, False, 0, "", [], {}):
         setattr(getattr(config, section), name, unset)
         assert chosen()(config, *heads)
+
+
+#: Names of the files of models that FastDeploy serves, as far as they have a part of known._WORDS.
+MODEL_FILES = {
+    "Qwen2.5": "attention_dropout max_window_layers num_attention_heads num_key_value_heads "
+    "rope_theta sliding_window use_sliding_window use_mrope",
+    "Qwen3": "attention_bias attention_dropout head_dim max_window_layers rope_scaling rope_theta "
+    "sliding_window use_sliding_window",
+    "ERNIE-4.5-VL": "attention_probs_dropout_prob rope_3d rope_theta sinkhorn_2gate sinkhorn_temp "
+    "use_flash_attention fuse_rope fuse_softmax_mask use_recompute_attn fuse_attn_ffn",
+    "GLM-4.5": "attention_bias attention_dropout head_dim partial_rotary_factor rope_scaling "
+    "rope_theta",
+    "gpt-oss": "attention_bias attention_dropout head_dim rope_scaling rope_theta sliding_window",
+    "PaddleOCR-VL": "attention_probs_dropout_prob rope_is_neox_style rope_scaling rope_theta "
+    "use_3d_rope use_flash_attention head_dim",
+    "DeepSeek-V3.2": "attention_bias attention_dropout index_head_dim qk_nope_head_dim "
+    "qk_rope_head_dim rope_scaling rope_theta v_head_dim",
+    "GLM-5": "indexer_rope_interleave qk_head_dim rope_interleave rope_parameters index_head_dim",
+}
+
+
+@pytest.mark.parametrize("model", MODEL_FILES)
+def test_names_of_models_that_are_served_are_known(model):
+    names = MODEL_FILES[model].split()
+    config = SimpleNamespace(model_config=SimpleNamespace(**dict.fromkeys(names, 3)))
+    known.refuse_unknown_options(config, "Backend")
+    config.model_config.rope_of_tomorrow = 3
+    with pytest.raises(NotImplementedError, match=r"Backend: model_config\.rope_of_tomorrow = 3"):
+        known.refuse_unknown_options(config, "Backend")
 
 
 def make_latent():
