@@ -17,6 +17,8 @@ variable                   meaning
                            (docs/backends.md). Every call waits. Read at import.
 ``FASTATTN_CALIBRATION``   file of ``python -m fastattn calibrate`` whose rotations and centres
                            backends use (docs/calibrate.md). Read when a backend is made.
+``FASTATTN_IGNORED``       names, separated by commas, of FastDeploy's options and fields that
+                           backends accept without knowing them (docs/backends.md)
 ``FASTATTN_DEQUANTIZED_*`` ``MIB``: GPU memory that an attention call may use for K and V of long
                            sequences in bf16; ``FROM``: number of operations from which a call
                            uses it (docs/kernels/dequantize_kv.md). Read when the library is
@@ -57,6 +59,11 @@ def calibration() -> Path | None:
     """Calibration file for the layers' keys, or None."""
     path = os.environ.get("FASTATTN_CALIBRATION")
     return Path(path) if path else None
+
+
+def ignored() -> list[str]:
+    """Names of FastDeploy's options and fields that backends need not know."""
+    return os.environ.get("FASTATTN_IGNORED", "").replace(" ", "").split(",")
 
 
 def log_level() -> int:

@@ -8,8 +8,9 @@ scripts/check_fastdeploy.py --tree FastDeploy --group options --verbose
 FastDeploy's plug-in loader, configuration, model runner, layers, scale loaders and proposer run as
 they are in the tree. Stand-ins replace its compiled operators, imported packages that are not
 installed, and parts of Paddle that need CUDA. Every result is compared with attention in float64
-NumPy. A case passes, is refused (the plug-in names what it does not support), fails, or is not run
-(its model cannot be made here). The exit status is 1 if a case failed.
+NumPy. A case passes, is refused (the plug-in names what it does not support), fails,
+lacks a stand-in (the tree calls an operator that this check does not know), or is not run (its
+model cannot be made here). The exit status is 1 if a case failed or lacks a stand-in.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STATES = ("passed", "refused", "failed", "not run")
+STATES = ("passed", "refused", "failed", "no stand-in", "not run")
 
 #: Seconds after which a case counts as hanging. The check then ends with a stack trace, whatever
 #: blocks the process.
@@ -67,6 +68,7 @@ def _entry_point() -> Path:
 def outcome(run: Callable[[], float]) -> tuple[str, str]:
     """State of a case, and its message."""
     from fastdeploy_check.cases import NotRun
+    from fastdeploy_check.machine import OpNotStoodInFor
 
     try:
         return "passed", f"error {run():.4f}"
@@ -76,17 +78,31 @@ def outcome(run: Callable[[], float]) -> tuple[str, str]:
         ours = any("fastattn" in f.filename for f in traceback.extract_tb(error.__traceback__)[-4:])
         return ("refused" if ours else "not run"), str(error)
     except Exception as error:
+        lacking = next((x for x in _causes(error) if isinstance(x, OpNotStoodInFor)), None)
+        if lacking is not None:
+            return "no stand-in", f"the check lacks a stand-in: {lacking}"
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
         return "failed", f"{type(error).__name__}: {error} ({where})"
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and the errors that it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def chosen(group: str | None, wanted: str) -> Iterator[tuple[str, Callable[[], float]]]:
     """The cases to run."""
-    from fastdeploy_check import disaggregation, latent
+    from fastdeploy_check import disaggregation, latent, newer
     from fastdeploy_check.cases import GROUPS
 
-    more = {"disaggregation": disaggregation.cases, "latent": latent.cases}
+    more = {
+        "disaggregation": disaggregation.cases,
+        "latent": latent.cases,
+        "newer": newer.cases,
+    }
     for name, cases in {**GROUPS, **more}.items():
         if group not in (None, name):
             continue
@@ -124,7 +140,7 @@ def run_cases(options: argparse.Namespace) -> int:
         faulthandler.cancel_dump_traceback_later()
         counts[state] += 1
         if options.verbose or state != "passed":
-            print(f"{state:8} {label}: {' '.join(text.split())[:220]}", flush=True)
+            print(f"{state:11} {label}: {' '.join(text.split())[:220]}", flush=True)
         if options.trace and state == "failed":
             try:
                 run()
@@ -133,7 +149,7 @@ def run_cases(options: argparse.Namespace) -> int:
     total = sum(counts.values())
     numbers = ", ".join(f"{counts[state]} {state}" for state in STATES)
     print(f"{options.tree}: {total} cases: {numbers} ({time.perf_counter() - start:.0f} s)")
-    return 1 if counts["failed"] or not total else 0
+    return 1 if counts["failed"] or counts["no stand-in"] or not total else 0
 
 
 if __name__ == "__main__":

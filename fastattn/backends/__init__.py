@@ -1,12 +1,14 @@
 """Attention backends that a FastDeploy-like server plugs in."""
 
-from fastattn.backends.append import AppendAttentionBackend
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.convert import convert_caches
 from fastattn.backends.dsa import DSAAttentionBackend
-from fastattn.backends.flash import FlashAttentionBackend
-from fastattn.backends.flash_mask import FlashMaskAttentionBackend
 from fastattn.backends.forward_meta import ForwardMeta, ForwardMode
+from fastattn.backends.gqa import (
+    AppendAttentionBackend,
+    FlashAttentionBackend,
+    FlashMaskAttentionBackend,
+)
 from fastattn.backends.layer_cache import LayerCache
 from fastattn.backends.mla import MLAAttentionBackend
 from fastattn.backends.scales import HeadShard

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import paddle
 
+from fastattn.backends.known import refuse_unknown_options
 from fastattn.backends.layer_cache import cache_type_of
 from fastattn.backends.scales import HeadShard
 from fastattn.functional._cache_types import FUSED_HEAD_DIMS
 
 #: Number of tokens of a cache block.
 BLOCK_SIZE = 64
+
+#: Options that ``model_config.window_attn_skip_freq`` applies to some layers.
+_WINDOW_OPTIONS = ("window_size", "swa_num_key_value_heads", "swa_rope_theta")
 
 #: Values of ``parallel_config.pd_disaggregation_mode`` in which a server prefills for others.
 PD_MODES = ("per_chunk", "per_query")
@@ -53,9 +56,18 @@ class BackendConfig:
         Number of keys that a query sees, including its own; 0 leaves it to the layer.
     window_layers : tuple of bool
         Whether each layer has the window of `window_size`; empty means that all have it.
+    window_tables : bool
+        Whether layers with a window rotate by ``forward_meta.swa_rotary_embs``.
     rotary_dim : int or None
         Number of rotated channels of a head; None means all.
-    shard : HeadShard
+    kv_heads : int or None
+        Number of KV heads of the model's layers; None means those of one process.
+    layer_kv_heads : tuple of int
+        The same number for each layer; empty means `kv_heads` for all.
+    ranks : (int, int)
+        Number of tensor-parallel ranks, and the rank of this process.
+    cache_kind : str or None
+        FastDeploy's string for the type of the caches.
     cuda_graphs : bool
         Whether the server replays CUDA graphs of its steps.
     """
@@ -65,8 +77,12 @@ class BackendConfig:
     causal: bool
     window_size: int
     window_layers: tuple[bool, ...]
+    window_tables: bool
     rotary_dim: int | None
-    shard: HeadShard
+    kv_heads: int | None
+    layer_kv_heads: tuple[int, ...]
+    ranks: tuple[int, int]
+    cache_kind: str | None
     cuda_graphs: bool
 
     @classmethod
@@ -83,18 +99,37 @@ class BackendConfig:
         if fd_config is None:
             raise ValueError(f"{backend}: fd_config: expected a configuration, got None")
         _refuse(fd_config, backend, head_dim)
+        window_layers = _window_layers(fd_config, backend)
         return cls(
             max_model_len=count_of(fd_config, backend, "model_config.max_model_len", None, 1),
             decode_tokens=1 + drafted_tokens(fd_config, backend),
             causal=bool(read(fd_config, "model_config.causal", True)),
             window_size=count_of(fd_config, backend, "model_config.window_size", 0, 0),
-            window_layers=_window_layers(fd_config, backend),
+            window_layers=window_layers,
+            window_tables=bool(read(fd_config, "model_config.swa_rope_theta", 0)),
             rotary_dim=_rotary_dim(fd_config, head_dim),
-            shard=HeadShard(
-                read(fd_config, "model_config.num_key_value_heads"), *tensor_parallel(fd_config)
-            ),
+            kv_heads=read(fd_config, "model_config.num_key_value_heads"),
+            layer_kv_heads=_layer_kv_heads(fd_config, window_layers),
+            ranks=tensor_parallel(fd_config),
+            cache_kind=cache_kind(fd_config),
             cuda_graphs=bool(read(fd_config, "graph_opt_config.use_cudagraph", False)),
         )
+
+    def shard_of(self, local_heads: int, layer_id: int | None = None) -> HeadShard:
+        """The KV heads of a layer that a process with `local_heads` of them holds.
+
+        Backends are made without the number of a layer, so None means any layer that fits.
+        """
+        own = () if layer_id is None else self.layer_kv_heads[layer_id : layer_id + 1]
+        counts = (*own, *self.layer_kv_heads, self.kv_heads)
+        shards = [HeadShard(count, *self.ranks) for count in counts]
+        return next((shard for shard in shards if shard.holds(local_heads)), shards[-1])
+
+
+def cache_kind(fd_config: Any) -> str | None:
+    """FastDeploy's string for the type of the caches; None if they are not quantised."""
+    kind = read(fd_config, "quant_config.kv_cache_quant_type")
+    return getattr(kind, "value", kind)  # FastDeploy has an enum of strings
 
 
 def count_of(config: Any, backend: str, path: str, default: int | None, least: int) -> int:
@@ -140,38 +175,58 @@ def _rotary_dim(fd_config: Any, head_dim: int) -> int | None:
 
 
 def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
-    pattern = read(fd_config, "model_config.window_attn_skip_freq")
-    if pattern is None or not read(fd_config, "model_config.window_size", 0):
+    model = "model_config."
+    needs = [name for name in _WINDOW_OPTIONS if read(fd_config, model + name, 0)]
+    pattern = read(fd_config, f"{model}window_attn_skip_freq")
+    if not needs or (pattern is None and needs == ["window_size"]):
         return ()
     if not isinstance(pattern, (list, tuple)):
-        raise NotImplementedError(
-            f"{backend}: model_config.window_attn_skip_freq = {pattern!r} is not supported; "
-            "supported: a list with one entry a layer, 1 where the layer has the window"
+        supported = (
+            f"for model_config.{needs[-1]} it is a list with one entry a layer, 1 where the layer "
+            "has the window"
         )
+        refuse(backend, "model_config.window_attn_skip_freq", pattern, supported)
     return tuple(bool(entry) for entry in pattern)
 
 
-def refuse_disaggregation(
-    fd_config: Any, backend: str, no: Callable[[str, Any, str], None]
-) -> None:
-    """Refuse modes and roles of servers that prefill for others, except known ones."""
+def _layer_kv_heads(fd_config: Any, window_layers: tuple[bool, ...]) -> tuple[int, ...]:
+    """Number of KV heads of each layer, as FastDeploy's runner finds it; empty: all are alike."""
+    listed = read(fd_config, "model_config.num_key_value_heads_list")
+    if listed is not None:
+        return tuple(int(count) for count in listed)
+    in_window = read(fd_config, "model_config.swa_num_key_value_heads", 0)
+    if not in_window:
+        return ()
+    others = read(fd_config, "model_config.num_key_value_heads")
+    return tuple(int(in_window if windowed else others) for windowed in window_layers)
+
+
+def refuse(backend: str, what: str, value: Any, supported: str) -> NoReturn:
+    """Refuse an option by its name and value."""
+    raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported; {supported}")
+
+
+def refuse_server_options(fd_config: Any, backend: str) -> None:
+    """Refuse options of the server that no backend supports, and options that are not known."""
     mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
     if mode not in ("None", "none", "", *PD_MODES):
-        no(
-            "parallel_config.pd_disaggregation_mode",
-            mode,
-            f"supported: None, {', '.join(PD_MODES)}",
-        )
+        supported = f"supported: None, {', '.join(PD_MODES)}"
+        refuse(backend, "parallel_config.pd_disaggregation_mode", mode, supported)
     role = read(fd_config, "scheduler_config.splitwise_role", "mixed")
     if role not in ("mixed", "prefill", "decode"):
-        no("scheduler_config.splitwise_role", role, "supported: mixed, prefill, decode")
+        supported = "supported: mixed, prefill, decode"
+        refuse(backend, "scheduler_config.splitwise_role", role, supported)
     seqs = count_of(fd_config, backend, "scheduler_config.max_num_seqs", 0, 0)
     if role == "prefill" and seqs > MOST_SIGNALLED_SEQS:
-        no(
-            "scheduler_config.max_num_seqs",
-            seqs,
-            f"a prefill server's signals have room for {MOST_SIGNALLED_SEQS} sequences",
-        )
+        supported = f"a prefill server's signals have room for {MOST_SIGNALLED_SEQS} sequences"
+        refuse(backend, "scheduler_config.max_num_seqs", seqs, supported)
+    level = count_of(fd_config, backend, "graph_opt_config.graph_opt_level", 0, 0)
+    if level > 0:
+        # FastDeploy requests one program without graph breaks, but Paddle's SOT breaks in a
+        # backend.
+        supported = "supported: 0 (CUDA graphs of dygraph)"
+        refuse(backend, "graph_opt_config.graph_opt_level", level, supported)
+    refuse_unknown_options(fd_config, backend)
 
 
 def _rope_3d_options(fd_config: Any) -> tuple[str, ...]:
@@ -189,32 +244,22 @@ def _rope_3d_options(fd_config: Any) -> tuple[str, ...]:
 
 
 def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
-    def no(what: str, value: Any, supported: str) -> None:
-        raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported; {supported}")
-
     block_size = read(fd_config, "cache_config.block_size", BLOCK_SIZE)
     if block_size != BLOCK_SIZE:
-        no("cache_config.block_size", block_size, f"supported: {BLOCK_SIZE}")
+        refuse(backend, "cache_config.block_size", block_size, f"supported: {BLOCK_SIZE}")
     if head_dim not in FUSED_HEAD_DIMS:
-        no("head_dim", head_dim, f"supported: {', '.join(map(str, FUSED_HEAD_DIMS))}")
-    refuse_disaggregation(fd_config, backend, no)
-    level = read(fd_config, "graph_opt_config.graph_opt_level", 0)
-    if level > 0:
-        # FastDeploy requests one program without graph breaks, but Paddle's SOT breaks in a
-        # backend.
-        no("graph_opt_config.graph_opt_level", level, "supported: 0 (CUDA graphs of dygraph)")
-    kind = read(fd_config, "quant_config.kv_cache_quant_type")
-    if kind is not None:
-        kind = getattr(kind, "value", kind)  # FastDeploy has an enum of strings
-        try:
-            cache_type_of(kind)
-        except NotImplementedError as error:
-            supported = str(error).rpartition("supported: ")[2]
-            no("quant_config.kv_cache_quant_type", kind, f"supported: {supported}")
+        supported = f"supported: {', '.join(map(str, FUSED_HEAD_DIMS))}"
+        refuse(backend, "head_dim", head_dim, supported)
+    try:
+        cache_type_of(cache_kind(fd_config))
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{backend}: quant_config.{error}") from None
     for name in ("head_wise_swa_ratio", "sink_size"):
         value = read(fd_config, f"model_config.{name}", 0)
         if value:
-            no(f"model_config.{name}", value, "sliding windows are the same for every head")
+            same = "sliding windows are the same for every head"
+            refuse(backend, f"model_config.{name}", value, same)
+    refuse_server_options(fd_config, backend)
 
 
 #: Paddle's list of operators that its CUDA graphs leave out, and the names of a backend's operators

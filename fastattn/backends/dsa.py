@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from typing import Any
+from typing import Any, NoReturn
 
 import paddle
 
@@ -119,8 +119,26 @@ class DSAAttentionBackend(LatentAttentionBackend):
             return key, value
         return key, value, [max_num_blocks, size, KEY_BYTES]
 
+    def create_kv_cache(
+        self, num_layers: int, num_blocks: int, *_: Any, layer_offset: int = 0, **__: Any
+    ) -> dict[tuple[str, int], Any]:
+        """Caches by ("key", layer) and ("indexer", layer), as FastDeploy's cache controller asks.
+
+        All are zeros of uint8, whatever dtype and type it passes.
+        """
+        key, _none, index = self.get_kv_cache_shape(num_blocks, "uint8")
+        return {
+            (role, layer): paddle.zeros(shape, "uint8")
+            for layer in range(layer_offset, layer_offset + num_layers)
+            for role, shape in (("key", key), ("indexer", index))
+        }
+
+    def create_host_kv_cache(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused, because blocks would be moved to the host without their index keys."""
+        self._refuse("create_host_kv_cache, which leaves index keys behind,")
+
     def init_attention_metadata(self, forward_meta: Any) -> None:
-        """Prepare a step. Nothing is copied from the device."""
+        """Prepare a step."""
         fastdeploy_models.take_indexer()
         super().init_attention_metadata(forward_meta)
 

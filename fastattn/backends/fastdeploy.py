@@ -7,8 +7,8 @@ an entry point of ``fastdeploy.model_register_plugins``::
     FD_PLUGINS=fastattn FD_ATTENTION_BACKEND=FLASH_ATTN python -m fastdeploy.entrypoints...
 
 From then on ``APPEND_ATTN``, ``FLASH_ATTN``, ``FLASH_MASK_ATTN``, ``MLA_ATTN`` and ``DSA_ATTN``
-mean the classes of :mod:`fastattn.backends`. So does ``DECODE_UNIFIED_ATTN``, FastDeploy's append
-backend with another decode kernel. FastDeploy keeps every other backend.
+mean the classes of :mod:`fastattn.backends`. So do ``DECODE_UNIFIED_ATTN``, FastDeploy's append
+backend with another decode kernel, and ``TRITON_MLA_ATTN``. FastDeploy keeps every other backend.
 
 FastDeploy's platform class has a method that returns the name of a backend's class, and the class
 is imported when the first backend is made. :func:`register` replaces that name. The alternative, to
@@ -30,6 +30,7 @@ import paddle
 
 from fastattn import _ops
 from fastattn._plugin import METHOD, REPLACED, method_of
+from fastattn._plugin.patches import BACKEND_CLASS
 from fastattn.backends import fastdeploy_models
 
 _LOG = logging.getLogger(__name__)
@@ -115,10 +116,14 @@ def _check_not_chosen() -> None:
 
 def _patch(platform: type) -> None:
     original = method_of(platform)
-    if not inspect.ismethod(original):
+    known = BACKEND_CLASS.parameters
+    if (
+        not inspect.ismethod(original)
+        or ", ".join(inspect.signature(original).parameters) not in known
+    ):
         raise RuntimeError(
-            f"fastattn: FastDeploy's {platform.__name__} has no class method {METHOD}: this "
-            "version of FastDeploy is not supported"
+            f"fastattn: FastDeploy's {platform.__name__} has no class method "
+            f"{METHOD}({known[0]}): this version of FastDeploy is not supported"
         )
 
     # FastDeploy's own method runs first, because it refuses backends that it does not know.
@@ -132,20 +137,28 @@ def _patch(platform: type) -> None:
 def _replacement(path: Any) -> Any:
     """Dotted name of this package's class for a class of FastDeploy; other names are kept."""
     package, _, name = str(path).rpartition(".")
-    if package != PACKAGE or name not in REPLACED:
-        return path
-    ours = REPLACED[name]
-    backend = getattr(importlib.import_module("fastattn.backends"), ours)
-    base = sys.modules.get(f"{PACKAGE}.base_attention_backend")
-    # FastDeploy's runner makes token positions only for instances of some of its backends.
-    theirs = (
-        getattr(base, "AttentionBackend", None),
-        getattr(sys.modules.get(PACKAGE), name, None),
-    )
-    for kind in theirs:
-        if hasattr(kind, "register"):
-            kind.register(backend)  # type: ignore[union-attr]
-    if ours == "DSAAttentionBackend":
+    if f"{package}.".startswith(f"{PACKAGE}.") and name in REPLACED:
+        made = _class_for(package, name)
+        _LOG.info("fastattn: fastattn.backends.%s instead of FastDeploy's %s", made.__name__, name)
+        path = f"{__name__}.{made.__name__}"
+    return path
+
+
+def _class_for(package: str, name: str) -> type:
+    """The class that replaces a class of FastDeploy, as an attribute of this module.
+
+    It is derived from FastDeploy's base class, too, whose later releases have methods that make
+    caches. FastDeploy's runner makes token positions only for instances of some of its own classes,
+    so it becomes a virtual subclass of the replaced one.
+    """
+    ours = getattr(importlib.import_module("fastattn.backends"), REPLACED[name])
+    base = getattr(sys.modules.get(f"{PACKAGE}.base_attention_backend"), "AttentionBackend", None)
+    bases = (ours,) if base is None else (ours, base)
+    made = type(ours)(ours.__name__, bases, {"__module__": __name__, "__doc__": ours.__doc__})
+    globals()[ours.__name__] = made
+    theirs = getattr(sys.modules.get(package), name, None)
+    if hasattr(theirs, "register"):
+        theirs.register(made)  # type: ignore[union-attr]
+    if ours.__name__ == "DSAAttentionBackend":
         fastdeploy_models.take_indexer()  # before models are made
-    _LOG.info("fastattn: %s instead of FastDeploy's %s", f"fastattn.backends.{ours}", name)
-    return f"fastattn.backends.{ours}"
+    return made

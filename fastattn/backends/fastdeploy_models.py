@@ -9,11 +9,12 @@ attributes stay.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 import paddle
+
+from fastattn._plugin import patches
 
 #: FastDeploy's module of DeepSeek's and GLM's models.
 MODELS = "fastdeploy.model_executor.models.deepseek_v3"
@@ -42,32 +43,35 @@ class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
 
 
 def take_indexer() -> None:
-    """Replace ``forward`` of FastDeploy's ``Indexer`` once, if its models were imported.
+    """Replace methods of FastDeploy's ``Indexer`` once, if its models were imported.
 
     Backends call this in every step, because FastDeploy may import its models after it has made the
     backends.
     """
-    kind = getattr(sys.modules.get(MODELS), "Indexer", None)
-    if kind is None or getattr(kind.forward, "fastattn", False):
-        return
-    make, own = kind.__init__, kind.forward
+    patches.KEY_NORM.apply(_with_key_norm)
+    patches.INDEXER.apply(_selecting)
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+
+def _with_key_norm(make: Any) -> Any:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
         if _is_rms(self.k_norm):
             self.k_norm = KeyNorm(self.index_head_dim)
 
+    return __init__
+
+
+def _selecting(own: Any) -> Any:
     def forward(self: Any, forward_meta: Any, *args: Any, **kwargs: Any) -> Any:
         if not hasattr(forward_meta.attn_backend, "select"):
             return own(self, forward_meta, *args, **kwargs)
         return indexer_forward(self, forward_meta, *args, **kwargs)
 
-    forward.fastattn = True  # type: ignore[attr-defined]
-    kind.__init__, kind.forward = init, forward
+    return forward
 
 
 def _is_rms(norm: Any) -> bool:
-    return type(norm).__name__ == "RMSNorm"
+    return isinstance(norm, getattr(sys.modules.get(MODELS), "RMSNorm", ()))
 
 
 def indexer_forward(
@@ -139,28 +143,3 @@ def _halves(x: Any) -> Any:
     """The inverse of :func:`_neighbours`."""
     tokens, heads, dim = x.shape
     return x.reshape([tokens, heads, dim // 2, 2]).transpose([0, 1, 3, 2]).reshape(x.shape)
-
-
-def refuse_one_token_layers(backend: str) -> None:
-    """Refuse a FastDeploy whose MLA layers would pass only one token of each sequence.
-
-    FastDeploy's development branch does so before it calls a backend, on GPUs other than Hopper and
-    with ``USE_FLASH_MLA``. Prefilled tokens and draft tokens would be missing.
-
-    Raises
-    ------
-    NotImplementedError
-        In these cases.
-    """
-    layer = getattr(sys.modules.get(MODELS), "DeepseekV3MLAAttention", None)
-    code = getattr(getattr(layer, "forward", None), "__code__", None)
-    if "extract_decoder_token_from_q" not in getattr(code, "co_names", ()):
-        return
-    if int(os.environ.get("USE_FLASH_MLA", "0")):
-        raise NotImplementedError(f"{backend}: USE_FLASH_MLA is not supported; unset it")
-    major = paddle.device.cuda.get_device_properties().major
-    if major != 9:
-        raise NotImplementedError(
-            f"{backend}: this FastDeploy's MLA layers on a GPU of compute capability {major}.x "
-            "are not supported; supported: 9.x"
-        )

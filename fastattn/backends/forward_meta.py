@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastattn._ops import is_tensor
 from fastattn._table_checks import check_needed, check_writers
+from fastattn.backends.known import FIELDS, PLAN_RECORD, SHARED_STEP
 from fastattn.functional import plan_cascade
 from fastattn.functional._attributes import as_int32, check_int
 from fastattn.reference.layout import BLOCK_SIZE
@@ -40,34 +41,6 @@ class ForwardMode(IntEnum):
     def is_native(self) -> bool:
         """Whether the framework's own operators must be used."""
         return self == ForwardMode.NATIVE
-
-
-#: Fields of FastDeploy's ForwardMeta that backends read. :func:`field` and :func:`optional` refuse
-#: any other name, because FastDeploy's object returns None for a misspelt one.
-FIELDS = frozenset(
-    {
-        "attn_mask",
-        "attn_mask_offsets",
-        "batch_id_per_token",
-        "block_tables",
-        "caches",
-        "cascade_plan",
-        "cu_seqlens_q",
-        "exist_prefill",
-        "forward_mode",
-        "is_dummy_or_profile_run",
-        "max_len_tensor_cpu",
-        "position_ids",
-        "pre_caches_length",
-        "rope_already_applied",
-        "rotary_embs",
-        "seq_lens_decoder",
-        "seq_lens_encoder",
-        "seq_lens_this_time",
-        "step_use_cudagraph",
-        "tbo_microbatch_id",
-    }
-)
 
 
 def optional(forward_meta: Any, name: str) -> Any:
@@ -177,7 +150,6 @@ _PLANNED = (
     "seq_lens_decoder",
     "seq_lens_this_time",
 )
-_PLAN_RECORD = "_fastattn_plan_record"
 
 
 class _Seen(NamedTuple):
@@ -206,7 +178,7 @@ def _record_plan(forward_meta: Any, plan: Any) -> None:
     """Record the state of the fields that a plan was made for."""
     fields = {name: _Seen.of(optional(forward_meta, name)) for name in _PLANNED}
     own = [_Seen.of(x) for x in plan if is_tensor(x)]
-    setattr(forward_meta, _PLAN_RECORD, (plan, own, fields))
+    setattr(forward_meta, PLAN_RECORD, (plan, own, fields))
 
 
 def current_plan(forward_meta: Any) -> Any:
@@ -228,7 +200,7 @@ def current_plan(forward_meta: Any) -> Any:
         return plan
     if not isinstance(plan, tuple) or not paddle.in_dynamic_mode():
         return plan  # cascade_attention reports the error
-    known, own, fields = getattr(forward_meta, _PLAN_RECORD, None) or (None, [], {})
+    known, own, fields = getattr(forward_meta, PLAN_RECORD, None) or (None, [], {})
     if known is plan and not any(seen.differs(seen.tensor) for seen in own):
         for name, seen in fields.items():
             if seen.differs(optional(forward_meta, name)):
@@ -239,6 +211,16 @@ def current_plan(forward_meta: Any) -> Any:
     else:
         _record_plan(forward_meta, plan)
     return plan
+
+
+class OwnTable:
+    """A step as a layer sees it that rotates by a table of its own."""
+
+    def __init__(self, step: Any, table: Any) -> None:
+        self._step, self.rotary_embs = step, table
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
 
 
 class ForwardMeta:
@@ -268,8 +250,8 @@ class ForwardMeta:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Attributes without the record of the plan, which belongs to this object's tensors."""
-        return {k: v for k, v in self.__dict__.items() if k != _PLAN_RECORD}
+        """Attributes without the records of backends, which belong to this object."""
+        return {k: v for k, v in self.__dict__.items() if k not in (PLAN_RECORD, SHARED_STEP)}
 
     @classmethod
     def for_step(

@@ -8,12 +8,9 @@ it is a separate operator in the same stream, between the write and the attentio
 from __future__ import annotations
 
 import functools
-import mmap
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastattn import _ops
@@ -41,7 +38,7 @@ class KvSignals:
     begins_steps : bool
         Whether a step begins with this backend. The draft model's backend continues the step of the
         main model.
-    key_rule : {"rank", "number", "wide"}
+    key_rule : {"rank", "wide"}
         Rule for the key of the queue, see :func:`queue_key`.
     """
 
@@ -111,40 +108,20 @@ def _send(key: Any, value: Any, layer_id: int, channel: str) -> None:
 
 
 def _key_rule(parallel: Any) -> str:
-    """The key rule of the installed FastDeploy.
+    """The key rule of the installed FastDeploy, whose receiver is one of its compiled operators.
 
-    The receiver is part of FastDeploy's compiled operators, whose rule changed without a change in
-    Python. Version 2.5.0 used C's ``ftok``, which takes 8 bits of the number; later builds use
-    their own function. A queue that nobody reads would fill up and block the worker.
+    Builds of release 2.5.0 differ in their rule. A queue that nobody reads would fill up and block
+    the worker.
     """
     if not hasattr(parallel, "local_engine_worker_queue_port"):
         return "rank"
-    known = [_told_by(path) for path in _operator_libraries()]
-    return "number" if "number" in known and "wide" not in known else "wide"
-
-
-def _operator_libraries() -> Iterator[Path]:
-    """FastDeploy's compiled operators for GPUs."""
-    name = "fastdeploy.model_executor.ops.gpu"
-    folders = [Path(path) for path in getattr(sys.modules.get(name), "__path__", None) or ()]
-    for root in getattr(sys.modules.get("fastdeploy"), "__path__", None) or ():
-        folders.append(Path(root, *name.split(".")[1:]))
-    for folder in dict.fromkeys(folders):
-        yield from sorted(folder.rglob("*.so"))
-
-
-@functools.lru_cache(maxsize=16)
-def _told_by(library: Path) -> str | None:
-    """The rule according to a library's strings: the newer function has its own message."""
-    try:
-        with library.open("rb") as file:
-            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError):  # it cannot be read, or is empty
-        return None
-    with text:
-        if text.find(b"[custom_ftok]") >= 0:
-            return "wide"
-        return "number" if text.find(b"INFERENCE_MSG_QUEUE_ID") >= 0 else None
+    if str(getattr(sys.modules.get("fastdeploy"), "__version__", "")).startswith("2.5.0"):
+        raise NotImplementedError(
+            "parallel_config.pd_disaggregation_mode = 'per_chunk' is not supported with FastDeploy "
+            "2.5.0, whose builds name the queue of signals differently; supported: per_query, "
+            "FastDeploy 2.5.1 and later"
+        )
+    return "wide"
 
 
 def queue_key(rank: int, rule: str = "wide") -> int:
@@ -153,23 +130,22 @@ def queue_key(rank: int, rule: str = "wide") -> int:
     Parameters
     ----------
     rank : int
-    rule : {"rank", "number", "wide"}
+    rule : {"rank", "wide"}
         "rank": FastDeploy 2.4, C's ``ftok("/opt/", 1024 + rank)``, the same for all servers of a
-        node. "number": FastDeploy 2.5.0, ``ftok("/opt/", id + rank)`` with the server's
-        ``INFERENCE_MSG_QUEUE_ID`` as id. "wide": later builds, with 20 bits of such a number.
+        node. "wide": later releases, with 20 bits of a number that is made of the server's
+        ``INFERENCE_MSG_QUEUE_ID`` and the rank.
     """
     try:
         place = os.stat("/opt/")
     except OSError:
         return -1
-    # FastDeploy 2.4 adds the rank to 1024, and C's ftok takes the lower 8 bits of the sum.
-    number = 1024 if rule == "rank" else int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024"))
     if rule == "wide":
+        number = int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024"))
         # FastDeploy means (id << 4) + rank, but C evaluates it as id << (4 + rank).
         number = number << (4 + rank) & 0xFFFFF
         key = (place.st_dev & 0xF) << 28 | (place.st_ino & 0xFF) << 20 | number
     else:
-        number = number + rank & 0xFF
+        number = 1024 + rank & 0xFF  # C's ftok takes the lower 8 bits
         key = number << 24 | (place.st_dev & 0xFF) << 16 | place.st_ino & 0xFFFF
     return key - (1 << 32) if key >= 1 << 31 else key  # as an int of C
 

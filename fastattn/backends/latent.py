@@ -100,17 +100,11 @@ class LatentAttentionBackend(AttentionBackend):
         self.num_heads = num_heads
         self.kv_num_heads = 1
         self.head_dim = LATENT_DIM + ROPE_DIM
-        self.attention_metadata: Any = None
         self._signals = KvSignals.of(fd_config)
         self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
 
-    def get_attention_meta(self) -> Any:
-        """Metadata of the current step."""
-        return self.attention_metadata
-
-    def init_attention_metadata(self, forward_meta: Any) -> None:
-        """Prepare a step. Nothing is copied from the device."""
-        for name in ("attn_mask", "attn_mask_offsets"):
+    def _prepare(self, forward_meta: Any) -> LatentAttentionMetadata:
+        for name in ("attn_mask", "attn_mask_offsets", "swa_rotary_embs"):
             if optional(forward_meta, name) is not None:
                 self._refuse(f"forward_meta.{name}")
         if optional(forward_meta, "pre_caches_length"):
@@ -120,17 +114,9 @@ class LatentAttentionBackend(AttentionBackend):
         starts = optional(forward_meta, "cu_seqlens_q")
         if self._stale_starts is not None and starts is not None:
             self._stale_starts.settle(starts)
-        self.attention_metadata = self._metadata_class(host_lengths(forward_meta))
         if self._signals is not None:
             self._signals.begin(forward_meta)
-
-    def _refuse(self, what: str) -> None:
-        raise NotImplementedError(f"{type(self).__name__}: {what} is not supported")
-
-    def _metadata(self) -> Any:
-        if self.attention_metadata is None:
-            raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
-        return self.attention_metadata
+        return self._metadata_class(host_lengths(forward_meta))
 
     def _queries(self, q: Any, compressed_kv: Any, layer: Any) -> tuple[Any, Any]:
         """Absorbed queries [T, H, 576], and the latents [T, 512] of the same tokens."""
@@ -139,7 +125,7 @@ class LatentAttentionBackend(AttentionBackend):
             if tensor is None:
                 raise ValueError(f"{name}: {what}: expected a tensor, got None")
         if getattr(layer, "sliding_window", 0):
-            raise NotImplementedError(f"{name}: layer.sliding_window is not supported")
+            self._refuse("layer.sliding_window")
         shape = list(q.shape)
         width, whole = self.num_heads * self.head_dim, [self.num_heads, self.head_dim]
         if shape[1:] not in ([width], whole):

@@ -6,15 +6,17 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from fastattn import env
 from fastattn.backends.config import (
     BLOCK_SIZE,
+    cache_kind,
     count_of,
     drafted_tokens,
     read,
-    refuse_disaggregation,
+    refuse,
+    refuse_server_options,
 )
 from fastattn.functional.topk import MAX_K
 
@@ -24,6 +26,16 @@ ROPE_DIM = 64
 
 #: Channels of an index key.
 INDEX_DIM = 128
+
+#: Options of windows.
+_WINDOWS = (
+    "head_wise_swa_ratio",
+    "sink_size",
+    "swa_num_key_value_heads",
+    "swa_rope_theta",
+    "window_attn_skip_freq",
+    "window_size",
+)
 
 #: Maximum number of heads of a process.
 MOST_HEADS = 128
@@ -103,13 +115,13 @@ class IndexerConfig:
         """Read a FastDeploy configuration; raises as :meth:`LatentConfig.of`."""
         dim = count_of(fd_config, backend, "model_config.index_head_dim", None, 1)
         if dim != INDEX_DIM:
-            _no(backend, "model_config.index_head_dim", dim, f"supported: {INDEX_DIM}")
+            refuse(backend, "model_config.index_head_dim", dim, f"supported: {INDEX_DIM}")
         heads = count_of(fd_config, backend, "model_config.index_n_heads", None, 1)
         if heads % 8 or heads > 256:
-            _no(backend, "model_config.index_n_heads", heads, "supported: multiples of 8 to 256")
+            refuse(backend, "model_config.index_n_heads", heads, "supported: multiples of 8 to 256")
         topk = count_of(fd_config, backend, "model_config.index_topk", None, 1)
         if topk > MAX_K:
-            _no(backend, "model_config.index_topk", topk, f"supported: 1 to {MAX_K}")
+            refuse(backend, "model_config.index_topk", topk, f"supported: 1 to {MAX_K}")
         interleaved = read(fd_config, "model_config.indexer_rope_interleave")
         if interleaved is None:
             interleaved = str(read(fd_config, "model_config.model_type", "")).startswith("glm")
@@ -144,33 +156,23 @@ def _yarn_number(fd_config: Any, backend: str, name: str, default: float) -> flo
     return float(value) or default
 
 
-def _no(backend: str, what: str, value: Any, supported: str) -> NoReturn:
-    raise NotImplementedError(f"{backend}: {what} = {value!r} is not supported; {supported}")
-
-
 def _refuse(fd_config: Any, backend: str, num_heads: int) -> None:
-    def no(what: str, value: Any, supported: str) -> None:
-        _no(backend, what, value, supported)
-
     for name, channels in (("kv_lora_rank", LATENT_DIM), ("qk_rope_head_dim", ROPE_DIM)):
         value = read(fd_config, f"model_config.{name}")
         if value != channels:
-            no(f"model_config.{name}", value, f"supported: {channels}")
+            refuse(backend, f"model_config.{name}", value, f"supported: {channels}")
     if not isinstance(num_heads, numbers.Integral) or isinstance(num_heads, bool):
         raise TypeError(f"{backend}: num_heads: expected int, got {num_heads!r}")
     if not 1 <= num_heads <= MOST_HEADS:
-        no("num_heads", num_heads, f"supported: 1 to {MOST_HEADS} in a process")
-    refuse_disaggregation(fd_config, backend, no)
-    level = count_of(fd_config, backend, "graph_opt_config.graph_opt_level", 0, 0)
-    if level > 0:
-        no("graph_opt_config.graph_opt_level", level, "supported: 0 (CUDA graphs of dygraph)")
-    kind = read(fd_config, "quant_config.kv_cache_quant_type")
-    kind = getattr(kind, "value", kind)  # FastDeploy has an enum of strings
+        refuse(backend, "num_heads", num_heads, f"supported: 1 to {MOST_HEADS} in a process")
+    kind = cache_kind(fd_config)
     if kind not in (None, "none"):
-        no("quant_config.kv_cache_quant_type", kind, "the backend chooses the cache's format")
-    for name in ("window_size", "head_wise_swa_ratio", "sink_size"):
+        own = "the backend chooses the cache's format"
+        refuse(backend, "quant_config.kv_cache_quant_type", kind, own)
+    for name in _WINDOWS:
         value = read(fd_config, f"model_config.{name}", 0)
-        if value:
-            no(f"model_config.{name}", value, "latent attention has no window")
+        if any(value) if isinstance(value, (list, tuple)) else value:
+            refuse(backend, f"model_config.{name}", value, "latent attention has no window")
     if env.deterministic():
-        no("FD_DETERMINISTIC_MODE", 1, "bits of a sequence may depend on the batch")
+        refuse(backend, "FD_DETERMINISTIC_MODE", 1, "bits of a sequence may depend on the batch")
+    refuse_server_options(fd_config, backend)

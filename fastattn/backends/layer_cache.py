@@ -8,8 +8,11 @@ from typing import Any
 from fastattn.backends.forward_meta import field
 from fastattn.backends.scales import HeadShard, local_scales
 from fastattn.functional._cache_types import (
+    CACHE_QUANT_TYPES,
+    CONFIG_TYPES,
     DYNAMIC_TYPES,
     TYPES,
+    cache_type_name,
     check_cache_type,
     check_no_zero_points,
     value_dim,
@@ -22,10 +25,16 @@ def cache_type_of(kv_cache_quant_type: str | None) -> str:
     Raises
     ------
     NotImplementedError
-        If it is not supported. The message lists the supported types.
+        If it is not supported. The message lists the supported types by FastDeploy's names.
     """
-    name = "none" if kv_cache_quant_type is None else kv_cache_quant_type
-    return check_cache_type("get_kv_cache_shape", name)
+    name = cache_type_name("none" if kv_cache_quant_type is None else kv_cache_quant_type)
+    if name not in CACHE_QUANT_TYPES:
+        theirs = {ours: name for name, ours in CONFIG_TYPES.items()}
+        raise NotImplementedError(
+            f"kv_cache_quant_type = {kv_cache_quant_type!r} is not supported; supported: "
+            + ", ".join(theirs.get(ours, ours) for ours in CACHE_QUANT_TYPES)
+        )
+    return name
 
 
 @dataclass(frozen=True)

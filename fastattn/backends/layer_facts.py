@@ -75,6 +75,8 @@ class LayerFacts:
         follow K and V.
     k_scales, v_scales : Tensor or None
         Static scales.
+    shard : HeadShard
+        The layer's KV heads that this process holds.
     write_tensors, write_attrs : tuple
         Arguments of the operator ``rope_write_cache_kv``: the layer's tensors and the attributes.
     q_quant : str
@@ -103,6 +105,7 @@ class LayerFacts:
     dynamic: bool
     k_scales: Any
     v_scales: Any
+    shard: Any
     write_tensors: tuple[Any, ...]
     write_attrs: tuple[Any, ...]
     q_quant: str
@@ -121,6 +124,7 @@ class LayerFacts:
         layer: Any,
         caches: Any,
         cache: LayerCache,
+        shard: Any,
         heads: tuple[int, int, int],
         write: dict[str, Any],
         attend: dict[str, Any],
@@ -143,6 +147,7 @@ class LayerFacts:
             dynamic=dynamic,
             k_scales=None if dynamic else cache.k_scales,
             v_scales=None if dynamic else cache.v_scales,
+            shard=shard,
             write_tensors=tuple(write.get(name) for name in _WRITE_TENSORS),
             write_attrs=rope_write_attrs(
                 num_heads=heads[0],
@@ -220,7 +225,7 @@ class LayerFacts:
             return self.write_tensors[_WRITE_TENSORS.index("q_scale")]
         return written[1]
 
-    def scales(self, forward_meta: Any, layer: Any, shard: Any) -> tuple[Any, Any]:
+    def scales(self, forward_meta: Any, layer: Any) -> tuple[Any, Any]:
         """Scales of K and V for a call."""
         if self.dynamic:
             caches = forward_meta.caches
@@ -231,7 +236,7 @@ class LayerFacts:
             return self.k_scales, self.v_scales
         if self.sources and self.detached and self.kinds == _kinds_of(self.sources):
             return self.sources[0].detach(), self.sources[1].detach()
-        cache = LayerCache.of(forward_meta, layer, shard)
+        cache = LayerCache.of(forward_meta, layer, self.shard)
         return cache.k_scales, cache.v_scales
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import paddle
 
 from fastattn import _views, functional
-from fastattn.backends import fastdeploy_models
-from fastattn.backends.forward_meta import field, sequences
+from fastattn.backends.forward_meta import field, optional, sequences
 from fastattn.backends.latent import LatentAttentionBackend
 from fastattn.backends.latent_config import LATENT_DIM, ROPE_DIM
 
@@ -41,13 +40,12 @@ class MLAAttentionBackend(LatentAttentionBackend):
         return [max_num_blocks, 1, self.config.block_size, LATENT_DIM + ROPE_DIM], []
 
     def init_attention_metadata(self, forward_meta: Any) -> None:
-        """Prepare a step. Nothing is copied from the device.
+        """Prepare a step; see :meth:`fastattn.backends.AttentionBackend.init_attention_metadata`.
 
         Afterwards ``forward_meta.max_len_tensor_cpu`` says that the step has decoding sequences
         only. FastDeploy's models read it to decide whether to expand K and V of prefilled tokens.
-        So they pass absorbed queries for all tokens.
+        So they pass absorbed queries for all tokens (``LENGTHS`` in fastattn/_plugin/patches.py).
         """
-        fastdeploy_models.refuse_one_token_layers(type(self).__name__)
         super().init_attention_metadata(forward_meta)
         forward_meta.max_len_tensor_cpu = self._lengths
 
@@ -93,10 +91,17 @@ class MLAAttentionBackend(LatentAttentionBackend):
             If the step lacks a field, or shapes do not match.
         """
         if k is not None or v is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: {'v' if k is None else 'k'}: expanded keys and values are "
-                "not supported; the model has to give absorbed queries, as it does by the "
-                "max_len_tensor_cpu that init_attention_metadata sets"
+            self._refuse(
+                f"{'v' if k is None else 'k'}, expanded keys or values,",
+                "; the model has to give absorbed queries, as it does by the max_len_tensor_cpu "
+                "that init_attention_metadata sets",
+            )
+        if optional(forward_meta, "cache_seqlens") is not None:
+            # FastDeploy's layers set it together with queries of one token of each sequence.
+            self._refuse(
+                "forward_meta.cache_seqlens, of layers that leave out draft tokens and prefilled "
+                "tokens,",
+                "; supported: GPUs of compute capability 9.x without USE_FLASH_MLA",
             )
         queries, latents = self._queries(q, compressed_kv, layer)
         tokens = queries.shape[0]

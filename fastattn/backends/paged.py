@@ -13,6 +13,7 @@ from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.calibrated import Calibrated
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig, keep_out_of_graphs
 from fastattn.backends.forward_meta import (
+    OwnTable,
     current_plan,
     field,
     guess_new_tokens,
@@ -24,7 +25,7 @@ from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
-from fastattn.backends.scales import local_center
+from fastattn.backends.scales import HeadShard, local_center
 from fastattn.backends.stale_starts import StaleStarts
 from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
 from fastattn.functional._attributes import ANY_LENGTH
@@ -128,7 +129,7 @@ class PagedAttentionBackend(AttentionBackend):
                 f"{num_heads}"
             )
         try:
-            self.config.shard.first_head(kv_num_heads)
+            self.config.shard_of(kv_num_heads).first_head(kv_num_heads)
         except ValueError as error:
             raise ValueError(f"{name}: kv_num_heads: {error}") from None
         self.kv_num_heads = kv_num_heads
@@ -141,7 +142,6 @@ class PagedAttentionBackend(AttentionBackend):
             batch_invariant = env.deterministic() or decoder_block_shape_q not in _BLOCK_SHAPES_Q
         self.batch_invariant = batch_invariant
         self._calibrated = Calibrated.from_env()
-        self.attention_metadata: PagedAttentionMetadata | None = None
         self._known_layers = KnownLayers()
         guard(fd_config, name)
         self._signals = KvSignals.of(fd_config)
@@ -182,16 +182,18 @@ class PagedAttentionBackend(AttentionBackend):
         """Shape and dtype of a layer's two scale tensors; None if its type has none in the cache.
 
         The dtype is float32; bfloat16 tensors of that shape are accepted too. ``block_wise_mxfp4``
-        has uint8 scales, D / 32 per token.
+        has uint8 scales, D / 32 per token. Without a type it is that of the configuration, and the
+        dtype is Paddle's default dtype, by which FastDeploy's processes size the scales.
         """
-        quant_type = cache_type_of(kv_cache_quant_type)
+        quant_type = cache_type_of(kv_cache_quant_type or self.config.cache_kind)
         if quant_type not in DYNAMIC_TYPES:
             return None
         own, dtype = token_scales(quant_type, self.head_dim)
+        if kv_cache_quant_type is None and dtype != "uint8":
+            dtype = paddle.get_default_dtype()
         return [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, *own], dtype
 
-    def init_attention_metadata(self, forward_meta: Any) -> None:
-        """Prepare a step. Nothing is copied from the device."""
+    def _prepare(self, forward_meta: Any) -> PagedAttentionMetadata:
         self._refuse_step(forward_meta)
         offsets = optional(forward_meta, "attn_mask_offsets")
         if offsets is not None and len(offsets.shape) == 1 and offsets.shape[0] % 2:
@@ -202,15 +204,10 @@ class PagedAttentionBackend(AttentionBackend):
         starts = optional(forward_meta, "cu_seqlens_q")
         if self._stale_starts is not None and starts is not None:
             self._stale_starts.settle(starts)
-        self.attention_metadata = PagedAttentionMetadata(
-            host_lengths(forward_meta), current_plan(forward_meta)
-        )
+        metadata = PagedAttentionMetadata(host_lengths(forward_meta), current_plan(forward_meta))
         if self._signals is not None:
             self._signals.begin(forward_meta)
-
-    def get_attention_meta(self) -> PagedAttentionMetadata | None:
-        """Metadata of the current step."""
-        return self.attention_metadata
+        return metadata
 
     def forward_mixed(
         self,
@@ -251,15 +248,14 @@ class PagedAttentionBackend(AttentionBackend):
             If the step lacks a field, or the caches and scales do not match the layer.
         """
         if compressed_kv is not None or k_pe is not None:
-            name = "k_pe" if compressed_kv is None else "compressed_kv"
-            raise NotImplementedError(
-                f"{type(self).__name__}: {name}: multi-head latent attention is not supported"
+            self._refuse(
+                f"{'k_pe' if compressed_kv is None else 'compressed_kv'}, of latent attention,"
             )
-        metadata = self.attention_metadata
-        if metadata is None:
-            raise ValueError(f"{type(self).__name__}: init_attention_metadata was not called")
+        metadata = self._metadata()
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
+        if self._has_own_table(layer, forward_meta):
+            forward_meta = OwnTable(forward_meta, field(forward_meta, "swa_rotary_embs"))
         done = self._step(qkv, layer, forward_meta, metadata)
         if done is not None:
             return done
@@ -270,7 +266,7 @@ class PagedAttentionBackend(AttentionBackend):
         facts = self._facts_of(layer, forward_meta)
         caches = forward_meta.caches
         key, value = caches[facts.first], caches[facts.first + 1]
-        scales = facts.scales(forward_meta, layer, self.config.shard)
+        scales = facts.scales(forward_meta, layer)
         seqs = sequences(forward_meta)
         rotated = optional(forward_meta, "rope_already_applied")
         table = None if rotated else field(forward_meta, "rotary_embs")
@@ -316,7 +312,7 @@ class PagedAttentionBackend(AttentionBackend):
             if tables is None:
                 return None
             lengths = _size(qkv, 0), self._most_keys(tables)
-        scales = None if facts.dynamic else facts.scales(forward_meta, layer, self.config.shard)
+        scales = None if facts.dynamic else facts.scales(forward_meta, layer)
         try:
             return run(
                 plan,
@@ -407,10 +403,11 @@ class PagedAttentionBackend(AttentionBackend):
         if known is not None and known.hold(layer, caches):
             return known
         self._refuse_layer(layer)
-        cache = LayerCache.of(forward_meta, layer, self.config.shard)
+        shard = self.config.shard_of(self.kv_num_heads, layer.layer_id)
+        cache = LayerCache.of(forward_meta, layer, shard)
         types = {"cache_quant_type": cache.quant_type, "fp8_format": cache.fp8_format}
         masks = self._mask_arguments(layer)
-        transform = self._key_transform(layer, cache)
+        transform = self._key_transform(layer, cache, shard)
         # The writer rotates Q along with K, so the attention need not. But a sink needs the scores
         # of the original K, for which the attention takes the unrotated Q and the centre.
         shifts = transform["k_center"] is not None and masks["sinks"] is not None
@@ -431,7 +428,7 @@ class PagedAttentionBackend(AttentionBackend):
             "k_rotation": transform["k_rotation"] if shifts else "none",
             "k_center": transform["k_center"] if shifts else None,
         }
-        facts = LayerFacts.of(layer, caches, cache, self._heads(), write, attend)
+        facts = LayerFacts.of(layer, caches, cache, shard, self._heads(), write, attend)
         self._known_layers.put(layer, facts)
         return facts
 
@@ -440,22 +437,21 @@ class PagedAttentionBackend(AttentionBackend):
         if self.q_quant == "auto":
             return "per_token_head" if cache.holds_e4m3() and not shifts else "none"
         if self.q_quant != "none" and shifts:
-            raise NotImplementedError(
-                f"{type(self).__name__}: q_quant {self.q_quant!r} is not supported for a layer "
-                "with sinks and a cache_k_center; supported: none, auto"
+            self._refuse(
+                f"q_quant {self.q_quant!r}",
+                " for a layer with sinks and a cache_k_center; supported: none, auto",
             )
         return self.q_quant
 
-    def _key_transform(self, layer: Any, cache: LayerCache) -> dict[str, Any]:
+    def _key_transform(self, layer: Any, cache: LayerCache, shard: HeadShard) -> dict[str, Any]:
         """Transformation of K before it is quantised."""
         rotation = getattr(layer, "cache_k_rotation", None)
         center = getattr(layer, "cache_k_center", None)
         if self._calibrated is not None and center is None and rotation in (None, "none"):
             rotation, center = self._calibrated.of(layer, cache.quant_type, cache.key.place)
         if center is not None:
-            center = local_center(
-                center, kv_heads=self.kv_num_heads, head_dim=self.head_dim, shard=self.config.shard
-            )
+            heads = self.kv_num_heads
+            center = local_center(center, kv_heads=heads, head_dim=self.head_dim, shard=shard)
         default = "hadamard" if codes_per_byte(cache.quant_type) == 2 else "none"
         return {"k_rotation": rotation or default, "k_center": center}
 
@@ -485,42 +481,46 @@ class PagedAttentionBackend(AttentionBackend):
 
     def _window_of(self, layer: Any) -> int:
         """Number of keys that a query of the layer sees, including its own; 0 means all."""
+        size = self.config.window_size
+        if not size:
+            return int(getattr(layer, "sliding_window", 0) or 0)
+        return size if self._has_window(layer) else 0
+
+    def _has_window(self, layer: Any) -> bool:
+        """Whether the layer has what the configuration says of layers with a window."""
         layers = self.config.window_layers
-        if not layers:
-            return self.config.window_size or int(getattr(layer, "sliding_window", 0) or 0)
-        if not 0 <= layer.layer_id < len(layers):
+        if layers and not 0 <= layer.layer_id < len(layers):
             raise ValueError(
                 f"{type(self).__name__}: layer.layer_id: model_config.window_attn_skip_freq has "
                 f"{len(layers)} entries, got layer {layer.layer_id}"
             )
-        return self.config.window_size if layers[layer.layer_id] else 0
+        return not layers or layers[layer.layer_id]
+
+    def _has_own_table(self, layer: Any, forward_meta: Any) -> bool:
+        """Whether the layer rotates by ``forward_meta.swa_rotary_embs``."""
+        rotates = self.config.window_tables and not optional(forward_meta, "rope_already_applied")
+        return rotates and self._has_window(layer)
 
     def _refuse_step(self, forward_meta: Any) -> None:
         if optional(forward_meta, "attn_mask") is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: forward_meta.attn_mask is not supported; use "
-                "attn_mask_offsets"
-            )
+            self._refuse("forward_meta.attn_mask", "; use attn_mask_offsets")
         if self.batch_invariant and optional(forward_meta, "cascade_plan") is not None:
-            raise NotImplementedError(
-                f"{type(self).__name__}: forward_meta.cascade_plan is not supported with "
-                "batch_invariant: all sequences attend to a shared prefix as one"
+            self._refuse(
+                "forward_meta.cascade_plan",
+                " with batch_invariant: all sequences attend to a shared prefix as one",
             )
         if optional(forward_meta, "pre_caches_length"):
-            raise NotImplementedError(
-                f"{type(self).__name__}: forward_meta.pre_caches_length is not supported"
-            )
+            self._refuse("forward_meta.pre_caches_length")
+        if optional(forward_meta, "swa_rotary_embs") is not None and not self.config.window_tables:
+            self._refuse("forward_meta.swa_rotary_embs", " without model_config.swa_rope_theta")
 
     def _refuse_layer(self, layer: Any) -> None:
         for name in ("linear_shift", "linear_smooth", "qkv_scale"):
             if getattr(layer, name, None) is not None:
-                raise NotImplementedError(f"{type(self).__name__}: layer.{name} is not supported")
+                self._refuse(f"layer.{name}")
         out_scale = getattr(layer, "out_scale", None)
         if out_scale is not None and out_scale > 0:
-            raise NotImplementedError(
-                f"{type(self).__name__}: layer.out_scale = {out_scale}: a quantised output is not "
-                "supported"
-            )
+            self._refuse(f"layer.out_scale = {out_scale}, a quantised output,")
 
 
 @unified

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from fastattn._plugin import patches
 from fastattn.backends.calibrated import digest
 from fastattn.backends.config import fastdeploy_flag, read
 
@@ -28,7 +29,6 @@ LAYOUT = "fastattn-1"
 FIELD = "kv_cache_layout"
 
 _CONNECTOR = "fastdeploy.splitwise.splitwise_connector"
-_HASHES = "fastdeploy.cache_manager.prefix_cache_manager"
 _PLAIN = ("bfloat16", "float16", "float32", "bf16", "fp16", "none")
 
 
@@ -62,7 +62,7 @@ def guard(fd_config: Any, backend: str) -> None:
             "for quantised caches that other servers read; it names and moves blocks elsewhere",
         )
     if role != "mixed":
-        _guard_messages(fd_config, role, backend)
+        _guard_messages(fd_config, backend)
     if pool is not None:
         _guard_pool(pool, backend)
 
@@ -82,20 +82,14 @@ def _refuse(backend: str, what: str, value: Any, why: str) -> NoReturn:
 # ---- messages between a prefill and a decode server ----
 
 
-def _guard_messages(fd_config: Any, role: str, backend: str) -> None:
-    module = sys.modules.get(_CONNECTOR)
-    if module is None:
-        return
-    connector = getattr(module, "SplitwiseConnector", None)
-    methods = ("_serialize_message", "_deserialize_message", "_send_message")
-    if not all(callable(getattr(connector, name, None)) for name in methods):
-        _refuse(
-            backend,
-            "scheduler_config.splitwise_role",
-            role,
-            "for quantised caches: this FastDeploy's servers exchange no messages that could name "
-            "the order of a cache's bytes",
-        )
+def _guard_messages(fd_config: Any, backend: str) -> None:
+    """Send the layout with every request from one server to another, and refuse requests without
+    it.
+
+    A prefill server sends a request ("prefill"). The decode server answers with its blocks, or with
+    an error that fails the request ("cache_sync").
+    """
+    connector = getattr(sys.modules.get(_CONNECTOR), "SplitwiseConnector", None)
     protocol = str(read(fd_config, "cache_config.cache_transfer_protocol", ""))
     if "ipc" in protocol.split(",") and hasattr(connector, "send_splitwise_tasks_innode"):
         _refuse(
@@ -105,20 +99,11 @@ def _guard_messages(fd_config: Any, role: str, backend: str) -> None:
             "for quantised caches: over ipc this FastDeploy's servers exchange no messages that "
             "could name the order of a cache's bytes; supported: rdma",
         )
-    if getattr(connector._serialize_message, "fastattn", False):  # type: ignore[union-attr]
-        return
-    _mark_messages(connector)
+    patches.SEND.apply(_sending_layout)
+    patches.RECEIVE.apply(_requiring_layout)
 
 
-def _mark_messages(connector: Any) -> None:
-    """Send the layout with every request from one server to another, and refuse requests without
-    it.
-
-    A prefill server sends a request ("prefill"). The decode server answers with its blocks, or with
-    an error that fails the request ("cache_sync").
-    """
-    serialize, deserialize = connector._serialize_message, connector._deserialize_message
-
+def _sending_layout(serialize: Callable[..., Any]) -> Callable[..., Any]:
     def _serialize_message(self: Any, msg_type: str, payload: Any) -> Any:
         if msg_type == "prefill":
             for task in payload:
@@ -128,6 +113,10 @@ def _mark_messages(connector: Any) -> None:
             payload = [{**info, FIELD: layout()} for info in payload]
         return serialize(self, msg_type, payload)
 
+    return _serialize_message
+
+
+def _requiring_layout(deserialize: Callable[..., Any]) -> Callable[..., Any]:
     def _deserialize_message(self: Any, *frames: Any) -> Any:
         msg_type, payload = deserialize(self, *frames)
         if msg_type == "cache_sync":
@@ -140,9 +129,7 @@ def _mark_messages(connector: Any) -> None:
                 msg_type = "refused"
         return msg_type, payload
 
-    _serialize_message.fastattn = True  # type: ignore[attr-defined]
-    connector._serialize_message = _serialize_message
-    connector._deserialize_message = _deserialize_message
+    return _deserialize_message
 
 
 def _difference(role: str, info: dict[str, Any]) -> str:
@@ -190,22 +177,11 @@ def _guard_pool(pool: str, backend: str) -> None:
         return
     if pool not in ("mooncake", "file"):
         _refuse(backend, what, pool, "for quantised caches; supported: mooncake, file")
-    module: Any = sys.modules.get(_HASHES)
-    if module is None:
-        return
-    original: Callable[..., Any] | None = getattr(module, "get_hash_str", None)
-    if original is None:
-        _refuse(
-            backend,
-            what,
-            pool,
-            "for quantised caches: this FastDeploy names blocks in a way that cannot be marked",
-        )
-    if getattr(original, "fastattn", False):
-        return
+    patches.BLOCK_NAMES.apply(_naming_layout)
 
+
+def _naming_layout(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_hash_str(token_ids: Any, *extra_keys: Any, **named: Any) -> Any:
         return original((layout(), token_ids), *extra_keys, **named)
 
-    get_hash_str.fastattn = True  # type: ignore[attr-defined]
-    module.get_hash_str = get_hash_str
+    return get_hash_str

@@ -33,6 +33,14 @@ class HeadShard:
     size: int = 1
     rank: int = 0
 
+    def holds(self, local_heads: int) -> bool:
+        """Whether this process holds that many heads."""
+        total = local_heads * self.size if self.num_heads is None else self.num_heads
+        larger, smaller = max(total, self.size), min(total, self.size)
+        share = max(total // max(self.size, 1), 1)
+        divides = smaller > 0 and larger % smaller == 0
+        return share == local_heads and divides and 0 <= self.rank < self.size
+
     def first_head(self, local_heads: int) -> int:
         """Index of this process's first head in the model.
 
@@ -44,10 +52,7 @@ class HeadShard:
         if self.size < 1 or local_heads < 1:
             raise ValueError(f"{local_heads} KV heads on one of {self.size} tensor parallel ranks")
         total = local_heads * self.size if self.num_heads is None else self.num_heads
-        share = max(total // self.size, 1)
-        larger, smaller = max(total, self.size), min(total, self.size)
-        divides = smaller > 0 and larger % smaller == 0
-        if share != local_heads or not divides or not 0 <= self.rank < self.size:
+        if not self.holds(local_heads):
             raise ValueError(
                 f"tensor parallel rank {self.rank} of {self.size} cannot hold {local_heads} of "
                 f"{total} KV heads"

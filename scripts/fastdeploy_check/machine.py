@@ -161,7 +161,7 @@ def install_ops(ops: dict[str, Callable[..., Any]]) -> None:
                 raise AttributeError(name)
 
             def missing(*_: Any, **__: Any) -> Any:
-                raise OpNotStoodInFor(f"{name}: this check has no stand-in for it")
+                raise OpNotStoodInFor(f"{name}, an operator of this tree")
 
             missing.__name__ = name
             return ops.get(name, missing)

@@ -107,6 +107,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "speculate_pre_process": speculate_pre_process,
     "speculate_get_seq_lens_output": lambda lens, *_: [lens],
     "speculate_get_output_padding_offset": lambda cum, num, lens, _: [lens, cum],
+    "get_position_ids": fill_positions,
     "get_position_ids_and_mask_encoder_batch": fill_positions,
     "get_position_ids_and_slot_mapping": fill_positions_and_slots,
     "fused_rotary_position_encoding": rotate_in_place,

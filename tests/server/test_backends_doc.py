@@ -9,6 +9,7 @@ import paddle
 import pytest
 
 from fastattn import _plugin
+from fastattn._plugin.patches import LENGTHS, PATCHES
 from fastattn.backends import config, dsa, latent_config
 from fastattn.functional._cache_types import CONFIG_TYPES
 from tests.support import ROOT
@@ -41,3 +42,9 @@ def test_the_tables_are_complete():
             assert name in TEXT, name
     for name in _plugin.REPLACED:
         assert name.replace("AttentionBackend", "").upper() in TEXT.replace("_", "")
+
+
+def test_what_is_replaced_in_fastdeploy_is_listed():
+    for patch in (*PATCHES, LENGTHS):
+        name = patch.what.partition(":")[2]
+        assert f"| `{name}` | {patch.why} | {patch.versions} | {patch.until} |\n" in TEXT

@@ -95,13 +95,14 @@ def test_a_centre_of_all_ranks():
     whole = np.arange(4 * 64).reshape(4, 64).astype(np.float32)
     layer = AttentionLayer(0, "block_wise_int8", cache_k_center=paddle.to_tensor(whole))
     cache = SimpleNamespace(quant_type="block_wise_int8", key=layer.cache_k_center)
-    own = backend._key_transform(layer, cache)["k_center"]
+    shard = backend.config.shard_of(2, 0)
+    own = backend._key_transform(layer, cache, shard)["k_center"]
     np.testing.assert_array_equal(own.numpy(), whole[2:])
     layer.cache_k_center = paddle.to_tensor(whole[2:]).astype("float16")
-    assert backend._key_transform(layer, cache)["k_center"].dtype == paddle.float32
+    assert backend._key_transform(layer, cache, shard)["k_center"].dtype == paddle.float32
     layer.cache_k_center = paddle.to_tensor(whole[:3])
     with pytest.raises(ValueError, match=r"layer.cache_k_center: expected shape \[2, 64\] or \[4"):
-        backend._key_transform(layer, cache)
+        backend._key_transform(layer, cache, shard)
 
 
 def calibration_of(tmp_path, kind, model, **fields):

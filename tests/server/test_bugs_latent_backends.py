@@ -206,10 +206,10 @@ def make_indexer(monkeypatch, norm):
     """FastDeploy's module of models, with an ``Indexer`` that must not be run as it is."""
 
     class Indexer:
-        def __init__(self):
+        def __init__(self, fd_config, layer_id, prefix=""):
             rng = np.random.default_rng(2)
             self.index_n_heads, self.index_head_dim, self.rope_dim = HEADS, DIM, ROTATED
-            self.layer_id = 3
+            self.layer_id = layer_id
             self.weights = {}
             for name, rows, columns in (
                 ("wq_b", RANK, HEADS * DIM),
@@ -220,11 +220,11 @@ def make_indexer(monkeypatch, norm):
                 setattr(self, name, call)
             self.k_norm = norm()
 
-        def forward(self, *args, **kwargs):
+        def forward(self, forward_meta, hidden_states, qr, rotary_emb=None):
             return "FastDeploy's own"
 
     module = ModuleType(fastdeploy_models.MODELS)
-    module.Indexer = Indexer
+    module.Indexer, module.RMSNorm = Indexer, RMSNorm
     monkeypatch.setitem(sys.modules, fastdeploy_models.MODELS, module)
     return module
 
@@ -232,7 +232,7 @@ def make_indexer(monkeypatch, norm):
 def selected(monkeypatch, module, interleaved, indexer=None):
     """What a patched ``Indexer`` gives to ``select``, and its inputs."""
     fastdeploy_models.take_indexer()
-    indexer = module.Indexer() if indexer is None else indexer
+    indexer = module.Indexer(None, 3) if indexer is None else indexer
     norm = indexer.k_norm
     rng = np.random.default_rng(4)
     for name in ("weight", "bias"):
@@ -294,17 +294,24 @@ def test_bug48_an_indexer_as_the_model_was_trained(monkeypatch, interleaved):
 def test_bug48_keys_of_release_2_6_get_their_bias(monkeypatch):
     """Its RMSNorm has no bias to load; a model made after the registration has a LayerNorm."""
     module = make_indexer(monkeypatch, RMSNorm)
-    early = module.Indexer()
+    early = module.Indexer(None, 3)
     given, (x, *_), weights, norm = selected(monkeypatch, module, True)
     key = (x @ weights["wk"]).astype(np.float64)
     key = (key - key.mean(-1, keepdims=True)) / np.sqrt(key.var(-1, keepdims=True) + 1e-6)
     want = key[0] * norm["weight"] + norm["bias"]  # at position 0
     np.testing.assert_allclose(given[1].numpy()[0, 0], want, atol=2e-4)
-    names = dict(module.Indexer().k_norm.named_parameters())
+    names = dict(module.Indexer(None, 3).k_norm.named_parameters())
     assert sorted(names) == ["bias", "weight"]
     meta = SimpleNamespace(attn_backend=SimpleNamespace(select=None))
     with pytest.raises(NotImplementedError, match=r"Indexer\.k_norm is an RMSNorm"):
         early.forward(meta, None, None)
+
+
+def test_an_indexer_with_other_parameters_is_refused(monkeypatch):
+    module = make_indexer(monkeypatch, LayerNorm)
+    module.Indexer.forward = lambda self, meta, states, latents: None
+    with pytest.raises(NotImplementedError, match=r"Indexer\.forward has .*meta, states, latents"):
+        fastdeploy_models.take_indexer()
 
 
 def test_bug48_an_indexer_of_another_backend_stays(monkeypatch):
@@ -312,7 +319,7 @@ def test_bug48_an_indexer_of_another_backend_stays(monkeypatch):
     for _ in range(2):
         fastdeploy_models.take_indexer()
     meta = SimpleNamespace(attn_backend=object())
-    assert module.Indexer().forward(meta, None, None) == "FastDeploy's own"
+    assert module.Indexer(None, 3).forward(meta, None, None) == "FastDeploy's own"
 
 
 # --- 49, 50 --------------------------------------------------------------------------------------
@@ -444,29 +451,12 @@ def test_bug50_padding_tokens_write_into_no_block(kind, positions):
     server.step([1, 1], padding=3, **fields)
 
 
-def test_layers_that_give_one_token_a_sequence_are_refused(monkeypatch):
-    """FastDeploy's development branch cuts queries down where it would call another kernel."""
-    module = make_indexer(monkeypatch, LayerNorm)
+def test_layers_that_give_one_token_a_sequence_are_refused():
+    """FastDeploy's development branch cuts queries down where it would call another kernel.
 
-    class DeepseekV3MLAAttention:
-        def forward(self, q):
-            from fastdeploy.backend import extract_decoder_token_from_q
-
-            return extract_decoder_token_from_q(q)
-
+    Before it calls a backend it then sets ``forward_meta.cache_seqlens``.
+    """
     server = LatentServer([20], 8)
-    meta = server.meta([1], None, 0, {})
-    module.DeepseekV3MLAAttention = DeepseekV3MLAAttention
-    monkeypatch.setattr(
-        paddle.device.cuda, "get_device_properties", lambda: SimpleNamespace(major=9)
-    )
-    server.backend.init_attention_metadata(meta)
-    monkeypatch.setenv("USE_FLASH_MLA", "1")
-    with pytest.raises(NotImplementedError, match="USE_FLASH_MLA is not supported"):
-        server.backend.init_attention_metadata(meta)
-    monkeypatch.delenv("USE_FLASH_MLA")
-    monkeypatch.setattr(
-        paddle.device.cuda, "get_device_properties", lambda: SimpleNamespace(major=8)
-    )
-    with pytest.raises(NotImplementedError, match=r"compute capability 8\.x"):
-        server.backend.init_attention_metadata(meta)
+    server.step([3])
+    with pytest.raises(NotImplementedError, match=r"MLA.*: forward_meta\.cache_seqlens.* 9\.x"):
+        server.step([1], cache_seqlens=to_paddle(np.array([4], np.int32)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -42,7 +43,7 @@ each_backend = pytest.mark.parametrize("name", BACKENDS)
 def test_the_backends_are_ours(fastdeploy, monkeypatch, name):
     monkeypatch.setenv("FD_ATTENTION_BACKEND", name)
     plugin.register()
-    assert chosen() is getattr(backends, {**BACKENDS, **LATENT}[name])
+    assert issubclass(chosen(), getattr(backends, {**BACKENDS, **LATENT}[name]))
 
 
 def test_other_backends_stay_fastdeploys(registered, monkeypatch):
@@ -192,6 +193,17 @@ def metadata(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("names", "told"), [("fastattn", "all there"), ("fastatn,fastattn", "{'fastatn'}")]
+)
+def test_the_page_tells_how_to_see_a_misspelt_name(metadata, names, told):
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r'^python -c "(import os, importlib\.metadata.*)"$', page, re.M)
+    env = {**os.environ, "FD_PLUGINS": names, "PYTHONPATH": str(metadata)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == told, done.stderr
+
+
 def test_an_installed_package_has_the_entry_point(metadata):
     (entries,) = metadata.glob("*.dist-info/entry_points.txt")
     text = entries.read_text(encoding="utf-8")
@@ -212,7 +224,7 @@ def test_every_process_loads_it_where_it_is_named(metadata, process, plugins):
     command = [sys.executable, "-c", _PROCESSES[process]]
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
-    ours = "fastattn.backends.flash_mask FlashMaskAttentionBackend"
+    ours = "fastattn.backends.fastdeploy FlashMaskAttentionBackend"
     theirs = f"{plugin.PACKAGE} FlashMaskAttentionBackend"
     assert done.stdout.split("\n")[-2] == (ours if plugins and "fastattn" in plugins else theirs)
 
@@ -227,8 +239,12 @@ def test_every_process_loads_it_where_it_is_named(metadata, process, plugins):
         ("model_config.sink_size", 4, "same for every head"),
         ("cache_config.block_size", 32, "supported: 64"),
         ("graph_opt_config.graph_opt_level", 1, "supported: 0"),
-        ("quant_config.kv_cache_quant_type", "int4_zp", "supported: none, cache_int8"),
-        ("quant_config.kv_cache_quant_type", "float8_e4m3fn_zp", "supported: none, cache_int8"),
+        ("quant_config.kv_cache_quant_type", "int4_zp", "supported: none, int8, float8_e4m3fn"),
+        (
+            "quant_config.kv_cache_quant_type",
+            "float8_e4m3fn_zp",
+            "supported: none, int8, float8_e4m3fn",
+        ),
     ],
 )
 @each_backend
@@ -288,7 +304,7 @@ def test_a_day_of_a_worker(registered, monkeypatch, place, name, kind):
     """Prefill, chunked prefill, prefix cache, decode, speculative, padded and empty steps."""
     monkeypatch.setenv("FD_ATTENTION_BACKEND", name)
     worker = Worker(make_model(kind, norm=True), kind, [150, 170, 40], place, shared=1)
-    assert type(worker.backend) is getattr(backends, BACKENDS[name])
+    assert isinstance(worker.backend, getattr(backends, BACKENDS[name]))
     worker.step([70, 0, 17])  # prefill; sequence 1 waits
     worker.cached[1] = 64  # it finds its first block in the prefix cache
     worker.step([40, 9, 1])  # chunked prefill beside prefill over a cached prefix and decode

@@ -109,7 +109,7 @@ def test_wrong_arguments_of_a_step():
         run(q, None, None, None, latent, rope, layer, server.meta([3], None, 0, {}))
     meta = server.meta([3], None, 0, {})
     server.backend.init_attention_metadata(meta)
-    with pytest.raises(NotImplementedError, match="k: expanded keys and values"):
+    with pytest.raises(NotImplementedError, match="k, expanded keys or values"):
         run(q, q, q, None, latent, rope, layer, meta)
     with pytest.raises(ValueError, match=r"q: expected shape \[T, 4608\]"):
         run(q[:, :576], None, None, None, latent, rope, layer, meta)

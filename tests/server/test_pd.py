@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import sys
-import types
 
 import paddle
 import pytest
@@ -202,57 +200,15 @@ def test_the_key_of_release_2_4(prefill, rank):
     assert KvSignals.of(config).channel == f"queue:{expected}"
 
 
-#: What libraries of compiled operators say, one a library.
-BEFORE, SINCE = b"\0INFERENCE_MSG_QUEUE_ID\0", b"\0INFERENCE_MSG_QUEUE_ID\0[custom_ftok] stat(\0"
-
-
-@pytest.mark.parametrize(("number", "rank"), [(None, 0), (8765, 0), (65535, 3), (40001, 260)])
-@pytest.mark.parametrize(
-    ("libraries", "rule"),
-    [
-        ([BEFORE], "number"),
-        ([b"", b"another", BEFORE, BEFORE], "number"),
-        ([SINCE], "wide"),
-        ([BEFORE, SINCE], "wide"),
-        ([b"another"], "wide"),
-        ([], "wide"),
-    ],
-)
-def test_the_key_is_that_of_the_compiled_operators(
-    prefill, monkeypatch, tmp_path, libraries, rule, number, rank
-):
-    """2.5.0 has the configuration of later builds, and in its operators another key."""
-    for index, text in enumerate(libraries):
-        path = tmp_path / f"fastdeploy_ops_{index}" / "fastdeploy_ops_pd_.so"
-        path.parent.mkdir()
-        path.write_bytes(text and 5000 * b"\x7f" + text + 5000 * b"\0")
-    ops = types.SimpleNamespace(__path__=[str(tmp_path)])
-    monkeypatch.setitem(sys.modules, "fastdeploy.model_executor.ops.gpu", ops)
-    monkeypatch.delenv("INFERENCE_MSG_QUEUE_ID", raising=False)
-    if number is not None:
-        monkeypatch.setenv("INFERENCE_MSG_QUEUE_ID", str(number))
-    config = configured(make_fd_config(make_model(None), size=1), "per_chunk")
-    config.parallel_config.local_data_parallel_id = rank
-    expected = kv_receiver.LIBC.ftok(b"/opt/", (number or 1024) + rank)
-    if rule == "wide":
-        expected = queue_key(rank)
-    assert KvSignals.of(config).channel == f"queue:{expected}"
-
-
-@pytest.mark.parametrize("module", [None, "of None"])
-def test_operators_that_are_in_fastdeploys_package(prefill, monkeypatch, tmp_path, module):
-    """FastDeploy may have replaced the module of its operators by one that knows nothing."""
-    folder = tmp_path / "fastdeploy" / "model_executor" / "ops" / "gpu" / "fastdeploy_ops"
-    folder.mkdir(parents=True)
-    (folder / "fastdeploy_ops_pd_.so").write_bytes(BEFORE)
-    package = types.SimpleNamespace(__path__=[str(tmp_path / "fastdeploy")])
-    monkeypatch.setitem(sys.modules, "fastdeploy", package)
-    ops = None if module is None else types.SimpleNamespace(__path__=None)
-    monkeypatch.setitem(sys.modules, "fastdeploy.model_executor.ops.gpu", ops)
-    config = configured(make_fd_config(make_model(None), size=1), "per_chunk")
-    number = int(os.environ["INFERENCE_MSG_QUEUE_ID"])
-    expected = kv_receiver.LIBC.ftok(b"/opt/", number)
-    assert KvSignals.of(config).channel == f"queue:{expected}"
+def test_release_2_5_0_is_refused(prefill, monkeypatch):
+    """Its builds differ in the queue's key, and Python cannot tell which one is installed."""
+    config = configured(make_fd_config(make_model(None)), "per_chunk")
+    monkeypatch.setattr(prefill, "__version__", "2.5.0", raising=False)
+    with pytest.raises(NotImplementedError, match=r"per_chunk.* FastDeploy 2\.5\.0.*per_query"):
+        chosen()(config, 2, 4, 64)
+    chosen()(configured(config, "per_query"), 2, 4, 64)
+    monkeypatch.setattr(prefill, "__version__", "2.5.1")
+    assert KvSignals.of(configured(config, "per_chunk")).channel == f"queue:{queue_key(0)}"
 
 
 @pytest.mark.parametrize(("number", "rank"), [(None, 0), (65535, 7), (40001, 12)])

@@ -11,12 +11,23 @@ from types import SimpleNamespace
 
 import pytest
 
+from fastattn._plugin.patches import PATCHES
 from fastattn.backends.kv_signals import SWITCH
 from fastattn.backends.peers import FIELD, LAYOUT
+from tests.support import ROOT
 from tests.support.fastdeploy import make_fd_config, make_model
 from tests.support.pd import chosen, configured, fastdeploy, prefill
 
 __all__ = ["fastdeploy", "prefill"]  # fixtures
+
+#: Modules that set attributes: of a step, of the platform, of what the list names.
+PATCHING = [
+    "backends/base.py",
+    "backends/fastdeploy.py",
+    "backends/forward_meta.py",
+    "_plugin/__init__.py",
+    "_plugin/patches.py",
+]
 
 # --- peers with another layout -------------------------------------------------------------------
 
@@ -146,16 +157,55 @@ def test_caches_without_quantisation_go_anywhere(engine, role, dtype):
     ("connector", "options", "text"),
     [
         (Connector2p4, {"protocol": "ipc,rdma"}, "cache_transfer_protocol = 'ipc,rdma'.*over ipc"),
-        (object, {}, "splitwise_role = 'prefill'.*exchange no messages"),
         (None, {"pool": "s3"}, "kvcache_storage_backend = 's3'.*supported: mooncake, file"),
         (None, {"pool": "attention_store"}, "AS_MODEL_VERSION contains 'fastattn-1'"),
-        (None, {"pool": "mooncake"}, "names blocks in a way that cannot be marked"),
     ],
 )
 def test_what_cannot_be_marked_is_refused(engine, connector, options, text):
     engine(connector)
     with pytest.raises(NotImplementedError, match=f"FlashAttentionBackend: .*{text}"):
         chosen()(engine_config(**options), 2, 4, 64)
+
+
+class OtherConnector(SplitwiseConnector):
+    """One that passes something else."""
+
+    def _deserialize_message(self, frames, peer):
+        return super()._deserialize_message(frames)
+
+
+@pytest.mark.parametrize(
+    ("connector", "pool", "text"),
+    [
+        (
+            type("Nothing", (), {"_deserialize_message": len}),
+            None,
+            r"Connector\._serialize_message is missing.*\(self, msg_type, payload\)",
+        ),
+        (OtherConnector, None, r"_deserialize_message has the parameters \(self, frames, peer\)"),
+        (None, "mooncake", r"prefix_cache_manager:get_hash_str is missing"),
+    ],
+)
+def test_a_function_of_another_shape_is_not_replaced(engine, connector, pool, text):
+    theirs, _ = engine(connector)
+    with pytest.raises(NotImplementedError, match=f"FastDeploy's fastdeploy.*{text}"):
+        chosen()(engine_config(pool=pool), 2, 4, 64)
+    if connector is not None:
+        assert not getattr(theirs.SplitwiseConnector._deserialize_message, "fastattn", False)
+
+
+def test_the_list_of_what_is_replaced_is_complete():
+    """Nothing else of the package sets an attribute of FastDeploy's objects."""
+    assert len({patch.what for patch in PATCHES}) == len(PATCHES)
+    for patch in PATCHES:
+        assert all((patch.why, patch.versions, patch.until, patch.parameters))
+    users = [
+        path.relative_to(ROOT / "fastattn").as_posix()
+        for folder in ("backends", "_plugin")
+        for path in sorted((ROOT / "fastattn" / folder).glob("*.py"))
+        if "setattr(" in path.read_text(encoding="utf-8")
+    ]
+    assert users == PATCHING
 
 
 def test_the_other_cache_manager(engine, monkeypatch):

@@ -124,7 +124,7 @@ class Kind:
             attn_backend=self.backend,
             step_use_cudagraph=step.captured,
         )
-        made.bounds = self._bounds(step)
+        made._bounds = self._bounds(step)
         if not step.tells_lengths:
             made.max_len_tensor_cpu = None
         return made

@@ -128,7 +128,7 @@ class Latent(Kind):
             meta.cu_seqlens_q,
             meta.seq_lens_decoder,
             meta.seq_lens_this_time,
-            *meta.bounds,
+            *meta._bounds,
             cache_format=self.format,
             scale=self.scale_tensor,
             softmax_scale=self.softmax_scale,

@@ -205,7 +205,7 @@ class Paged(Kind):
             key,
             value,
             *seqs,
-            *meta.bounds,
+            *meta._bounds,
             q_descale=descale,
             window_size=(model.window - 1, -1),
             softcap=self.softcap,

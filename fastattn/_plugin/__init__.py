@@ -23,6 +23,7 @@ REPLACED = {
     "FlashAttentionBackend": "FlashAttentionBackend",
     "FlashMaskAttentionBackend": "FlashMaskAttentionBackend",
     "MLAAttentionBackend": "MLAAttentionBackend",
+    "TritonMLAAttentionBackend": "MLAAttentionBackend",
     "DSAAttentionBackend": "DSAAttentionBackend",
 }
 
