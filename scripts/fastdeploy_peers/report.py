@@ -36,7 +36,7 @@ def fastdeploy_name(max_model_len: int, same_rope: bool, wrong: str, gathers: bo
 def step_row(
     model: str, step: str, quants: Iterable[str], peer: str, us: float, **facts: object
 ) -> Row:
-    """A row as `fastattn.bench.core.peers` reads it: microseconds of one layer, and more facts."""
+    """A row as `benchmarks.core.peers` reads it: microseconds of one layer, and more facts."""
     row = {"section": "step", "model": model, "step": step, "quants": list(quants), "peer": peer}
     return {**row, "us": us, **facts}
 

@@ -1,6 +1,6 @@
 """Models and steps of `python -m fastattn bench --op step`, and how a layer's step is timed there.
 
-For programs that time other libraries in torch; a test holds this to `fastattn.bench.cases.step`.
+For programs that time other libraries in torch; a test holds this to `benchmarks.cases.step`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 class Model(NamedTuple):
-    """What a rank has of a layer, as in `fastattn.bench.cases.layers`."""
+    """What a rank has of a layer, as in `benchmarks.cases.layers`."""
 
     heads: int
     kv: int

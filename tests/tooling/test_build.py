@@ -368,6 +368,8 @@ def test_good_wheel():
         "fastattn/model.npz",
         "tests/tooling/test_build.py",
         "custom_ops/builder/wheel.py",
+        "benchmarks/cli.py",
+        "fastattn/bench/cli.py",
         "fastattn/__pycache__/env.cpython-311.pyc",
     ],
 )

@@ -14,12 +14,12 @@ import types
 import numpy as np
 import pytest
 
-from fastattn.bench.cases import layers as bench_layers
-from fastattn.bench.cases import step as bench_step
-from fastattn.bench.core import peers as bench_peers
-from fastattn.bench.core.plots import plot
-from fastattn.bench.core.report import Report
-from fastattn.bench.core.tables import WIDTH, markdown, table
+from benchmarks.cases import layers as bench_layers
+from benchmarks.cases import step as bench_step
+from benchmarks.core import peers as bench_peers
+from benchmarks.core.plots import plot
+from benchmarks.core.report import Report
+from benchmarks.core.tables import WIDTH, markdown, table
 from tests.support import ROOT
 
 FOLDER = ROOT / "scripts" / "fastdeploy_peers"
