@@ -1,4 +1,4 @@
-"""Every environment variable that fastattn reads, in one place; docs/install.md has the build's.
+"""Every environment variable that fastattn obeys; docs/install.md has those of the build.
 
 =========================  ========================================================================
 variable                   meaning
@@ -21,12 +21,27 @@ variable                   meaning
                            signals that this process makes: a file's mode in octal, default 600,
                            which is this user. Read when the library is loaded.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
-``FD_DETERMINISTIC_MODE``  FastDeploy's: an int that is not 0 makes backends batch-invariant
-                           (docs/backends.md). Read when a backend is made.
 =========================  ========================================================================
 
-Those that FastDeploy sets for its own processes are read where their words are spoken:
-``fastattn/backends/kv_signals.py`` and ``peers.py``.
+FastDeploy's own, which it or its user sets for its processes. The backends read them.
+
+==========================================  =======================================================
+variable                                    meaning
+==========================================  =======================================================
+``FD_DETERMINISTIC_MODE``                   an int that is not 0 makes backends batch-invariant
+                                            (docs/backends.md)
+``FLAGS_fmt_write_cache_completed_signal``  ``1`` or ``true``: a prefill server's workers signal
+                                            complete layers
+``INFERENCE_MSG_QUEUE_ID``                  number of such a server's queue, default 1024
+``ENABLE_EP_DP``, ``SHM_UUID``              ``1``, and what its shared memory is then named after
+``CUDA_VISIBLE_DEVICES``                    GPUs of a worker, one of which its shared memory is
+                                            named after
+``AS_MODEL_VERSION``                        name of the caches in a pool of attention_store
+``USE_FLASH_MLA``                           an int that is not 0 is refused where FastDeploy would
+                                            leave out tokens
+==========================================  =======================================================
+
+``python -m fastattn collect-env`` reports more variables, and obeys none of them.
 """
 
 from __future__ import annotations
@@ -35,6 +50,9 @@ import os
 import re
 import warnings
 from pathlib import Path
+
+#: FastDeploy sets it for the workers of prefill servers.
+KV_SIGNAL_SWITCH = "FLAGS_fmt_write_cache_completed_signal"
 
 
 def library() -> str | None:
@@ -107,6 +125,43 @@ def deterministic() -> bool:
         return bool(int(text))
     except ValueError:
         raise ValueError(f"FD_DETERMINISTIC_MODE: expected an int, got {text!r}") from None
+
+
+def bench_peers() -> Path | None:
+    """File with other libraries' times, or None."""
+    path = os.environ.get("FASTATTN_BENCH_PEERS")
+    return Path(path) if path else None
+
+
+def kv_signals() -> bool:
+    """Whether somebody waits for this worker's signals of complete layers."""
+    return os.environ.get(KV_SIGNAL_SWITCH) in ("1", "true")
+
+
+def message_queue() -> int:
+    """Number of the server's queue of signals."""
+    return int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024"))
+
+
+def shared_memory_id() -> str | None:
+    """What names in shared memory end with; None: with the rank and its GPU."""
+    return os.environ.get("SHM_UUID", "") if os.environ.get("ENABLE_EP_DP") == "1" else None
+
+
+def visible_devices() -> list[str] | None:
+    """Numbers of the GPUs that CUDA shows to this process; None: all of them."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if devices is None else devices.split(",")
+
+
+def attention_store_version() -> str:
+    """Name of the caches that attention_store keeps."""
+    return os.environ.get("AS_MODEL_VERSION", "")
+
+
+def flash_mla() -> bool:
+    """Whether FastDeploy takes FlashMLA's kernels."""
+    return bool(int(os.environ.get("USE_FLASH_MLA", "0")))
 
 
 def _amount(name: str, default: float) -> float:

@@ -21,7 +21,8 @@ from benchmarks.core.rows import Row, register
 from benchmarks.core.signal_receiver import receiver
 from benchmarks.core.timing import Call, bind
 from fastattn.backends import make_config
-from fastattn.backends.kv_signals import SWITCH, queue_key, shared_names
+from fastattn.backends.kv_signals import queue_key, shared_names
+from fastattn.env import KV_SIGNAL_SWITCH
 
 MODES = ("None", "per_chunk", "per_query")
 QUANT = "block_wise_fp8"
@@ -36,7 +37,7 @@ _SMALL = Model(2, 1, 64)
 def _prefill_server() -> Iterator[None]:
     """The environment of a worker whose signals nobody but this benchmark receives."""
     names = {
-        SWITCH: "1",
+        KV_SIGNAL_SWITCH: "1",
         "ENABLE_EP_DP": "1",
         "SHM_UUID": uuid.uuid4().hex,
         "INFERENCE_MSG_QUEUE_ID": str(0x8000 | uuid.uuid4().int & 0x7FFF),  # of 16 bits

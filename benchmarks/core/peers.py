@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-from pathlib import Path
 from typing import Any
+
+from fastattn import env
 
 COPY, READ, EMPTY = "copy of as many bytes", "reading as many bytes", "empty kernel"
 
@@ -56,8 +56,8 @@ def public_name(peer: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _rows() -> tuple[dict[str, Any], ...]:
-    path = os.environ.get("FASTATTN_BENCH_PEERS")
-    return tuple(json.loads(Path(path).read_text())["rows"]) if path else ()
+    path = env.bench_peers()
+    return tuple(json.loads(path.read_text())["rows"]) if path else ()
 
 
 def peers(section: str, **shape: object) -> list[dict[str, Any]]:

@@ -8,11 +8,12 @@ prefill but slots in decode. :func:`take_indexer` puts :func:`indexer_forward` i
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 import paddle
+
+from fastattn import env
 
 #: FastDeploy's module of DeepSeek's and GLM's models.
 MODELS = "fastdeploy.model_executor.models.deepseek_v3"
@@ -24,9 +25,9 @@ class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
     Its parameters have the names that a checkpoint has for them, so that FastDeploy loads both.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels, self.eps = channels, eps
+        self.channels = channels
         constant = paddle.nn.initializer.Constant
         self.weight = self.create_parameter([channels], default_initializer=constant(1.0))
         self.bias = self.create_parameter([channels], is_bias=True)
@@ -35,7 +36,7 @@ class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
         """Keys [T, channels], normalised in float32."""
         parameters = (self.weight.astype("float32"), self.bias.astype("float32"))
         normed = paddle.nn.functional.layer_norm(
-            keys.astype("float32"), self.channels, *parameters, self.eps
+            keys.astype("float32"), self.channels, *parameters, 1e-6
         )
         return normed.astype(keys.dtype)
 
@@ -154,7 +155,7 @@ def refuse_one_token_layers(backend: str) -> None:
     code = getattr(getattr(layer, "forward", None), "__code__", None)
     if "extract_decoder_token_from_q" not in getattr(code, "co_names", ()):
         return
-    if int(os.environ.get("USE_FLASH_MLA", "0")):
+    if env.flash_mla():
         raise NotImplementedError(f"{backend}: USE_FLASH_MLA is not supported; unset it")
     major = paddle.device.cuda.get_device_properties().major
     if major != 9:

@@ -10,11 +10,11 @@ names of blocks in a pool. Servers that differ then fail the request, or miss th
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from fastattn import env
 from fastattn.backends.calibrated import digest
 from fastattn.backends.config import fastdeploy_flag, read
 
@@ -176,7 +176,7 @@ def _guard_pool(pool: str, backend: str) -> None:
     what = "cache_config.kvcache_storage_backend"
     if pool == "attention_store":
         # It names blocks itself, below the version in the environment.
-        version = os.environ.get("AS_MODEL_VERSION", "")
+        version = env.attention_store_version()
         if layout() not in version:
             _refuse(
                 backend,
