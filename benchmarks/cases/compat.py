@@ -68,12 +68,10 @@ def _lengths(seqs: Sequence[Seq]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return encoder, cached, new
 
 
-def gqa_calls(
-    device: Device, quant: str, seqs: Sequence[Seq], most: int = 4
-) -> tuple[list[Call], int]:
+def gqa_calls(device: Device, quant: str, seqs: Sequence[Seq]) -> tuple[list[Call], int]:
     """Calls of gqa_rope_write_cache over projections of their own, and the bytes of one.
 
-    Each call keeps outputs as large as its inputs, so there are at most `most`.
+    Each call keeps outputs as large as its inputs, so there are at most four.
     """
     encoder, cached, new = _lengths(seqs)
     prefix = np.where(encoder > 0, cached, 0)
@@ -99,7 +97,7 @@ def gqa_calls(
     moved = tokens * (2 * width * BF16 + HEADS * DIM * BF16 + 4 * DIM)  # q, qkv_out, angles
     moved += kv_tokens * 2 * KV * DIM * BF16
     moved += int(prefix.sum() + new[encoder > 0].sum()) * token_bytes(quant)
-    qkvs = [device.random((tokens, width)) for _ in range(device.copies(moved, most))]
+    qkvs = [device.random((tokens, width)) for _ in range(device.copies(moved, 4))]
     return [bind(gqa_rope_write_cache, qkv, *arguments) for qkv in qkvs], moved
 
 

@@ -58,10 +58,10 @@ def _square(
             yield row.beside(other["peer"], other["us"])
 
 
-def ragged_lengths(seqs: int = 64, shortest: int = 64, longest: int = 32768) -> list[int]:
-    """Lengths spread evenly over their logarithm."""
-    steps = (np.arange(seqs) + 0.5) / seqs
-    return [int(x) for x in shortest * (longest / shortest) ** steps]
+def ragged_lengths() -> list[int]:
+    """64 lengths from 64 to 32768, spread evenly over their logarithm."""
+    steps = (np.arange(64) + 0.5) / 64
+    return [int(x) for x in 64 * (32768 / 64) ** steps]
 
 
 @register("paged_attention", "gpu")

@@ -110,7 +110,7 @@ class SparseStep:
         self.outs = self._outs()
         self.sinks = device.uniform((model.heads,)) if model.window else None
         if model.window:
-            self._recent(table, seq, positions, cached)
+            self._recent(seq, positions, cached)
         else:
             self.latent = device.random((self.tokens, VALUE_DIM), seed=7)
             self.rope = device.random((self.tokens, ROPE), seed=9)
@@ -129,7 +129,7 @@ class SparseStep:
             outs["scales"] = empty((self.longest,), "float32")
         return outs
 
-    def _recent(self, table: Any, seq: Any, positions: Any, cached: Any) -> None:
+    def _recent(self, seq: Any, positions: Any, cached: Any) -> None:
         """The window's cache and the compressor's states, of which old tokens have left."""
         device, model = self.device, self.model
         ends = [int(c + n) for c, n in self.seqs]

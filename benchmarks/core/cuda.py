@@ -201,12 +201,12 @@ STEADY_US = 1500
 STEADY_CALLS = 400
 
 
-def steady_us(calls: Sequence[Call], replays: int = 15) -> float:
+def steady_us(calls: Sequence[Call]) -> float:
     """Median time of one call as :func:`median_us`, the calls repeated to fill a long graph."""
     first = list(calls) * max(1, 10 // len(calls))
     once = median_us(first, replays=3)
     wanted = min(STEADY_CALLS, STEADY_US / once)
-    return median_us(list(calls) * max(1, int(wanted / len(calls))), replays)
+    return median_us(list(calls) * max(1, int(wanted / len(calls))), replays=15)
 
 
 #: Bytes of the buffers that bandwidths are measured over.

@@ -12,14 +12,14 @@ from fastattn.demo.model import Config, Weights
 from fastattn.reference.numerics import Array
 
 
-def with_large_keys(weights: Weights, config: Config, factor: float, pair: int = 5) -> Weights:
+def with_large_keys(weights: Weights, config: Config, factor: float) -> Weights:
     """The same function of its input, with two channels of every K head `factor` times as large.
 
     They are the two of a rotated pair, and Q has them as much smaller, so that scores stay what
     they are but for roundings.
     """
     changed = dict(weights)
-    channels = np.array([2 * pair, 2 * pair + 1])
+    channels = np.array([10, 11])
     for i in range(config.layers):
         qkv = weights[f"{i}.qkv"].copy()
         for head in range(config.heads + config.kv_heads):

@@ -96,7 +96,7 @@ def dense_attention(results: Results) -> str:
                                                           for x in times)])  # fmt: skip
     head = ["decode, us (of reading once)", *(f"{b} x {k}k" for k in _LENGTHS for b in _BATCHES)]
     decode = _table(head, lines, used)
-    chunks = [row for row in results.find(op, r"\d+ heads, .* new behind .*")]
+    chunks = results.find(op, r"\d+ heads, .* new behind .*")
     lines = [[row.shape.removesuffix(", bf16"), digits(row.us), cell(row.rate, "{:.0f}".format)]
              for row in chunks]  # fmt: skip
     more = _table(["new and cached tokens, `bf16`", "us", "TFLOP/s"], lines, chunks)
