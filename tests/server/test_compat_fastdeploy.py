@@ -279,22 +279,20 @@ def test_all_modes_of_paddle(place, rope_3d):
 # merge_prefill_decode_output
 
 
-def merge_arguments(place, dtype=BF16, heads=3, dim=128, extra=0, batch_shape=True):
+def merge_arguments(place, dtype=BF16, dim=128, extra=0, batch_shape=True):
     rng = np.random.default_rng(1)
     encoder, decoder = np.array([5, 0, 0, 0, 7]), np.array([3, 9, 0, 4, 0])
     new = np.array([5, 5, 2, 0, 7])
     cu = np.concatenate([[0], np.cumsum(new)])
     prefill, decode = (
-        rng.integers(0, 256, (19 + extra, heads * dim * np.dtype(dtype).itemsize), np.uint8).view(
-            dtype
-        )
+        rng.integers(0, 256, (19 + extra, 3 * dim * np.dtype(dtype).itemsize), np.uint8).view(dtype)
         for _ in "pd"
     )
     wanted = prefill.copy()
     wanted[5:10] = decode[5:10]  # sequence 1 is the only decode sequence with new tokens
     lens = [x[:, None] if batch_shape else x for x in (encoder, decoder, new)]
     tensors = [to_paddle(prefill.copy(), place), to_paddle(decode, place)]
-    return [*tensors, *(int32(x, place) for x in (*lens, cu)), heads, dim, 1], wanted
+    return [*tensors, *(int32(x, place) for x in (*lens, cu)), 3, dim, 1], wanted
 
 
 @pytest.mark.parametrize(
