@@ -1,7 +1,5 @@
 #include "api/direct.h"
 
-#include <unordered_map>
-
 namespace fastattn::api {
 
 namespace {

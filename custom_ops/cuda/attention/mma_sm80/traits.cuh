@@ -10,7 +10,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
 
 #include "common/fp4.h"
 #include "common/types.h"
