@@ -86,10 +86,7 @@ def main() -> None:
             require_pip()
         if missing:
             sys.exit(run_with_borrowed(missing))
-        try:
-            from builder import extension
-        except ValueError as error:  # FASTATTN_HEAD_DIMS determines what is built
-            raise BuildError(str(error)) from None
+        from builder import extension
 
         if "install" in sys.argv:
             extension.install(sys.argv[1:])

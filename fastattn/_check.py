@@ -17,8 +17,8 @@ from typing import Any
 
 import paddle
 
-#: Levels of ``env.check()``.
-OFF, WHOLE, PARTIAL = 0, 1, 2
+#: Levels of ``env.check()`` but 0, which is off.
+WHOLE, PARTIAL = 1, 2
 
 _thread = threading.local()
 

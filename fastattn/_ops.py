@@ -19,7 +19,6 @@ import re
 import runpy
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
@@ -141,14 +140,20 @@ def load() -> tuple[str, ...]:
     return tuple(n for n in OpProtoHolder.instance().op_proto_map if n.startswith(PREFIX))
 
 
-def limit_dequantized(mib: float, operations: float) -> None:
-    """Set the limits of docs/kernels/dequantize_kv.md. The library must be loaded."""
+def _setter(name: str, *types: Any) -> Any:
+    """The library's setter of this name, for a value from the environment."""
     path = _checked_library()
     try:
-        limit = ctypes.CDLL(str(path)).fastattn_limit_dequantized
+        function = getattr(ctypes.CDLL(str(path)), name)
     except AttributeError as error:
         raise _cannot_load(path, error) from error
-    limit.argtypes, limit.restype = (ctypes.c_int64, ctypes.c_double), None
+    function.argtypes, function.restype = types, None
+    return function
+
+
+def limit_dequantized(mib: float, operations: float) -> None:
+    """Set what docs/kernels/dequantize_kv.md calls by its variables."""
+    limit = _setter("fastattn_limit_dequantized", ctypes.c_int64, ctypes.c_double)
     limit(int(min(mib, 2**20) * 2**20), operations)
 
 
@@ -156,13 +161,7 @@ def limit_dequantized(mib: float, operations: float) -> None:
 def _read_limits() -> None:
     """Set the limits from the environment, once, when the library is first loaded in any way."""
     limit_dequantized(*env.dequantized())
-    path = _checked_library()
-    try:
-        set_mode = ctypes.CDLL(str(path)).fastattn_set_kv_signal_mode
-    except AttributeError as error:
-        raise _cannot_load(path, error) from error
-    set_mode.argtypes, set_mode.restype = (ctypes.c_int,), None
-    set_mode(env.kv_signal_mode())
+    _setter("fastattn_set_kv_signal_mode", ctypes.c_int)(env.kv_signal_mode())
 
 
 def _direct_module(library: Path) -> ModuleType | None:
@@ -255,16 +254,6 @@ def operators() -> tuple[str, ...]:
     """
     run, found = _load_direct()
     return tuple(n[len(PREFIX) :] for n in load()) if run is None else tuple(found)
-
-
-def bare_call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> Callable[[], Any]:
-    """Make a dygraph :func:`call` without its checks, for measurements."""
-    run, found = _load_direct()
-    if run is None:
-        registered = paddle.base.core.eager._run_custom_op
-        return lambda: registered(PREFIX + op, *inputs, *attrs)
-    handle = found[op].handle
-    return lambda: run(handle, inputs, attrs, None)
 
 
 @functools.cache

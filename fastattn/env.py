@@ -1,4 +1,4 @@
-"""Environment variables that fastattn reads. docs/install.md has the variables of the build.
+"""Every environment variable that fastattn reads. docs/install.md has the variables of the build.
 
 =========================  ========================================================================
 variable                   meaning
@@ -27,12 +27,29 @@ variable                   meaning
                            process makes for a prefill server's signals; default 600, for this
                            user only. Read when the library is loaded.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
-``FD_DETERMINISTIC_MODE``  FastDeploy's variable: an int other than 0 makes backends batch-invariant
-                           (docs/backends.md). Read when a backend is made.
-=========================  ========================================================================
 
 Variables that FastDeploy sets for its own processes are read in the modules that use them:
 ``fastattn/backends/kv_signals.py`` and ``peers.py``.
+=======
+=========================  ========================================================================
+
+FastDeploy's own, which it or its user sets for its processes. The backends read them.
+
+==========================================  =======================================================
+variable                                    meaning
+==========================================  =======================================================
+``FD_DETERMINISTIC_MODE``                   an int that is not 0 makes backends batch-invariant
+                                            (docs/backends.md)
+``FLAGS_fmt_write_cache_completed_signal``  ``1`` or ``true``: a prefill server's workers signal
+                                            complete layers
+``INFERENCE_MSG_QUEUE_ID``                  number of such a server's queue, default 1024
+``ENABLE_EP_DP``, ``SHM_UUID``              ``1``, and what its shared memory is then named after
+``CUDA_VISIBLE_DEVICES``                    GPUs of a worker, one of which its shared memory is
+                                            named after
+``AS_MODEL_VERSION``                        name of the caches in a pool of attention_store
+==========================================  =======================================================
+
+``python -m fastattn collect-env`` reports more variables, and obeys none of them.
 """
 
 from __future__ import annotations
@@ -42,6 +59,9 @@ import re
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
+
+#: FastDeploy sets it for the workers of prefill servers.
+KV_SIGNAL_SWITCH = "FLAGS_fmt_write_cache_completed_signal"
 
 
 def library() -> str | None:
@@ -161,6 +181,38 @@ def deterministic() -> bool:
         return bool(int(text))
     except ValueError:
         raise ValueError(f"FD_DETERMINISTIC_MODE: expected an int, got {text!r}") from None
+
+
+def bench_peers() -> Path | None:
+    """File with other libraries' times, or None."""
+    path = os.environ.get("FASTATTN_BENCH_PEERS")
+    return Path(path) if path else None
+
+
+def kv_signals() -> bool:
+    """Whether somebody waits for this worker's signals of complete layers."""
+    return os.environ.get(KV_SIGNAL_SWITCH) in ("1", "true")
+
+
+def message_queue() -> int:
+    """Number of the server's queue of signals."""
+    return int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024"))
+
+
+def shared_memory_id() -> str | None:
+    """What names in shared memory end with; None: with the rank and its GPU."""
+    return os.environ.get("SHM_UUID", "") if os.environ.get("ENABLE_EP_DP") == "1" else None
+
+
+def visible_devices() -> list[str] | None:
+    """Numbers of the GPUs that CUDA shows to this process; None: all of them."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if devices is None else devices.split(",")
+
+
+def attention_store_version() -> str:
+    """Name of the caches that attention_store keeps."""
+    return os.environ.get("AS_MODEL_VERSION", "")
 
 
 def _amount(name: str, default: float) -> float:

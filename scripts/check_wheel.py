@@ -27,7 +27,7 @@ _REQUIRED = (
 )
 
 _ALLOWED = re.compile(
-    r"(fastattn/(\w+/)*\w+\.py"
+    r"(fastattn/(?!bench/)(\w+/)*\w+\.py"  # benchmarks come with the source tree
     r"|fastattn/(py\.typed|_(host|direct)\.pyi)"
     r"|fastattn/demo/((model|mla_sparse)\.npz|(recipe|mla_sparse)\.json|held_out\.txt)"
     r"|fastattn/_fastattn_ops\.so"

@@ -140,10 +140,10 @@ def checked(path: Path, kernels: list[Kernel]) -> list[Kernel]:
     return kernels
 
 
-def by_key(kernels: Iterable[Kernel], key: str) -> dict[tuple[str, object], list[Kernel]]:
-    groups: dict[tuple[str, object], list[Kernel]] = collections.defaultdict(list)
+def by_digest(kernels: Iterable[Kernel]) -> dict[tuple[str, bytes], list[Kernel]]:
+    groups: dict[tuple[str, bytes], list[Kernel]] = collections.defaultdict(list)
     for kernel in kernels:
-        groups[kernel.arch, getattr(kernel, key)].append(kernel)
+        groups[kernel.arch, kernel.digest].append(kernel)
     return groups
 
 
@@ -156,7 +156,7 @@ def without_equals(a: list[Kernel], b: list[Kernel]) -> tuple[list[Kernel], list
     left_a: list[Kernel] = []
     left_b: list[Kernel] = []
     renamed = 0
-    groups_a, groups_b = by_key(a, "digest"), by_key(b, "digest")
+    groups_a, groups_b = by_digest(a), by_digest(b)
     for key in {**groups_a, **groups_b}:
         ours, theirs = groups_a.get(key, []), groups_b.get(key, [])
         same = collections.Counter(k.name for k in ours) & collections.Counter(

@@ -23,7 +23,7 @@ fi
 cat >"$work/coveragerc" <<END
 [run]
 branch = True
-source_pkgs = fastattn
+source_pkgs = fastattn, benchmarks
 parallel = True
 data_file = $work/data/run
 patch = subprocess

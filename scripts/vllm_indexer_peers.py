@@ -35,7 +35,7 @@ from vllm_operators import load_operators
 
 ROOT = Path(__file__).resolve().parents[1]
 shapes = types.SimpleNamespace(
-    **runpy.run_path(str(ROOT / "fastattn" / "bench" / "cases" / "indexer_shapes.py"))
+    **runpy.run_path(str(ROOT / "benchmarks" / "cases" / "indexer_shapes.py"))
 )
 HEADS, DIM, PAGE = shapes.HEADS, shapes.DIM, shapes.PAGE
 E4M3, I32, U8 = torch.float8_e4m3fn, torch.int32, torch.uint8

@@ -47,7 +47,7 @@ from vllm_operators import load_operators
 
 ROOT = Path(__file__).resolve().parents[1]
 facts = types.SimpleNamespace(
-    **runpy.run_path(str(ROOT / "fastattn" / "bench" / "cases" / "sparse_models.py"))
+    **runpy.run_path(str(ROOT / "benchmarks" / "cases" / "sparse_models.py"))
 )
 PAGE, INDEX_DIM, HEADS = facts.PAGE, facts.INDEX_DIM, facts.PADDED_HEADS
 E4M3, BF16, U8, I32 = torch.float8_e4m3fn, torch.bfloat16, torch.uint8, torch.int32

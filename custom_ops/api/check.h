@@ -11,12 +11,10 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "api/place.h"
 #include "api/sizes.h"
-#include "common/dispatch.h"
 #include "common/strided_view.h"
 #include "common/types.h"
 #include "paddle/common/ddim.h"

@@ -4,11 +4,9 @@
 // kernel ends the process.
 #pragma once
 
-#include <cstring>
 #include <exception>
 #include <new>
 #include <string>
-#include <utility>
 
 #if __has_include("paddle/common/flags.h")  // from Paddle 3 on
 #include "paddle/common/enforce.h"

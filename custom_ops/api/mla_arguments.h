@@ -5,7 +5,6 @@
 #include <string>
 
 #include "api/check.h"
-#include "params/mla_attention.h"
 
 namespace fastattn::api {
 

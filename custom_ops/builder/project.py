@@ -87,6 +87,10 @@ class Build:
 
     def __init__(self, cuda: str = "auto", only: str = "") -> None:
         try:
+            head_dims = instances.head_dims()
+        except ValueError as error:
+            raise BuildError(str(error)) from None
+        try:
             import paddle
         except Exception as error:  # of many types: a missing library, a NumPy that does not fit
             raise BuildError(
@@ -116,7 +120,7 @@ class Build:
         found = sorted(p.relative_to(CUSTOM_OPS).as_posix() for p in CUSTOM_OPS.rglob("*.c[cu]"))
         self.sources = [s for s in found if s.endswith(".cc") and s not in MODULES.values()]
         dims = []
-        if instances.head_dims() != instances.ALL_HEAD_DIMS:
+        if head_dims != instances.ALL_HEAD_DIMS:
             dims = [f"-DFASTATTN_HEAD_DIM_BITS={instances.head_dim_bits()}"]
         self.flags["cxx"] += dims
         if self.cuda:

@@ -16,8 +16,6 @@ inline constexpr float kE2M1Max = 6.0f;
 // Elements that share one UE8M0 exponent.
 inline constexpr int kMxBlock = 32;
 inline constexpr uint8_t kUE8M0NaN = 255;
-// 6 * 2^-126: with this floor the inverse of a block's scale is a normal fp32 number.
-inline constexpr float kMxAmaxFloor = 0x1.8p-124f;
 
 // Nearest code, ties to the even code. Saturates (infinities too), keeps the sign of zero; a NaN of
 // either sign becomes 7, as the instruction has it.
@@ -64,7 +62,8 @@ FASTATTN_HD uint32_t MxAbsBits(float x) {
 // UE8M0 byte of ceil(log2(max(amax, floor) / 6)): the smallest e with amax <= 1.5 * 2^(e + 2). An
 // infinite amax counts as FLT_MAX. The byte lies in [1, 253].
 FASTATTN_HD uint8_t MxScaleByte(uint32_t amax_bits) {
-  constexpr uint32_t kFloorBits = 0x01C00000u;  // kMxAmaxFloor
+  // 6 * 2^-126: with this floor the inverse of a block's scale is a normal fp32 number.
+  constexpr uint32_t kFloorBits = 0x01C00000u;
   if (amax_bits >= 0x7F800000u) amax_bits = 0x7F7FFFFFu;
   if (amax_bits < kFloorBits) amax_bits = kFloorBits;
   // A mantissa above 1.5 carries into the exponent.

@@ -7,8 +7,6 @@
 // symmetric, and its own inverse.
 #pragma once
 
-#include <cstdint>
-
 #include "common/exact.h"
 #include "common/types.h"
 

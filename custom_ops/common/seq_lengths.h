@@ -6,8 +6,6 @@
 // is described in common/bounds.h.
 #pragma once
 
-#include <cstdint>
-
 #include "common/bounds.h"
 #include "common/types.h"
 

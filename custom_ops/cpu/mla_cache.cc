@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "common/block_table.h"
-#include "common/dispatch.h"
 #include "common/exact.h"
 #include "common/fp4.h"
 #include "common/mla_scale.h"

@@ -2,8 +2,6 @@
 // and one rounding.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "common/dispatch.h"

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/types.h"
 #include "params/mla_attention.h"
 
 namespace fastattn {

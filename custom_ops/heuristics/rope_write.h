@@ -1,8 +1,6 @@
 // Which kernel of rope_write_cache_kv a step takes, from what the host knows.
 #pragma once
 
-#include <cstdint>
-
 namespace fastattn {
 
 // A prompt of more tokens than this is as fast in tiles.

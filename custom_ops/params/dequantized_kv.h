@@ -5,7 +5,6 @@
 
 #include <cstdint>
 
-#include "common/ceil_div.h"
 #include "common/head_dims.h"
 #include "common/types.h"
 #include "params/attention.h"

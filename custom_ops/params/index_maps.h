@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "common/types.h"
-#include "params/indexer.h"
+#include "params/index_array.h"
 
 namespace fastattn {
 

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "common/fp4.h"
 #include "common/types.h"
 #include "params/indexer.h"
 

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "common/hadamard.h"
 #include "common/types.h"
 
 namespace fastattn {

@@ -26,9 +26,9 @@ class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
     Its parameters have the names in a checkpoint, so FastDeploy loads both.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels, self.eps = channels, eps
+        self.channels = channels
         constant = paddle.nn.initializer.Constant
         self.weight = self.create_parameter([channels], default_initializer=constant(1.0))
         self.bias = self.create_parameter([channels], is_bias=True)
@@ -37,7 +37,7 @@ class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
         """Keys [T, channels], normalised in float32."""
         parameters = (self.weight.astype("float32"), self.bias.astype("float32"))
         normed = paddle.nn.functional.layer_norm(
-            keys.astype("float32"), self.channels, *parameters, self.eps
+            keys.astype("float32"), self.channels, *parameters, 1e-6
         )
         return normed.astype(keys.dtype)
 

@@ -13,13 +13,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from fastattn import _ops
+from fastattn import _ops, env
 from fastattn.backends.config import PD_MODES, fastdeploy_flag, read, tensor_parallel
 from fastattn.backends.forward_meta import field, optional
 from fastattn.functional._marker import unified
-
-#: Environment variable that FastDeploy sets for the workers of prefill servers.
-SWITCH = "FLAGS_fmt_write_cache_completed_signal"
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,14 @@ class KvSignals:
         No process waits for signals if caches are transferred through a storage.
         """
         mode = read(fd_config, "parallel_config.pd_disaggregation_mode", "None")
-        flag = os.environ.get(SWITCH, "")
-        if mode not in PD_MODES or flag not in ("1", "true"):
+        if mode not in PD_MODES or not env.kv_signals():
             return None
         if fastdeploy_flag("FD_PD_TRANSFER_VIA_STORAGE"):  # of release 2.6
             return None
         size, rank = tensor_parallel(fd_config)
         rank += size * int(read(fd_config, "parallel_config.local_data_parallel_id", 0))
-        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-        listed = [str(rank)] if devices is None else devices.split(",")
+        devices = env.visible_devices()
+        listed = [str(rank)] if devices is None else devices
         parallel = getattr(fd_config, "parallel_config", None)
         return cls(
             mode=mode,
@@ -140,7 +136,7 @@ def queue_key(rank: int, rule: str = "wide") -> int:
     except OSError:
         return -1
     if rule == "wide":
-        number = int(os.environ.get("INFERENCE_MSG_QUEUE_ID", "1024"))
+        number = env.message_queue()
         # FastDeploy means (id << 4) + rank, but C evaluates it as id << (4 + rank).
         number = number << (4 + rank) & 0xFFFFF
         key = (place.st_dev & 0xF) << 28 | (place.st_ino & 0xFF) << 20 | number
@@ -152,9 +148,8 @@ def queue_key(rank: int, rule: str = "wide") -> int:
 
 def shared_names(rank: int, device: str) -> tuple[str, str]:
     """Names in shared memory of the step's number and of its last complete layer."""
-    place = f"{rank}.{device}"
-    if os.environ.get("ENABLE_EP_DP") == "1":
-        place = f"tprank0_dprank{rank}_{os.environ.get('SHM_UUID', '')}"
+    number = env.shared_memory_id()
+    place = f"{rank}.{device}" if number is None else f"tprank0_dprank{rank}_{number}"
     return f"splitwise_complete_prefilled_step_{place}", (
         f"splitwise_complete_prefilled_layer_{place}"
     )

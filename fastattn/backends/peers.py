@@ -11,11 +11,11 @@ find the block in the pool.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from fastattn import env
 from fastattn._plugin import patches
 from fastattn.backends.calibrated import digest
 from fastattn.backends.config import fastdeploy_flag, read
@@ -165,7 +165,7 @@ def _guard_pool(pool: str, backend: str) -> None:
     what = "cache_config.kvcache_storage_backend"
     if pool == "attention_store":
         # The backend names blocks itself, below the version in the environment.
-        version = os.environ.get("AS_MODEL_VERSION", "")
+        version = env.attention_store_version()
         if layout() not in version:
             _refuse(
                 backend,

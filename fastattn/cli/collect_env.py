@@ -82,7 +82,7 @@ def _guarded(find: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
-def _output(command: Sequence[str], timeout: float = 20.0) -> str:
+def _output(command: Sequence[str]) -> str:
     if shutil.which(command[0]) is None:
         return f"{command[0]}: not found"
     try:
@@ -91,7 +91,7 @@ def _output(command: Sequence[str], timeout: float = 20.0) -> str:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=timeout,
+            timeout=20.0,
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired) as error:

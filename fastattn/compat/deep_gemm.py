@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 
-def _check_bool(op: str, name: str, value: Any) -> None:
+def _check_clean_logits(op: str, value: Any) -> None:
     if type(value) is not bool:
-        raise TypeError(f"{op}: {name}: expected bool, got {type(value).__name__}")
+        raise TypeError(f"{op}: clean_logits: expected bool, got {type(value).__name__}")
 
 
 def _check_logits_dtype(op: str, dtype: Any) -> None:
@@ -137,7 +137,7 @@ def fp8_fp4_mqa_logits(
     op = "fp8_fp4_mqa_logits"
     codes, q_scales = _pair(op, "q", q, "queries and their scales or None")
     keys, k_scales = _pair(op, "kv", kv, "keys and their scales")
-    _check_bool(op, "clean_logits", clean_logits)
+    _check_clean_logits(op, clean_logits)
     _check_logits_dtype(op, logits_dtype)
     if type(max_seqlen_k) is not int:
         raise TypeError(f"{op}: max_seqlen_k: expected int, got {type(max_seqlen_k).__name__}")
@@ -216,7 +216,7 @@ def fp8_fp4_paged_mqa_logits(
     """
     op = "fp8_fp4_paged_mqa_logits"
     codes, q_scales = _pair(op, "q", q, "queries and their scales or None")
-    _check_bool(op, "clean_logits", clean_logits)
+    _check_clean_logits(op, clean_logits)
     _check_logits_dtype(op, logits_dtype)
     _check_indices(op, indices, codes)
     packed = q_scales is not None
@@ -299,7 +299,7 @@ def fp8_mqa_logits(
     """
     op = "fp8_mqa_logits"
     keys, k_scales = _pair(op, "kv", kv, "keys and their scales")
-    _check_bool(op, "clean_logits", clean_logits)
+    _check_clean_logits(op, clean_logits)
     _check_logits_dtype(op, logits_dtype)
     if type(max_seqlen_k) is not int:
         raise TypeError(f"{op}: max_seqlen_k: expected int, got {type(max_seqlen_k).__name__}")
@@ -384,7 +384,7 @@ def fp8_paged_mqa_logits(
     [[0.0, 0.0, -inf]]
     """
     op = "fp8_paged_mqa_logits"
-    _check_bool(op, "clean_logits", clean_logits)
+    _check_clean_logits(op, clean_logits)
     _check_logits_dtype(op, logits_dtype)
     _check_indices(op, indices, q)
     lengths = _contiguous(context_lens)

@@ -93,11 +93,10 @@ class Later:
         return self._made
 
 
-def steps(label: str, make: Callable[[], Serving], chosen: Any = STEPS) -> Iterator[Case]:
+def steps(label: str, make: Callable[[], Serving]) -> Iterator[Case]:
     """The steps as cases."""
     server = Later(make)
-    for name in chosen:
-        new, prefill = STEPS[name]
+    for name, (new, prefill) in STEPS.items():
         yield f"{label}: {name}", lambda new=new, prefill=prefill: server.get().step(new, prefill)
 
 
@@ -426,7 +425,7 @@ def registered() -> Iterator[Case]:
                 raise NotRun("its model makes no layer here")
             config.model_config.num_hidden_layers = max(x.layer_id for x in layers) + 1
             for layer in layers:
-                load(layer, config)
+                load(layer)
             server = Serving(config, None, layers)
             return max(server.step(*STEPS[step]) for step in ("prefill", "fewer, mixed"))
 

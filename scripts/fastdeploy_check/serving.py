@@ -130,14 +130,14 @@ def make_layers(config: Any, count: int = 2, **options: Any) -> list[Any]:
     layers = []
     for index in range(count):
         layer = attention(config, index, prefix=f"layers.{index}", **options)
-        load(layer, config)
+        load(layer)
         layers.append(layer)
     return layers
 
 
-def load(layer: Any, config: Any, seed: int = 0) -> None:
+def load(layer: Any) -> None:
     """A checkpoint's scales, norms and sinks, all different, through ``load_state_dict``."""
-    rng = np.random.default_rng(seed + 10 * layer.layer_id)
+    rng = np.random.default_rng(10 * layer.layer_id)
     prefix, state = layer.prefix, {}
     if getattr(layer, "cache_k_scale", None) is not None:
         for name in "kv":

@@ -104,7 +104,7 @@ def _given(tensor: torch.Tensor | None) -> _Tensor:
 class Library:
     """The shared library, and the memory from which its operators allocate."""
 
-    def __init__(self, path: Path, workspace_bytes: int = 512 << 20) -> None:
+    def __init__(self, path: Path) -> None:
         # ctypes binds all symbols at once, but the library leaves unused symbols undefined.
         loader = ctypes.CDLL(None).dlopen
         loader.restype, loader.argtypes = ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int]
@@ -117,7 +117,7 @@ class Library:
         for name in ("append_attention", "split_blocks", "gqa_rope_write_cache",
                      "merge_prefill_decode"):  # fmt: skip
             getattr(self._library, f"peer_{name}").restype = ctypes.c_char_p
-        self._workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device="cuda")
+        self._workspace = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
 
     def _call(self) -> _Call:
         stream = torch.cuda.current_stream().cuda_stream

@@ -36,7 +36,7 @@ def fastdeploy_name(max_model_len: int, same_rope: bool, wrong: str, gathers: bo
 def step_row(
     model: str, step: str, quants: Iterable[str], peer: str, us: float, **facts: object
 ) -> Row:
-    """A row in the form of `fastattn.bench.core.peers`: microseconds per layer, and facts."""
+    """A row in the form of `benchmarks.core.peers`: microseconds per layer, and facts."""
     row = {"section": "step", "model": model, "step": step, "quants": list(quants), "peer": peer}
     return {**row, "us": us, **facts}
 

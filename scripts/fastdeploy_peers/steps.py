@@ -1,7 +1,7 @@
 """Models and steps of `python -m fastattn bench --op step`, and its method to time a layer.
 
 Programs that time other libraries in torch use it. A test compares this file with
-`fastattn.bench.cases.step`.
+`benchmarks.cases.step`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class Model(NamedTuple):
-    """A rank's part of a layer, as in `fastattn.bench.cases.layers`."""
+    """A rank's part of a layer, as in `benchmarks.cases.layers`."""
 
     heads: int
     kv: int

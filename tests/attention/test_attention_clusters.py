@@ -151,10 +151,10 @@ def test_a_nan_among_the_keys_reaches_its_seq_only(place, bound):
 # --- lengths that the host does not know ---------------------------------------------------------
 
 
-def _sixty(longest: int, *, resting=(), new: int = 1) -> list[tuple[int, int]]:
+def _sixty(longest: int) -> list[tuple[int, int]]:
     """60 sequences, one of them with `longest` keys."""
-    seqs = [((37 * i) % 300, 0 if i in resting else new) for i in range(60)]
-    seqs[41] = (longest - new, new)
+    seqs = [((37 * i) % 300, 1) for i in range(60)]
+    seqs[41] = (longest - 1, 1)
     return seqs
 
 

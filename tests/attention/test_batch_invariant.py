@@ -114,10 +114,10 @@ def assert_seqs(problem: PagedProblem, results, wanted, seqs, what: str) -> None
         assert_same_bits(lse, wanted[s][1], f"{what}: sequence {s}: lse")
 
 
-def check_batches(problem: PagedProblem, place: str, seed: int = 0, batches=(1, 2, 7)) -> None:
+def check_batches(problem: PagedProblem, place: str, batches=(1, 2, 7)) -> None:
     """Compare the whole step with smaller ones, in another order, elsewhere, and again."""
     problem = invariant(problem)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     count = len(problem.seq_lens_this_time)
     every = range(count)
     wanted = bits_of(problem, problem.run(place))
@@ -129,7 +129,7 @@ def check_batches(problem: PagedProblem, place: str, seed: int = 0, batches=(1, 
             assert_seqs(part, part.run(place), wanted, seqs, f"of {len(seqs)}")
     order = rng.permutation(count)
     assert_seqs(batch_of(problem, order), batch_of(problem, order).run(place), wanted, order, "all")
-    assert_seqs(problem, moved(problem, seed).run(place), wanted, every, "other blocks")
+    assert_seqs(problem, moved(problem, 0).run(place), wanted, every, "other blocks")
     assert_seqs(problem, problem.run(place), wanted, every, "again")
     loose = dataclasses.replace(problem, max_seqlen_q=4096)
     positional, keywords = loose.arguments(place)

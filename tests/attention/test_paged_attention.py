@@ -180,12 +180,7 @@ OPTIONS = {
         "window_size": (40, -1),
         "mask_offsets": _offsets(SHORT, lambda p, i: (p // 2, p + 3 - i % 5)),
     },
-    "wild_ranges": {
-        "mask_offsets": _offsets(
-            SHORT,
-            lambda p, i: [(-5, 3), (9, 2), (2**31 - 1, 2**31 - 1), (-(2**31), 2**31 - 1)][i % 4],
-        )
-    },
+    "wild_ranges": {"mask_offsets": _offsets(SHORT, lambda p, i: WILD[i % 4])},
 }
 
 

@@ -17,7 +17,7 @@ CACHED = [70, 0, 64, 1, 200]
 STARTS = [3, 72, 72, 140, 141, 360]
 
 
-def arguments(kind, head_dim, dtype, *, granularity="head", kv_heads=3):
+def arguments(kind, head_dim, dtype, *, granularity="head"):
     rng = np.random.default_rng(2)
     blocks = [-(-n // 64) for n in CACHED]
     order = iter(rng.permutation(sum(blocks) + 2))
@@ -25,11 +25,11 @@ def arguments(kind, head_dim, dtype, *, granularity="head", kv_heads=3):
     for row, count in zip(tables, blocks):
         row[:count] = [next(order) for _ in range(count)]
     tables[4, 1] = 10**6  # not assigned: its tokens keep their contents
-    cache = make_cache(kind, sum(blocks) + 2, kv_heads, head_dim, granularity=granularity)
+    cache = make_cache(kind, sum(blocks) + 2, 3, head_dim, granularity=granularity)
     if cache.key.dtype == np.uint8 and kind.endswith("fp8"):
         cache.key[(cache.key & 0x7F) == 0x7F] = 1  # the centre of a NaN is one
     dims = (head_dim, value_dim(head_dim))
-    out = [np.full((365, kv_heads, dim), 7, DTYPES[dtype]) for dim in dims]
+    out = [np.full((365, 3, dim), 7, DTYPES[dtype]) for dim in dims]
     lengths = (tables, np.array(CACHED, np.int32), np.array(STARTS, np.int32))
     return cache, out, lengths
 

@@ -305,8 +305,8 @@ def test_conversions(place, cache_quant_type, src, dst, in_place, layout):
 @pytest.mark.parametrize("cache_quant_type", ["none", "cache_int8", "cache_fp8", "block_wise_fp8"])
 def test_gqa_rope_write_cache(place, cache_quant_type, layout):
     from fastattn.compat import fastdeploy as ops
-    from tests.server.test_compat_fastdeploy import SEQS as STEP
-    from tests.server.test_compat_fastdeploy import Step
+    from tests.support.fastdeploy_step import SEQS as STEP
+    from tests.support.fastdeploy_step import Step
 
     step = Step(STEP, cache_quant_type=cache_quant_type, dim=128, blocks=12)
     arguments = step.arguments(place)

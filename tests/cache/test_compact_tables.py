@@ -46,8 +46,8 @@ def make(tables: str, cached, new, max_blocks=9, gap=0, seed=0):
     return [table.astype(np.int32), cu, np.asarray(cached), np.asarray(new)], int(cu[-1]) + gap
 
 
-def options_of(mask: str, tokens: int, seed=1):
-    rng = np.random.default_rng(seed)
+def options_of(mask: str, tokens: int):
+    rng = np.random.default_rng(1)
     offsets = rng.integers(-5, 700, (tokens, 2))
     offsets[::7] = rng.choice([-(2**31), 2**31 - 1, 0, 64], offsets[::7].shape)
     return {

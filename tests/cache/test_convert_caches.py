@@ -140,17 +140,17 @@ def test_no_tensor():
 # The caches of a server.
 
 
-def _server(cache_quant_type, layout, layers=3, blocks=5, head_dim=128):
+def _server(cache_quant_type, layout, layers=3, head_dim=128):
     """Bytes of a server's caches in a layout: the same codes and scales for every layout."""
     dynamic = cache_quant_type.startswith("block_wise")
     caches = []
     for layer in range(layers):
         for kind, dim in zip("kv", (head_dim, value_dim(head_dim))):
-            codes = _bytes((blocks, 2, 64, dim), seed=10 * layer + ord(kind))
+            codes = _bytes((5, 2, 64, dim), seed=10 * layer + ord(kind))
             caches.append(pack(codes, kind, layout, int8="int8" in cache_quant_type))
         if dynamic:
             rng = np.random.default_rng(layer)
-            caches += [rng.uniform(0.5, 2, (blocks, 2, 64)).astype(BF16) for _ in "kv"]
+            caches += [rng.uniform(0.5, 2, (5, 2, 64)).astype(BF16) for _ in "kv"]
     return caches
 
 

@@ -10,7 +10,7 @@ import paddle
 import pytest
 
 import fastattn.functional as F
-from fastattn.bench.core import cuda
+from benchmarks.core import cuda
 from fastattn.reference.layout import BLOCK_SIZE
 from tests.support.cache import Step
 from tests.support.compare import assert_same_bits, assert_within

@@ -25,9 +25,9 @@ from tests.support.tensors import BF16, E4M3, int32, to_numpy, to_paddle
 RNG = np.random.default_rng
 
 
-def prefill(place, logits, offsets, lengths, k, heads=1, rows=None):
+def prefill(place, logits, offsets, lengths, k, heads=1):
     """Output of a step of prefill, as canaries before it."""
-    output = int32(np.full((len(logits) if rows is None else rows, k), 77), place)
+    output = int32(np.full((len(logits), k), 77), place)
     result = radix_topk_ragged_transform(
         to_paddle(logits, place), output, int32(offsets, place), int32(lengths, place),
         None, None, None, None, 0, k, heads,

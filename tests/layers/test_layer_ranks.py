@@ -12,7 +12,7 @@ import pickle
 import numpy as np
 import pytest
 
-from fastattn.bench.core.processes import run_group
+from benchmarks.core.processes import run_group
 from tests.support.compare import assert_same_bits
 from tests.support.deepseek import ranks as program
 from tests.support.deepseek.cuts import Problem

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastattn.functional as F
+from benchmarks.core.processes import ProcessesFailed, run_group
 from fastattn import distributed
-from fastattn.bench.core.processes import ProcessesFailed, run_group
 from fastattn.distributed import (
     dcp_local_block_tables,
     dcp_num_local_blocks,

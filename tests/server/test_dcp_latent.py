@@ -10,8 +10,8 @@ import paddle
 import pytest
 
 import fastattn.functional as F
+from benchmarks.core.processes import run_group
 from fastattn import distributed
-from fastattn.bench.core.processes import run_group
 from fastattn.distributed import mla_attention_dcp, mla_sparse_attention_dcp
 from fastattn.distributed._exchange import check_place_of_result
 from tests.support import dcp_latent

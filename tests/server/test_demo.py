@@ -23,8 +23,8 @@ SMALL = Config(layers=2, hidden=32, heads=4, kv_heads=2, head_dim=64, mlp=48, co
 GREEDY = Sampling(temperature=0.0)
 
 
-def small_weights(config=SMALL, seed=0):
-    weights = initial_weights(config, seed)
+def small_weights(config=SMALL):
+    weights = initial_weights(config, 0)
     weights["embedding"] *= np.float32(20)  # logits far enough apart for a greedy choice
     return weights
 

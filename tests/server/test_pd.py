@@ -10,7 +10,8 @@ import paddle
 import pytest
 
 from fastattn import _ops
-from fastattn.backends.kv_signals import SWITCH, KvSignals, queue_key, shared_names
+from fastattn.backends.kv_signals import KvSignals, queue_key, shared_names
+from fastattn.env import KV_SIGNAL_SWITCH
 from tests.support import kv_receiver
 from tests.support.fastdeploy import make_fd_config, make_model
 from tests.support.pd import (
@@ -230,9 +231,9 @@ def test_the_key_of_later_builds(monkeypatch, number, rank):
 @pytest.mark.parametrize("flag", [None, "0", "1", "true"])
 def test_who_signals(prefill, monkeypatch, mode, role, flag):
     """FastDeploy's variable decides, which it sets for prefill servers; every role is accepted."""
-    monkeypatch.delenv(SWITCH)
+    monkeypatch.delenv(KV_SIGNAL_SWITCH)
     if flag is not None:
-        monkeypatch.setenv(SWITCH, flag)
+        monkeypatch.setenv(KV_SIGNAL_SWITCH, flag)
     config = configured(
         make_fd_config(make_model(None)), mode, scheduler_config__splitwise_role=role
     )
@@ -271,9 +272,9 @@ def test_what_is_refused(prefill, path, value, text):
 # --- the operators -------------------------------------------------------------------------------
 
 
-def begin(batch=1, silent=False, channel="", seqs=1):
+def begin(batch=1, channel="", seqs=1):
     return _ops.call(
-        "begin_kv_signals", (int32([4] * seqs), int32([0] * seqs)), (batch, silent, channel)
+        "begin_kv_signals", (int32([4] * seqs), int32([0] * seqs)), (batch, False, channel)
     )
 
 

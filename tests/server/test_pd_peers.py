@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from fastattn._plugin.patches import PATCHES
-from fastattn.backends.kv_signals import SWITCH
 from fastattn.backends.peers import FIELD, LAYOUT
+from fastattn.env import KV_SIGNAL_SWITCH
 from tests.support import ROOT
 from tests.support.fastdeploy import make_fd_config, make_model
 from tests.support.pd import chosen, configured, fastdeploy, prefill
@@ -60,7 +60,7 @@ class Connector2p4(SplitwiseConnector):
 @pytest.fixture
 def engine(prefill, monkeypatch):
     """An engine's process: it has FastDeploy's connector, and makes a backend for its shapes."""
-    monkeypatch.delenv(SWITCH)
+    monkeypatch.delenv(KV_SIGNAL_SWITCH)
 
     def load(connector=None, hashes=None):
         plain = type("SplitwiseConnector", (connector or SplitwiseConnector,), {})

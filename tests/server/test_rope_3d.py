@@ -13,11 +13,11 @@ import pytest
 import fastattn.backends.fastdeploy as plugin
 from fastattn import backends
 from fastattn.compat import fastdeploy as ops
-from tests.server.test_compat_fastdeploy import SEQS, TYPES, Step
 from tests.support import fastdeploy as support
 from tests.support.bounds import assert_error_ratio
 from tests.support.compare import assert_same_bits
 from tests.support.fastdeploy import KINDS, Worker, fastdeploy, make_model
+from tests.support.fastdeploy_step import SEQS, TYPES, Step
 from tests.support.serving import MAX_MODEL_LEN, taken
 from tests.support.tensors import int32, skip_slices_on, to_numpy
 

@@ -11,8 +11,8 @@ from tests.support.tensors import to_numpy
 KV, H, D, BLOCKS = 2, 4, 64, 32
 
 
-def cache(blocks: int = BLOCKS, page: int = 64):
-    return paddle.zeros([blocks, KV, page, D], "bfloat16")
+def cache(blocks: int = BLOCKS):
+    return paddle.zeros([blocks, KV, 64, D], "bfloat16")
 
 
 def step(**changes) -> ForwardMeta:

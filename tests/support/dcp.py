@@ -312,11 +312,11 @@ def solve_all(rank: int, world_size: int, place: str) -> dict[str, dict[str, np.
     if place == "cpu":
         for name, case in SINK_CASES.items():
             results[name] = case.run(rank, world_size, place)
-        results["groups"] = in_groups(rank, world_size, place)
+        results["groups"] = in_groups(rank, place)
     return results
 
 
-def in_groups(rank: int, world_size: int, place: str) -> dict[str, np.ndarray]:
+def in_groups(rank: int, place: str) -> dict[str, np.ndarray]:
     """A problem in the group of ranks 0 and 1 and on rank 0 alone; the other ranks are refused."""
     groups = []
     for members in ([0, 1], [0]):

@@ -28,9 +28,9 @@ def pow2_codes(x: np.ndarray, tile: int) -> np.ndarray:
     return ((tiles / scale).astype(E4M3).astype(np.float64) * scale).reshape(x.shape)
 
 
-def softmax_attention(q: np.ndarray, keys: np.ndarray, scale: float = SOFTMAX_SCALE) -> np.ndarray:
+def softmax_attention(q: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Outputs [H, 512] of a token's heads [H, 576] over keys [n, 576]."""
-    scores = q.astype(np.float64) @ keys.T * scale
+    scores = q.astype(np.float64) @ keys.T * SOFTMAX_SCALE
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True) @ keys[:, :LATENT]
 
@@ -55,7 +55,6 @@ class LatentServer:
     """
 
     backend_class: type = backends.MLAAttentionBackend
-    latent_caches = 1
 
     def __init__(
         self,

@@ -5,7 +5,6 @@
 
 #include "common/exact.h"
 #include "common/fp4.h"
-#include "common/layout.h"
 #include "common/numeric.h"
 
 using namespace fastattn;

@@ -15,7 +15,8 @@ import uuid
 import pytest
 
 from fastattn.backends import fastdeploy as plugin
-from fastattn.backends.kv_signals import SWITCH, queue_key, shared_names
+from fastattn.backends.kv_signals import queue_key, shared_names
+from fastattn.env import KV_SIGNAL_SWITCH
 from tests.support import kv_receiver
 from tests.support.fastdeploy import Worker, chosen, fastdeploy, make_model
 from tests.support.tensors import to_numpy
@@ -29,7 +30,7 @@ MODES = ("per_chunk", "per_query")
 def prefill(fastdeploy, monkeypatch):
     """A worker's process of a prefill server, whose signals nobody else receives."""
     monkeypatch.setenv("FD_ATTENTION_BACKEND", "FLASH_ATTN")
-    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setenv(KV_SIGNAL_SWITCH, "1")
     monkeypatch.setenv("ENABLE_EP_DP", "1")
     monkeypatch.setenv("SHM_UUID", uuid.uuid4().hex)
     # Of this number, the key has the lower 16 bits.

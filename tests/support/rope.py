@@ -143,23 +143,14 @@ def tables_of(angles: np.ndarray, *, neox: bool, doubled: bool, short: bool = Fa
     return tables if short else tables[..., None, :, None, :]
 
 
-def with_own_tables(
-    case: Case,
-    *,
-    spare: int = 2,
-    positions: int = 200,
-    doubled: bool | None = None,
-    short: bool = False,
-    seed: int = 0,
-) -> Case:
+def with_own_tables(case: Case, *, spare: int = 2) -> Case:
     """The case with a table for each sequence, and `spare` slots more.
 
-    By default neox tables have every angle twice, as FastDeploy's.
+    Neox tables have every angle twice, as FastDeploy's.
     """
     neox = case.options["use_neox_rotary_style"]
-    angles = own_angles(case, len(case.step.seq_lens_decoder) + spare, positions, seed)
-    doubled = neox if doubled is None else doubled
-    tables = tables_of(angles, neox=neox, doubled=doubled, short=short)
+    angles = own_angles(case, len(case.step.seq_lens_decoder) + spare, 200, seed=0)
+    tables = tables_of(angles, neox=neox, doubled=neox, short=False)
     return dataclasses.replace(case, rotary_embs=tables)
 
 

@@ -71,13 +71,13 @@ def values(rng, shape, dtype=BF16, mean=0.0):
     return ((rng.normal(0.0, 1.0, shape) + mean) * size).astype(dtype)
 
 
-def page_tables(rng, lengths, page_size, spare=3):
+def page_tables(rng, lengths, page_size):
     """Page tables [B, n] of sequences with pages in random order, and the number of pages.
 
     Entries that no sequence needs are -1.
     """
     needed = [-(-int(n) // page_size) for n in lengths]
-    count = sum(needed) + spare
+    count = sum(needed) + 3
     order = rng.permutation(count).tolist()
     tables = np.full((len(needed), max([*needed, 1]) + 1), -1, np.int32)
     for seq, pages in enumerate(needed):

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 
 import paddle
 import pytest
 
+import fastattn
 import fastattn.functional as F
+from benchmarks.core import rows as registry
+from benchmarks.core.devices import Cpu
+from benchmarks.core.peers import READ, public_name
+from benchmarks.core.processes import python_path
+from benchmarks.core.report import Baseline, Report, ReportError
+from benchmarks.core.rows import REGISTRY, Row, benchmarks
+from benchmarks.core.tables import WIDTH, markdown, table
 from fastattn.backends.kv_signals import queue_key
-from fastattn.bench.core import rows as registry
-from fastattn.bench.core.devices import Cpu
-from fastattn.bench.core.peers import READ, public_name
-from fastattn.bench.core.report import Baseline, Report, ReportError
-from fastattn.bench.core.rows import REGISTRY, Row, benchmarks
-from fastattn.bench.core.tables import WIDTH, markdown, table
 from fastattn.cli import main
+from tests.support import ROOT
 
 pytest.importorskip("rich")
 
@@ -31,6 +36,38 @@ def test_overhead_writes_a_report(tmp_path, capsys):
     assert "paged_attention" in measured and "write_cache_kv" in measured
     assert report["machine"]["cores"] >= 1
     assert "overhead" in benchmarks("cpu") and "overhead" in benchmarks("gpu")
+
+
+def test_without_the_source_tree_a_line_says_where_benchmarks_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fastattn, "__file__", str(tmp_path / "fastattn" / "__init__.py"))
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--list"])
+    (line,) = str(stop.value.code).splitlines()  # Python prints it, and the status is 1
+    assert "benchmarks come with the source tree" in line and str(tmp_path) in line
+
+
+def test_the_source_trees_folder_comes_before_the_working_directorys(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("raise ImportError('of another project')")
+    done = subprocess.run(
+        [sys.executable, "-m", "fastattn", "bench", "--list"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": python_path()},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "paged_attention" in done.stdout.split()
+
+
+def test_the_package_needs_no_benchmarks():
+    """A wheel has none; only the command's door names them."""
+    door = ROOT / "fastattn" / "cli" / "bench.py"
+    naming = {p for p in (ROOT / "fastattn").rglob("*.py") if '"benchmarks' in p.read_text("utf-8")}
+    importing = re.compile(r"^\s*(from|import) benchmarks\b", re.M)
+    assert naming == {door}
+    for path in (ROOT / "fastattn").rglob("*.py"):
+        assert not importing.search(path.read_text("utf-8")), path
 
 
 def test_an_unknown_operator_is_named(capsys):
@@ -50,7 +87,7 @@ def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsy
         yield Row("bad", "first", 1.0)
         raise RuntimeError("out of\n  [memory]")
 
-    monkeypatch.setattr("fastattn.bench.cli._import_cases", lambda: None)
+    monkeypatch.setattr("benchmarks.cli._import_cases", lambda: None)
     monkeypatch.setattr(registry, "REGISTRY", {})
     registry.register("bad")(fails)
     registry.register("good")(lambda device: iter([Row("good", "all", 2.0)]))
@@ -67,7 +104,7 @@ def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsy
 
 
 def test_a_lost_device_leaves_the_others_to_another_process(tmp_path):
-    from fastattn.bench.cli import _import_cases, _measure
+    from benchmarks.cli import _import_cases, _measure
 
     class Lost(Cpu):
         def recovered(self):
@@ -128,8 +165,8 @@ def _bytes(*tensors) -> int:
 
 @pytest.mark.parametrize("quant", ["none", "cache_int8", "block_wise_fp8"])
 def test_bytes_of_a_step_are_what_it_reads_and_writes(quant):
-    from fastattn.bench.cases.compat import describe, gqa_calls
-    from fastattn.bench.cases.inputs import DIM, KV
+    from benchmarks.cases.compat import describe, gqa_calls
+    from benchmarks.cases.inputs import DIM, KV
 
     seqs = [(6, 70, 6), (0, 130, 1), (0, 9, 1)]
     assert describe(seqs).startswith("1 x 6 prefill after 70, 1 x 1 decode, 1 x 1 decode, H 32")
@@ -143,8 +180,8 @@ def test_bytes_of_a_step_are_what_it_reads_and_writes(quant):
 
 
 def test_bytes_of_merged_outputs_are_those_of_decoding_sequences():
-    from fastattn.bench.cases.compat import merge_calls
-    from fastattn.bench.cases.inputs import DIM, HEADS
+    from benchmarks.cases.compat import merge_calls
+    from benchmarks.cases.inputs import DIM, HEADS
 
     (call,), moved = merge_calls(Cpu(quick=True), [(6, 70, 6), (0, 130, 3)])
     assert call().shape == [9, HEADS * DIM]
@@ -153,8 +190,8 @@ def test_bytes_of_merged_outputs_are_those_of_decoding_sequences():
 
 @pytest.mark.parametrize(("quant", "queries"), [("none", "bfloat16"), ("cache_fp8", "e4m3")])
 def test_a_mixed_call_has_the_sequences_of_its_parts(quant, queries):
-    from fastattn.bench.cases.inputs import DIM, HEADS
-    from fastattn.bench.cases.mixed import attention, describe
+    from benchmarks.cases.inputs import DIM, HEADS
+    from benchmarks.cases.mixed import attention, describe
 
     parts = [(1, 70, 66), (2, 128, 1), (1, 9, 4)]
     assert describe(parts).startswith("1 x 66 behind 70 + 2 x 1 behind 128 + 1 x 4 behind 9, H 32")
@@ -164,8 +201,8 @@ def test_a_mixed_call_has_the_sequences_of_its_parts(quant, queries):
 
 @pytest.mark.parametrize("new", [1, 4])
 def test_a_batch_invariant_call_stands_beside_the_same_call(new):
-    from fastattn.bench.cases.batch_invariant import pair
-    from fastattn.bench.cases.inputs import DIM, HEADS
+    from benchmarks.cases.batch_invariant import pair
+    from benchmarks.cases.inputs import DIM, HEADS
 
     (invariant,), (plain,) = pair(Cpu(quick=True), "block_wise_fp8", [130, 70], new)
     assert invariant.keywords == {**plain.keywords, "batch_invariant": True}
@@ -203,7 +240,7 @@ def test_a_report_survives_its_file(write, tmp_path):
 
 
 def test_load_measures_nothing(write, monkeypatch, capsys):
-    monkeypatch.setattr("fastattn.bench.cli._run_benchmarks", None)
+    monkeypatch.setattr("benchmarks.cli._run_benchmarks", None)
     assert main(["bench", "--load", write("a.json")]) == 0
     out = capsys.readouterr().out
     assert "append" in out and "merge, fused" in out and "0.50x" in out and "2.00x" in out
@@ -380,7 +417,7 @@ def test_plot(write, tmp_path, many, suffix):
 
 def test_rows_of_decode_are_drawn_as_curves():
     pyplot = pytest.importorskip("matplotlib.pyplot")
-    from fastattn.bench.core.plots import CHARTS, draw_curves
+    from benchmarks.core.plots import CHARTS, draw_curves
 
     rows = []
     for quant in ("cache_fp8", "none", "cache_int8"):
@@ -426,7 +463,7 @@ def test_every_operator_has_rows(tmp_path):
 
 def test_signals_leave_no_queue_behind(monkeypatch):
     """Each mode has a row, and the queue that another process empties is gone afterwards."""
-    from fastattn.bench.cases import kv_signal
+    from benchmarks.cases import kv_signal
     from tests.support.kv_receiver import LIBC
 
     keys = []
@@ -448,7 +485,7 @@ def test_list_names_the_benchmarks(capsys):
 @pytest.fixture
 def peers_file(tmp_path, monkeypatch):
     """Writes rows to where benchmarks look for other libraries' times."""
-    from fastattn.bench.core import peers
+    from benchmarks.core import peers
 
     def write(*rows):
         path = tmp_path / "peers.json"
@@ -463,7 +500,7 @@ def peers_file(tmp_path, monkeypatch):
 
 def test_peers_stand_beside_the_same_dtype_alone(peers_file):
     """A row without a dtype is of bf16, one without a format of FP8."""
-    from fastattn.bench.cases import indexer, merge
+    from benchmarks.cases import indexer, merge
 
     of_merge = {"section": "merge", "tokens": 2, "heads": 4, "us_warm": 5.0, "us_cold": 6.0}
     peers_file(

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import fastattn.functional as F
-from fastattn.bench.core import plots
+from benchmarks.core import plots
 from fastattn.functional._cache_types import HEAD_DIMS
 from tests.support import ROOT
 

@@ -16,9 +16,9 @@ pytest.importorskip("custom_ops.builder.extension", reason="needs setuptools")
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1
 
 
-def run(tree, *arguments, before=None, **environ):
+def run(tree, *arguments, script="setup_ops.py", before=None, **environ):
     return subprocess.run(
-        [sys.executable, "setup_ops.py", *arguments],
+        [sys.executable, script, *arguments],
         capture_output=True,
         text=True,
         cwd=tree,
@@ -49,6 +49,14 @@ def test_head_dims_that_no_kernel_has(value):
         "error: FASTATTN_HEAD_DIMS: expected some of 64, 96, 128, 192, 256, and 64 or 128 among "
         f"them, got {got}\n"
     )
+
+
+@pytest.mark.parametrize("script", ["custom_ops/builder/instances.py", "scripts/check_cuda.py"])
+def test_head_dims_that_no_kernel_has_by_hand(script):
+    done = run(ROOT, script=script, FASTATTN_HEAD_DIMS="80")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: FASTATTN_HEAD_DIMS: expected some of 64, ")
 
 
 def obey_modes() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import fastattn.calibrate.cli as calibrate_cli
 import fastattn.demo.cli as demo_cli
-from fastattn.bench.core.rows import Row
+from benchmarks.core.rows import Row
 from fastattn.cli import main
 from fastattn.cli.outputs import problem_of_file, problem_of_folder
 from fastattn.demo import kinds, train
@@ -93,12 +93,12 @@ def test_outputs_of_demo(unwritable, monkeypatch, capsys, name):
 @pytest.mark.parametrize("option", ["--json", "--markdown", "--plot"])
 def test_outputs_of_bench(unwritable, monkeypatch, capsys, name, option):
     path, text = unwritable(name, ".png")
-    monkeypatch.setattr("fastattn.bench.cli._run_benchmarks", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr("benchmarks.cli._run_benchmarks", lambda *_: pytest.fail("worked"))
     assert text in refused(capsys, "bench", option, path)
 
 
 def test_other_outputs_of_bench(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fastattn.bench.cli._run_benchmarks", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr("benchmarks.cli._run_benchmarks", lambda *_: pytest.fail("worked"))
     assert "expected .png, .svg or .pdf" in refused(capsys, "bench", "--plot", tmp_path / "a.xyz")
     for folder in (tmp_path / "none", tmp_path / "a\0"):
         assert "cannot be written" in refused(capsys, "bench", "--json-dir", folder)

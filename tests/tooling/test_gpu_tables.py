@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from fastattn.bench.cases import batch_invariant, step
+from benchmarks.cases import batch_invariant, step
 from tests.support import ROOT
 
 SCRIPT = ROOT / "scripts" / "make_gpu_tables.py"

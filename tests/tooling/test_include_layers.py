@@ -70,12 +70,12 @@ HOST = {
 }
 
 
-def includes(root: Path = CUSTOM_OPS) -> set[tuple[str, str]]:
+def includes() -> set[tuple[str, str]]:
     """Pairs (folder, included header), both relative to custom_ops."""
     found = set()
-    for path in root.rglob("*"):
+    for path in CUSTOM_OPS.rglob("*"):
         if path.suffix in SUFFIXES:
-            folder = path.parent.relative_to(root).as_posix()
+            folder = path.parent.relative_to(CUSTOM_OPS).as_posix()
             for header in re.findall(r'^\s*#\s*include "([^"]+)"', path.read_text("utf-8"), re.M):
                 found.add((folder, header))
     return found

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -221,7 +222,13 @@ def test_the_sources_fit_every_paddle(tmp_path):
     call = f"get_requires_for_build_sdist(); backend.build_sdist({str(tmp_path)!r})"
     done = pep517(tmp_path, call)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / f"fastattn-{__version__}.tar.gz").exists()
+    folder = f"fastattn-{__version__}"
+    with tarfile.open(tmp_path / f"{folder}.tar.gz") as archive:
+        names = {Path(name).relative_to(folder).as_posix() for name in archive.getnames()}
+    sources = subprocess.run(
+        ["git", "ls-files", "benchmarks/*.py", "benchmarks/*.json"], cwd=ROOT, capture_output=True
+    )
+    assert {"setup_ops.py", "benchmarks/cli.py", *sources.stdout.decode().split()} <= names
 
 
 def pep517(folder, call, **environ):

@@ -7,10 +7,10 @@ import runpy
 
 import pytest
 
-from fastattn.bench.cases import mla_attention, mla_sparse, mqa_logits, topk
-from fastattn.bench.cases import sparse_models as facts
-from fastattn.bench.core import plots
-from fastattn.bench.core.rows import Row
+from benchmarks.cases import mla_attention, mla_sparse, mqa_logits, topk
+from benchmarks.cases import sparse_models as facts
+from benchmarks.core import plots
+from benchmarks.core.rows import Row
 from tests.support import ROOT
 
 MAKE = runpy.run_path(str(ROOT / "scripts" / "make_gpu_tables.py"))

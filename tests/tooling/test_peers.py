@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastattn.bench.core import plots
-from fastattn.bench.core.report import Report
-from fastattn.bench.core.rows import Row
+from benchmarks.core import plots
+from benchmarks.core.report import Report
+from benchmarks.core.rows import Row
 from tests.support import ROOT
 from tests.support import named_peers as named
 

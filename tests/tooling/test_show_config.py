@@ -133,7 +133,7 @@ def test_gpus_without_a_driver(monkeypatch):
 
 
 def test_other_commands_may_be_broken(monkeypatch, capsys):
-    for name in ("fastattn.demo.cli", "fastattn.bench.cli"):
+    for name in ("fastattn.demo.cli", "benchmarks.cli"):
         monkeypatch.setitem(sys.modules, name, None)
     assert main(["demo"]) == 1
     assert "show-config" in capsys.readouterr().err
@@ -142,7 +142,7 @@ def test_other_commands_may_be_broken(monkeypatch, capsys):
 
 
 def test_help_imports_no_command(monkeypatch, capsys):
-    for name in ("fastattn.demo.cli", "fastattn.bench.cli", "fastattn.cli.show_config"):
+    for name in ("fastattn.demo.cli", "fastattn.cli.bench", "fastattn.cli.show_config"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit) as status:
         main(["--help"])

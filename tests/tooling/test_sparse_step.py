@@ -9,11 +9,11 @@ import types
 import numpy as np
 import pytest
 
-from fastattn.bench.cases import sparse_models as facts
-from fastattn.bench.cases import sparse_step as bench
-from fastattn.bench.core import cuda, peers
-from fastattn.bench.core.devices import Cpu
-from fastattn.bench.core.report import Report
+from benchmarks.cases import sparse_models as facts
+from benchmarks.cases import sparse_step as bench
+from benchmarks.core import cuda, peers
+from benchmarks.core.devices import Cpu
+from benchmarks.core.report import Report
 from fastattn.cli import main
 from tests.support import ROOT
 
@@ -148,7 +148,7 @@ def test_vllm_stands_beside_the_same_parts(tmp_path, monkeypatch):
 
 
 def test_other_programs_run_the_facts_without_the_package():
-    path = ROOT / "fastattn" / "bench" / "cases" / "sparse_models.py"
+    path = ROOT / "benchmarks" / "cases" / "sparse_models.py"
     alone = types.SimpleNamespace(**runpy.run_path(str(path)))
     assert alone.STEPS == facts.STEPS
     for name, model in alone.MODELS.items():

@@ -1,5 +1,4 @@
 // Branches, calls, barriers of a CTA, and what the lanes of a warp do together.
-#include <algorithm>
 
 #include "lanes.h"
 

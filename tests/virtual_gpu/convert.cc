@@ -1,7 +1,6 @@
 // Comparisons, selections and conversions.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "lanes.h"
 

@@ -1,7 +1,5 @@
 #include "fat_binary.h"
 
-#include <cstdio>
-
 namespace virtual_gpu {
 
 namespace {

@@ -1,6 +1,4 @@
 // Loads, stores, atomics, and what names addresses.
-#include <algorithm>
-#include <cmath>
 
 #include "lanes.h"
 

@@ -1,7 +1,6 @@
 // PTX text into instructions whose operands are resolved and whose handlers are found.
 #include <algorithm>
 #include <cctype>
-#include <cstdlib>
 
 #include "words.h"
 

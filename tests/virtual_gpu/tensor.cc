@@ -5,7 +5,6 @@
 #include <immintrin.h>
 
 #include <array>
-#include <cstdio>
 #include <type_traits>
 
 #include "machine.h"

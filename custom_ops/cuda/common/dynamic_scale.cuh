@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "common/exact.h"
 #include "common/numeric.h"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/vector.cuh"

@@ -10,12 +10,12 @@
 
 namespace fastattn::cuda {
 
-// Butterflies of channels `step` apart that a thread holds itself, in x[kFirst .. kFirst + kCount).
-template <int kStep, int kFirst, int kCount, int kValues>
+// Butterflies of channels kStep apart that a thread holds itself.
+template <int kStep, int kValues>
 __device__ __forceinline__ void OwnButterflies(float (&x)[kValues]) {
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) {
-    const int low = kFirst + i / kStep * (2 * kStep) + i % kStep;
+  for (int i = 0; i < kValues / 2; ++i) {
+    const int low = i / kStep * (2 * kStep) + i % kStep;
     const float a = x[low], b = x[low + kStep];
     x[low] = Add(a, b);
     x[low + kStep] = Sub(a, b);
@@ -47,10 +47,10 @@ __device__ __forceinline__ void HadamardOfChunks(int lane, float (&x)[kValues]) 
   constexpr int kSize = HadamardSize(kHeadDim);
   static_assert((kValues & (kValues - 1)) == 0 && kSize % kValues == 0, "a lane holds one block's");
   static_assert(kValues <= 16, "more stages of own channels");
-  OwnButterflies<1, 0, kValues>(x);
-  if constexpr (kValues > 2) OwnButterflies<2, 0, kValues>(x);
-  if constexpr (kValues > 4) OwnButterflies<4, 0, kValues>(x);
-  if constexpr (kValues > 8) OwnButterflies<8, 0, kValues>(x);
+  OwnButterflies<1>(x);
+  if constexpr (kValues > 2) OwnButterflies<2>(x);
+  if constexpr (kValues > 4) OwnButterflies<4>(x);
+  if constexpr (kValues > 8) OwnButterflies<8>(x);
 #pragma unroll
   for (int distance = 1; distance < kSize / kValues; distance *= 2) {
     LaneButterflies(lane, distance, x);
@@ -85,16 +85,16 @@ __device__ __forceinline__ void HadamardOfHalves(int lane, float (&x)[2 * kHalf]
   constexpr int kSize = HadamardSize(kHeadDim);
   static_assert((kHalf & (kHalf - 1)) == 0 && kHalf > 1 && kHalf <= 16, "stages of own channels");
   static_assert(kSize % (2 * kHalf) == 0 && kHeadDim / 2 % kHalf == 0, "whole pieces");
-  OwnButterflies<1, 0, 2 * kHalf>(x);
-  if constexpr (kHalf > 2) OwnButterflies<2, 0, 2 * kHalf>(x);
-  if constexpr (kHalf > 4) OwnButterflies<4, 0, 2 * kHalf>(x);
-  if constexpr (kHalf > 8) OwnButterflies<8, 0, 2 * kHalf>(x);
+  OwnButterflies<1>(x);
+  if constexpr (kHalf > 2) OwnButterflies<2>(x);
+  if constexpr (kHalf > 4) OwnButterflies<4>(x);
+  if constexpr (kHalf > 8) OwnButterflies<8>(x);
   if constexpr (kSize == kHeadDim) {
 #pragma unroll
     for (int distance = 1; distance < kHeadDim / 2 / kHalf; distance *= 2) {
       LaneButterflies(lane, distance, x);
     }
-    OwnButterflies<kHalf, 0, 2 * kHalf>(x);  // of the two halves
+    OwnButterflies<kHalf>(x);  // of the two halves
   } else {
 #pragma unroll
     for (int step = kHalf; step < kSize; step *= 2) {

@@ -14,7 +14,6 @@
 #include "cuda/common/rotate.cuh"
 #include "cuda/common/unaligned.cuh"
 #include "cuda/common/vector.cuh"
-#include "cuda/indexer/encode.cuh"
 #include "cuda/indexer/launch.h"
 
 namespace fastattn::cuda {

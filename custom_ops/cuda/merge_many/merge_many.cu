@@ -8,7 +8,6 @@
 #include "common/dispatch.h"
 #include "common/merge_many.h"
 #include "cuda/common/convert.cuh"
-#include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/vector.cuh"
 #include "cuda/merge_many/launch.h"

@@ -8,7 +8,6 @@
 #pragma once
 
 #include "common/fp4.h"
-#include "cuda/mqa_logits/config.h"
 
 namespace fastattn::cuda::mqa_logits {
 

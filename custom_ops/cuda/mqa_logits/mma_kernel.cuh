@@ -5,6 +5,7 @@
 // warps of the CTA share.
 #pragma once
 
+#include "common/fp4.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mqa_logits/rows.cuh"

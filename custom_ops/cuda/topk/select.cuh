@@ -11,7 +11,6 @@
 
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/lane.cuh"
-#include "cuda/common/shared_address.cuh"
 
 namespace fastattn::cuda {
 

@@ -11,7 +11,6 @@
 
 #include "common/topk_key.h"
 #include "cuda/topk/select.cuh"
-#include "params/topk.h"
 
 namespace fastattn::cuda {
 

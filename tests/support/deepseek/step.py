@@ -17,11 +17,11 @@ class Batch:
     its projections.
     """
 
-    def __init__(self, lengths: Any, prompts: int = 3) -> None:
+    def __init__(self, lengths: Any) -> None:
         self.lengths = np.asarray(lengths, np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.prompt_of = np.arange(len(self.lengths)) % prompts
-        self.prompts = min(prompts, len(self.lengths))
+        self.prompt_of = np.arange(len(self.lengths)) % 3
+        self.prompts = min(3, len(self.lengths))
         self.prompt_length = int(self.lengths.max())
         #: Position of each token of all prompts; token of each row of the batch.
         self.positions = np.tile(np.arange(self.prompt_length), self.prompts)

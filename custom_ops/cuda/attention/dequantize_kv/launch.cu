@@ -4,6 +4,7 @@
 #include "cuda/attention/dequantize_kv/launch.h"
 
 #include "common/block_table.h"
+#include "common/ceil_div.h"
 #include "common/numeric.h"
 #include "cuda/attention/shared/scales.cuh"
 #include "cuda/attention/shared/seq_lengths.cuh"

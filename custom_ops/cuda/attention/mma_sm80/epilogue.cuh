@@ -9,7 +9,6 @@
 #include "common/static_scales.h"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
-#include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/common/mma.cuh"
 
 #include "cuda/common/convert.cuh"

@@ -2,8 +2,6 @@
 // CTA that comes last reads what the others left in global memory.
 #pragma once
 
-#include <cstdint>
-
 #include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"

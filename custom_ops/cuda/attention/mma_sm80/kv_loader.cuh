@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "common/block_table.h"
-#include "common/numeric.h"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/mma.cuh"

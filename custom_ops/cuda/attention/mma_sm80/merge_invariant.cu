@@ -9,7 +9,6 @@
 #include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/invariant_total.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
-#include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {

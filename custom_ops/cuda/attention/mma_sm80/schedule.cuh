@@ -4,7 +4,6 @@
 
 #include <cstdint>
 
-#include "common/types.h"
 #include "common/visible_keys.h"
 #include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/shared/forms.cuh"

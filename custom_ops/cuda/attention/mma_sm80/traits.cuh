@@ -10,7 +10,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
 
 #include "common/types.h"
 #include "cuda/attention/shared/format.cuh"

@@ -4,7 +4,7 @@
 // values are operands as they are.
 #pragma once
 
-#include <cuda_fp8.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 

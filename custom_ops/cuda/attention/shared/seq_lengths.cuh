@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "common/seq_lengths.h"
-#include "common/types.h"
 #include "cuda/attention/shared/forms.cuh"
 #include "params/attention.h"
 

@@ -8,7 +8,6 @@
 //
 // A range of 256 blocks takes about 12 us. Without PDL, ranges that follow each other would wait
 // for launches a tenth of their time.
-#include <stdexcept>
 
 #include "common/dispatch.h"
 #include "common/head_dims.h"

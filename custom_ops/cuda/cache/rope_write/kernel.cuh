@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "common/ceil_div.h"
-#include "common/dispatch.h"
 #include "common/head_dims.h"
 #include "cuda/cache/rope_write/decode_kernel.cuh"
 #include "cuda/cache/rope_write/stream_kernel.cuh"

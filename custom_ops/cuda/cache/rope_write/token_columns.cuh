@@ -10,7 +10,6 @@
 
 #include <cstdint>
 
-#include "common/types.h"
 #include "cuda/cache/shared/head_lanes.cuh"
 #include "params/common.h"
 

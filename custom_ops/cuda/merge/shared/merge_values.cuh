@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "common/exact.h"
-#include "cuda/common/convert.cuh"
 #include "cuda/common/vector.cuh"
 #include "cuda/merge/shared/merge_weights.h"
 

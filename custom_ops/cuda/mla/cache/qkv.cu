@@ -9,8 +9,6 @@
 #include "cuda/common/divisor.cuh"
 #include "cuda/common/index_load.cuh"
 #include "cuda/common/inverse_rms.cuh"
-#include "cuda/common/lane.cuh"
-#include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/rotate.cuh"

@@ -2,7 +2,6 @@
 // sequence.
 #include <algorithm>
 
-#include "cuda/common/convert.cuh"
 #include "cuda/common/exp2.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/pdl.cuh"

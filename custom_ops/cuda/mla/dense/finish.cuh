@@ -3,7 +3,6 @@
 
 #include "common/normaliser.h"
 #include "cuda/common/convert.cuh"
-#include "cuda/common/exp2.cuh"
 #include "params/mla_attention.h"
 
 namespace fastattn::cuda::mla_dense {

@@ -9,6 +9,7 @@
 // The schedule counts tiles of 64 keys: two of these.
 
 #include "common/dispatch.h"
+#include "cuda/common/exp2.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/pdl.cuh"

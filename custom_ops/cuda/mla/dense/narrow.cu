@@ -15,6 +15,7 @@
 #include <new>
 
 #include "common/dispatch.h"
+#include "cuda/common/exp2.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mla/dense/finish.cuh"

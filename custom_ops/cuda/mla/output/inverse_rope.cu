@@ -12,7 +12,6 @@
 #include "cuda/common/divisor.cuh"
 #include "cuda/common/dynamic_scale.cuh"
 #include "cuda/common/index_load.cuh"
-#include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/quad.cuh"
 #include "cuda/common/rotate.cuh"

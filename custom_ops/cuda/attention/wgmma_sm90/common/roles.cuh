@@ -2,11 +2,8 @@
 // which the first is the producer (warp 0 loads, the others help) and the other two consume.
 #pragma once
 
-#include <cstdint>
-
 #include "cuda/common/pdl.cuh"
 #include "cuda/common/tma.cuh"
-#include "cuda/common/wgmma.cuh"
 
 namespace fastattn::cuda::wgmma_sm90 {
 

@@ -1,8 +1,6 @@
 // A work tile: queries of one sequence and head, and the KV tiles that they attend to.
 #pragma once
 
-#include <cstdint>
-
 #include "common/types.h"
 
 namespace fastattn::cuda::wgmma_sm90 {

@@ -10,7 +10,6 @@
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/config.h"
-#include "cuda/attention/wgmma_sm90/fp16/nibbles.cuh"
 #include "cuda/attention/wgmma_sm90/fp16/query.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/lane.cuh"

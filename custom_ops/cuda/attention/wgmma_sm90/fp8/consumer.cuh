@@ -6,7 +6,6 @@
 #pragma once
 
 #include "common/bounds.h"
-#include "common/numeric.h"
 #include "cuda/attention/wgmma_sm90/common/epilogue.cuh"
 #include "cuda/attention/wgmma_sm90/common/softmax.cuh"
 #include "cuda/attention/wgmma_sm90/fp8/arithmetic.cuh"

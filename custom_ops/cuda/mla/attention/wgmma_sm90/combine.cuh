@@ -3,11 +3,12 @@
 
 #include <cstdint>
 
+#include "common/normaliser.h"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/exp2.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/pdl.cuh"
-#include "cuda/mla/attention/wgmma_sm90/work.cuh"
+#include "cuda/mla/attention/wgmma_sm90/variant.h"
 
 namespace fastattn::cuda::mla_sm90 {
 

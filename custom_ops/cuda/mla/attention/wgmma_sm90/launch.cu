@@ -7,6 +7,7 @@
 #include "cuda/common/launch.cuh"
 #include "cuda/mla/attention/wgmma_sm90/combine.cuh"
 #include "cuda/mla/attention/wgmma_sm90/instances.h"
+#include "cuda/mla/attention/wgmma_sm90/work.cuh"
 
 namespace fastattn::cuda::mla_sm90 {
 

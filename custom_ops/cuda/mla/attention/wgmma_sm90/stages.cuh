@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "cuda/common/convert.cuh"
-#include "cuda/common/lane.cuh"
 #include "cuda/mla/attention/wgmma_sm90/scaling.cuh"
 
 namespace fastattn::cuda::mla_sm90 {

@@ -7,10 +7,8 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
-#include "common/normaliser.h"
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/mla/attention/wgmma_sm90/variant.h"
 
