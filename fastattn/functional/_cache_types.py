@@ -40,6 +40,16 @@ def token_scales(cache_quant_type: str, head_dim: int) -> tuple[list[int], str]:
     return [], "float32"
 
 
+#: Types that lose much where K has large channels, unless K is rotated, and that need no scales for
+#: it (docs/quality.md).
+_ROTATED_BY_DEFAULT = (*NIBBLE_TYPES, "block_wise_int8")
+
+
+def default_rotation(cache_quant_type: str) -> str:
+    """The `k_rotation` that a type has unless one is named."""
+    return "hadamard" if cache_quant_type in _ROTATED_BY_DEFAULT else "none"
+
+
 #: FastDeploy's ``kv_cache_quant_type`` strings, and the type that each is.
 CONFIG_TYPES = {"int8": "cache_int8", "float8_e4m3fn": "cache_fp8"}
 
