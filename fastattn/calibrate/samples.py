@@ -33,11 +33,14 @@ class LayerSamples:
         where K has 192.
     query : array of float32, shape [n, H, D], or None
         The sequence's last n queries, rotated; n is at most T.
+    window : int
+        Keys that a query sees, its own included; 0 is all.
     """
 
     key: Array
     value: Array
     query: Array | None = None
+    window: int = 0
 
     def check(self, name: str) -> LayerSamples:
         """These samples, if their shapes fit each other.

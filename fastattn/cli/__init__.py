@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastattn demo | bench | calibrate | show-config | collect-env``.
+"""The command line: ``python -m fastattn demo | evaluate | calibrate | bench | show-config | ..``.
 
 A subcommand's module is imported when that subcommand is asked for, so that one that cannot be
 imported (no Paddle, no matplotlib, a broken library) does not take the others with it.
@@ -16,6 +16,7 @@ from fastattn.version import __version__
 #: Subcommand -> (module with ``add_parser(subparsers)``, line of help)
 COMMANDS = {
     "demo": ("fastattn.demo.cli", "serve a tiny model with every cache type"),
+    "evaluate": ("fastattn.evaluate.cli", "what cache types cost a real model"),
     "bench": ("fastattn.bench.cli", "time the operators on this machine"),
     "calibrate": ("fastattn.calibrate.cli", "scales, centres and cache types from samples"),
     "show-config": ("fastattn.cli.show_config", "versions, what is compiled, what would run"),
