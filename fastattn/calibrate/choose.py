@@ -83,6 +83,15 @@ def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
     return from_codes(quantize(x, multiplier, code), code).astype(np.float64) * multiplier
 
 
+def as_stored(layer: LayerCalibration, key: Array, value: Array) -> tuple[Array, Array]:
+    """K and V ``[T, KV, D]`` as a layer's cache gives them back, K restored; fp32 and fp64."""
+    rotation, center = layer.cache_k_rotation or "none", layer.cache_k_center
+    kind = layer.cache_quant_type
+    written = transform_key(key, rotation, center)
+    k = restore_key(stored(written, kind, layer.cache_k_out_scale), rotation, center)
+    return k, stored(value, kind, layer.cache_v_out_scale)
+
+
 def _squares(samples: LayerSamples, key: Array, value: Array, rows: Array) -> tuple[Array, Array]:
     """Squares of attention outputs' errors over `key` and `value`, and of the outputs, by head."""
     assert samples.query is not None
@@ -147,10 +156,7 @@ def try_candidate(
             check_scales(name, given.size, x.shape[1:], kind)
     found = LayerCalibration(kind, k_scales, v_scales, rotation, center)
     if rows is not None:
-        stored_as = [
-            (restore_key(stored(k, kind, k_scales), rotation, center), stored(v, kind, v_scales))
-            for k, v in zip(as_written, values)
-        ]
+        stored_as = [as_stored(found, key, value) for key, value in zip(keys, values)]
         found.error = attention_error(samples, stored_as, rows)
     return found
 

@@ -230,12 +230,12 @@ def _measure(
         2 * tokens + GENERATED * len(prompts) * arguments.greedy + sum(arguments.needles)
     )
     with console.progress("measuring", int(total)) as update:
-        done = 0.0
+        done, note = 0.0, ""
 
-        def progress(work: float, note: str) -> None:
+        def progress(work: float, what: str) -> None:
             nonlocal done
             done += work
-            update(min(int(done), int(total)), note)
+            update(min(int(done), int(total)), what)
 
         gpu = arguments.device == "gpu" and where.model.is_gpu_place()
         measurement = Measurement(
@@ -245,12 +245,19 @@ def _measure(
             dense_place=where.model if gpu else None,
             progress=progress,
         )
-        measurement.perplexities([window.tokens for window in windows])
-        if arguments.greedy > 0:
-            measurement.agreement(prompts, arguments.greedy)
-        for length in arguments.needles:
-            _find_needles(measurement, length)
+        try:
+            if arguments.greedy > 0:
+                measurement.agreement(prompts, arguments.greedy)
+            measurement.perplexities([window.tokens for window in windows])
+            for length in arguments.needles:
+                _find_needles(measurement, length)
+        except KeyboardInterrupt:
+            if not rows[0].windows:
+                raise
+            note = f"stopped: the table is of {len(rows[0].windows)} of {len(windows)} windows"
         update(int(total), "")
+    if note:
+        console.line(note)
     return measurement
 
 
@@ -296,9 +303,15 @@ def _report(
     served = [row for row in rows if row.plans is not None]
     console.table([Line(row, rows[0]) for row in rows])
     console.line("* what the type does by default; +- is a standard error over windows")
-    needle_lines = [NeedleLine(row, length) for length in arguments.needles for row in served]
+    needle_lines = [
+        NeedleLine(row, length)
+        for length in arguments.needles
+        for row in served
+        if length in row.needles
+    ]
     if needle_lines:
         console.table(needle_lines)
+    windows = windows[: len(rows[0].windows)]
     sources = {window.source.name: window.source.digest for window in windows}
     return {
         "schema": SCHEMA,

@@ -138,8 +138,9 @@ class Measurement:
         parts: list[list[Scores]] = [[] for _ in self.rows]
         for at in range(0, len(tokens) - 1, step):
             end = min(at + step, len(tokens) - 1)
-            logits = [self._logits(h[at:end]) for h in hidden]
-            own, others = score(logits[0], logits[1:], tokens[at + 1 : end + 1])
+            base = self._logits(hidden[0][at:end])
+            one_by_one = (self._logits(h[at:end]) for h in hidden[1:])
+            own, others = score(base, one_by_one, tokens[at + 1 : end + 1])
             for part, found in zip(parts, [own, *others]):
                 part.append(found)
             self._tell((end - at) * TOKEN * len(self.rows), "comparing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,12 +42,13 @@ def _distribution(logits: Array) -> tuple[Array, Array]:
     return e, largest.astype(np.float64) + np.log(total.astype(np.float64))
 
 
-def score(base: Array, others: Sequence[Array], targets: Array) -> tuple[Scores, list[Scores]]:
+def score(base: Array, others: Iterable[Array], targets: Array) -> tuple[Scores, list[Scores]]:
     """Scores of a base's logits, and of others against it.
 
     Parameters
     ----------
     base, others : array, shape [n, vocabulary]
+        The others may come one by one.
     targets : array of int, shape [n]
         The tokens that came.
 

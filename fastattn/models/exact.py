@@ -13,6 +13,9 @@ from fastattn.reference.numerics import Array
 #: Gets a layer's number and its Q [T, H, D], K and V [T, KV, D], normed and rotated, fp32.
 Watch = Callable[[int, Array, Array, Array], None]
 
+#: Gets a layer's number, its K and its V; gives others in their place.
+Change = Callable[[int, Array, Array], "tuple[Array, Array]"]
+
 _QUERIES = 256  # whose scores are in memory at a time
 
 
@@ -58,7 +61,15 @@ def head_norm(x: Array, weight: Array, eps: float) -> Array:
     return result
 
 
-def forward(dense: Dense, tokens: Array, watch: Watch | None = None) -> Array:
+def forward(
+    dense: Dense,
+    tokens: Array,
+    watch: Watch | None = None,
+    *,
+    change: Change | None = None,
+    entering: list[Array] | None = None,
+    start: tuple[int, Array] | None = None,
+) -> Array:
     """Hidden states ``[T, hidden]`` of one sequence, which :meth:`Dense.logits` takes.
 
     Parameters
@@ -68,6 +79,12 @@ def forward(dense: Dense, tokens: Array, watch: Watch | None = None) -> Array:
     tokens : array of int, shape [T]
     watch : callable, optional
         Sees what each layer's cache and attention get.
+    change : callable, optional
+        Gives what the attention sees in place of K and V.
+    entering : list, optional
+        Gets the residual stream ahead of each layer.
+    start : (int, array), optional
+        The layer to begin with, and the residual stream ahead of it.
     """
     config: ModelConfig = dense.config
     count = len(tokens)
@@ -75,9 +92,11 @@ def forward(dense: Dense, tokens: Array, watch: Watch | None = None) -> Array:
     tables = {
         full: rotary_angles(config, count, full=full, factors=factors) for full in set(config.full)
     }
-    x = dense.embed(tokens)
+    first, x = (0, dense.embed(tokens)) if start is None else start
     splits = np.cumsum(config.widths)[:2]
-    for n, full in enumerate(config.full):
+    for n in range(first, config.layers):
+        if entering is not None:
+            entering.append(x)
         w = dense.weights.layers[n]
         parts = np.split(dense.project(n, x), splits, axis=1)
         q, k, v = (part.reshape(count, -1, config.head_dim) for part in parts)
@@ -85,9 +104,11 @@ def forward(dense: Dense, tokens: Array, watch: Watch | None = None) -> Array:
             q = head_norm(q, w.q_norm, config.norm_eps)
         if w.k_norm is not None:
             k = head_norm(k, w.k_norm, config.norm_eps)
-        q, k = (rotate(part, tables[full], config.neox) for part in (q, k))
+        q, k = (rotate(part, tables[config.full[n]], config.neox) for part in (q, k))
         if watch is not None:
             watch(n, q, k, v)
+        if change is not None:
+            k, v = change(n, k, v)
         out = attend(q, k, v, config.softmax_scale, config.window_of(n))
         x = dense.finish(n, x, out.reshape(count, -1))
     result: Array = dense.last(x)
