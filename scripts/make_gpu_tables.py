@@ -21,13 +21,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_tables import attention, cache_types, latent, latent_targets, memory, pages, targets
+from gpu_tables import (
+    attention,
+    cache_types,
+    latent,
+    latent_targets,
+    memory,
+    pages,
+    quality,
+    targets,
+)
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/gpu.md", "docs/host.md", "docs/benchmarks.md",
          "docs/cache_types.md", "docs/backends.md", "docs/dcp.md",
-         "docs/kernels/invariant.md")  # fmt: skip
+         "docs/kernels/invariant.md", "docs/quality.md")  # fmt: skip
 #: Name of a table -> its text, from the results.
 TABLES: dict[str, Callable[[Results], str]] = {
     "runs": pages.runs,
@@ -46,6 +55,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "dcp": attention.dcp,
     "cache types": cache_types.cache_types,
     "gain": cache_types.gain,
+    "quality smollm": quality.smollm2,
+    "quality gemma": quality.gemma3,
     "targets": targets.targets,
     "operators": memory.operators,
     "rope options": memory.rope_options,

@@ -213,7 +213,7 @@ def _settle(arguments: argparse.Namespace) -> None:
     if not (arguments.samples or arguments.model or given):
         raise CalibrationError("expected a file of samples, --model, or --scales")
     if arguments.samples and arguments.model:
-        raise CalibrationError("--model: samples are those of the model, or of files")
+        raise CalibrationError("--model: name a model or files of samples, not both")
     if arguments.max_loss is not None and (not arguments.model or arguments.bound is not None):
         raise CalibrationError("--max-loss: it is for --model, without --bound")
     if given and arguments.scales.suffix != ".json":

@@ -107,6 +107,12 @@ def add_parser(subparsers: Any) -> None:
         metavar="N,..",
         help="lengths of texts with facts to remember, such as 4096,8192",
     )
+    parser.add_argument(
+        "--seconds",
+        type=_count(1),
+        metavar="N",
+        help="begin no window after so many, of two at least; default no limit",
+    )
     parser.add_argument("--exact", action="store_true", help="a row more: fp32 without a cache")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--json", metavar="FILE", help="write a report there; - is stdout")
@@ -162,8 +168,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
-    """Measure and show; the report."""
+def evaluate(arguments: argparse.Namespace, console: Any, model: Any = None) -> dict[str, Any]:
+    """Measure and show; the report. The model is read, unless it is given."""
     from fastattn.evaluate import texts, variants
 
     rows = variants.rows(arguments.types)  # a wrong name is found out before the work
@@ -181,9 +187,10 @@ def evaluate(arguments: argparse.Namespace, console: Any) -> dict[str, Any]:
 
         _ops.prepare()
         update(2, "model")
-        from fastattn import models
+        if model is None:
+            from fastattn import models
 
-        model = models.load(arguments.model)
+            model = models.load(arguments.model)
         update(3, "")
     config = model.config
     too_long = [n for n in [arguments.window, *arguments.needles] if n > config.context]
@@ -248,16 +255,19 @@ def _measure(
         try:
             if arguments.greedy > 0:
                 measurement.agreement(prompts, arguments.greedy)
-            measurement.perplexities([window.tokens for window in windows])
+            chosen = [window.tokens for window in windows]
+            measurement.perplexities(chosen, seconds=arguments.seconds)
+            if len(rows[0].windows) < len(windows):
+                note = f"in {arguments.seconds} s: "
             for length in arguments.needles:
                 _find_needles(measurement, length)
         except KeyboardInterrupt:
             if not rows[0].windows:
                 raise
-            note = f"stopped: the table is of {len(rows[0].windows)} of {len(windows)} windows"
+            note = "stopped: "
         update(int(total), "")
     if note:
-        console.line(note)
+        console.line(f"{note}{len(rows[0].windows)} of {len(windows)} windows")
     return measurement
 
 

@@ -110,8 +110,12 @@ class Measurement:
             self.dense, row.plans, length=length, place=self.place, quantize_q=row.quantize_q
         )
 
-    def perplexities(self, windows: Sequence[Array]) -> None:
-        """Scores of all rows over windows of tokens."""
+    def perplexities(self, windows: Sequence[Array], *, seconds: float | None = None) -> None:
+        """Scores of all rows over windows of tokens; after so many seconds none is begun.
+
+        Two windows are in any case: one has no standard error.
+        """
+        begin = time.perf_counter()
         length = max(map(len, windows))
         sessions = [None if row.plans is None else self._session(row, length) for row in self.rows]
         for row, session in zip(self.rows, sessions):
@@ -119,6 +123,8 @@ class Measurement:
             if session is not None:  # the first steps of a session are slower
                 session.forward(windows[0][None, :8])
         for number, tokens in enumerate(windows):
+            if seconds is not None and number > 1 and time.perf_counter() - begin > seconds:
+                break
             hidden = []
             for row, session in zip(self.rows, sessions):
                 start = time.perf_counter()
@@ -164,7 +170,7 @@ class Measurement:
                 tokens: list[int] = []
                 for token in greedy(session, prompt, new):
                     if not tokens:
-                        start = time.perf_counter()  # behind the prompt
+                        start = time.perf_counter()  # after the prompt
                     tokens.append(token)
                     self._tell(GENERATED, f"greedy text, {row.name}")
                 seconds += time.perf_counter() - start

@@ -66,7 +66,7 @@ def score(base: Array, others: Iterable[Array], targets: Array) -> tuple[Scores,
     found = []
     for logits in others:
         _, log_sum = _distribution(logits)
-        # From differences of logits, which are small: their rounding is not that of the logits.
+        # From differences of logits, which are small, and so is their rounding.
         mean = np.einsum("ij,ij->i", p, base - logits).astype(np.float64)
         found.append(
             Scores(

@@ -322,9 +322,10 @@ def paged_attention(
         and blocks, eager and in a CUDA graph. See docs/numerics.md for what else they depend on,
         and what it costs. On the CPU that is so in any case.
     k_rotation : {"none", "hadamard"}
-        How K was rotated when it was written: `q` is rotated alike, in fp32, and rounded to its
-        dtype again. ``"none"`` for queries that the writer has rotated (`q_rotation` of
-        :func:`rope_write_cache_kv`), which saves a kernel. Not with e4m3 queries.
+        How K was rotated when it was written, as the ``arguments`` of :func:`make_cache` tell both:
+        `q` is rotated alike, in fp32, and rounded to its dtype again. ``"none"`` for queries that
+        the writer has rotated (`q_rotation` of :func:`rope_write_cache_kv`), which saves a kernel.
+        Not with e4m3 queries.
     k_center : Tensor, shape [KV, D], float32, optional
         What K was written without; rotated, if `q` comes rotated. The output needs no correction,
         since all scores of a query lack the same number, but the LSE and sinks do: they are those

@@ -88,7 +88,8 @@ def write_cache_kv(
         Zero points; every supported type is symmetric and takes none.
     k_rotation : {"none", "hadamard"}
         Rotate K before it is quantised; not for ``"none"``, nor for e5m2. Where D is no power of
-        two, H has a block for each ``D & -D`` channels.
+        two, H has a block for each ``D & -D`` channels. Types of 4 bits lose much without it
+        (docs/quality.md). :func:`make_cache` gives what a type needs, the same to the attention.
     k_center : Tensor, shape [KV, D], float32, optional
         What is subtracted from K before the rotation; for the same types.
 

@@ -140,7 +140,8 @@ def rope_write_cache_kv(
         Zero points; every supported type is symmetric and takes none.
     k_rotation : {"none", "hadamard"}
     k_center : Tensor, shape [KV, D], float32, optional
-        As for ``write_cache_kv``. K is rounded to the dtype of `qkv` before.
+        As for ``write_cache_kv``. K is rounded to the dtype of `qkv` before. :func:`make_cache`
+        gives what a type needs, the same to the attention.
     q_rotation : {"none", "hadamard"}
         ``"hadamard"``, with that `k_rotation` only: return Q rotated as K is, and rounded again
         (quantised, if it is, after that). The attention then is called without `k_rotation`, and

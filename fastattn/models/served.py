@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,8 +211,15 @@ class _Step:
         return out.astype("float32").reshape([rows, -1])
 
 
-def greedy(session: Session, tokens: Sequence[int], new: int, *, stop: int | None = None) -> Any:
-    """Continue a text with its most likely tokens, one after the other.
+def greedy(
+    session: Session,
+    tokens: Sequence[int],
+    new: int,
+    *,
+    stop: int | None = None,
+    choose: Callable[[Array], int] | None = None,
+) -> Iterator[int]:
+    """Continue a text token by token: with the most likely one, or as `choose` says.
 
     Parameters
     ----------
@@ -224,6 +231,8 @@ def greedy(session: Session, tokens: Sequence[int], new: int, *, stop: int | Non
         Tokens to generate.
     stop : int, optional
         Token that ends a text.
+    choose : callable, optional
+        Gives a token of logits ``[vocabulary]``.
 
     Yields
     ------
@@ -233,7 +242,8 @@ def greedy(session: Session, tokens: Sequence[int], new: int, *, stop: int | Non
     step = np.asarray(tokens, np.int64)[None]
     for _ in range(new):
         hidden = session.forward(step)[-1:]
-        token = int(session.dense.logits(hidden)[0].argmax())
+        logits = session.dense.logits(hidden)[0]
+        token = int(logits.argmax()) if choose is None else choose(logits)
         if token == stop:
             return
         yield token

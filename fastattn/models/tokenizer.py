@@ -196,7 +196,7 @@ class Tokenizer:
         return [token for part in parts if part is not None for token in self._ids_of(part)]
 
     def _ids_of(self, part: str) -> list[int]:
-        """A symbol's token, or those of its bytes."""
+        """A symbol's token, or its bytes' tokens."""
         token = self.ids.get(part)
         if token is not None:
             return [token]

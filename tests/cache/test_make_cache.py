@@ -61,7 +61,7 @@ def test_written_and_read(kind, dim):
 
 @pytest.mark.parametrize("kind", CACHE_QUANT_TYPES)
 def test_shapes_are_the_backends(kind):
-    """And the bytes of a token those of all tensors."""
+    """The bytes of a token are the sum over all tensors."""
     backend = backends.FlashAttentionBackend(
         backends.make_config(max_model_len=128, num_key_value_heads=KV), KV, HEADS, 128
     )

@@ -110,7 +110,7 @@ def test_command(folder, tmp_path, capsys, arguments):
         (["--model", "no-such"], "no-such: expected smollm2, gemma3-270m"),
         (["x.npz", "--max-loss", "1"], "--max-loss: it is for --model"),
         (["--model", "smollm2", "--max-loss", "1", "--bound", "1"], "without --bound"),
-        (["x.npz", "--model", "smollm2"], "samples are those of the model, or of files"),
+        (["x.npz", "--model", "smollm2"], "not both"),
     ],
 )
 def test_command_refuses(capsys, arguments, text):

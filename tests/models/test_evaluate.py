@@ -157,7 +157,7 @@ def test_windows_share_no_token(model):
 
 
 def test_rows_of_a_model(model):
-    """Losses are those of an fp64 forward pass within the rounding of 16 bits."""
+    """Losses equal an fp64 forward pass's within the rounding of 16 bits."""
     rng = np.random.default_rng(3)
     windows = [rng.integers(0, 256, 90) for _ in range(3)]
     rows = [
@@ -199,7 +199,7 @@ def test_needles(model):
 
 
 def test_asking_needles(model):
-    """Every question is asked after the same text: its loss is that of the text and it alone."""
+    """Every question is asked after the same text: its loss is as with the text and it alone."""
     found = needles.hide(model.tokenizer, "hay and more hay. " * 40, 400)
     session = Session(model.dense, same_plan(model.config, LayerPlan()), length=400)
     told = needles.ask(session, found)

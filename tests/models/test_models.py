@@ -47,7 +47,7 @@ def rounded(files, expected):
 
 
 def distance(a, b):
-    """RMS of the difference over that of b."""
+    """RMS of the difference over b's."""
     return float(np.sqrt(((a - b) ** 2).mean() / (b**2).mean()))
 
 
@@ -96,7 +96,7 @@ def test_served_from_16_bits(files, expected, rounded, kind):
     ids=lambda x: f"{x.cache_quant_type}-{x.k_rotation}" if isinstance(x, LayerPlan) else "",
 )
 def test_served_from_codes(files, expected, kind, plan, least, most):
-    """Writer and attention agree: the error is that of the codes, from below and above."""
+    """Writer and attention agree: the error is the codes' own, from below and above."""
     model = models.load(str(files[kind][0]))
     tokens, logits = expected[kind]
     (found,) = served(model, tokens, [130, 20], plan)
