@@ -1,8 +1,7 @@
-"""All of a decoder but its attention, in fp32: by NumPy, or by Paddle where the weights stay on a
-GPU.
+"""All of a decoder but its attention, in fp32: by NumPy, or by Paddle where weights are on a GPU.
 
-NumPy's matrix products are more than twice as fast as a CPU build of Paddle's (100 against 40 GFLOP/s
-a core of an Intel Xeon).
+NumPy's matrix products are more than twice as fast as a CPU build of Paddle's: 100 against 40
+GFLOP/s a core of an Intel Xeon.
 """
 
 from __future__ import annotations
