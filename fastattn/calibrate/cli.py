@@ -327,22 +327,30 @@ def _choose(
     return min(found, key=lambda calibration: _loses(calibration, arguments.bound))
 
 
-def calibrate_model(arguments: argparse.Namespace, console: Any) -> tuple[Calibration, Samples]:
-    """The same for a model's own samples; measures what was chosen on other text."""
+def calibrate_model(
+    arguments: argparse.Namespace, console: Any
+) -> tuple[Calibration, Samples, dict[int, float]]:
+    """The same for a model's own samples; measures what was chosen on other text.
+
+    The third is each layer's expected divergence, of ``--max-loss``.
+    """
     from fastattn.calibrate import with_model
 
     _settle(arguments)
     model, samples = with_model.open_model(arguments, console)
+    costs: dict[int, float] = {}
     if arguments.max_loss is None:
         calibration = _choose(arguments, samples)
     else:
-        calibration, _ = with_model.choose(arguments, console, model, samples)
+        calibration, costs = with_model.choose(arguments, console, model, samples)
     if arguments.check_tokens:
         with_model.check(arguments, console, model, calibration)
-    return calibration, samples
+    return calibration, samples, costs
 
 
-def _rows(calibration: Calibration, samples: Samples, bound: float | None) -> list[tuple[str, ...]]:
+def _rows(
+    calibration: Calibration, samples: Samples, bound: float | None, costs: dict[int, float]
+) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for number, layer in calibration.layers.items():
         error = "-" if layer.error is None else f"{layer.error:.1e}"
@@ -352,24 +360,30 @@ def _rows(calibration: Calibration, samples: Samples, bound: float | None) -> li
         keys = [x.key for x in samples.get(number, [])]
         far = outlier_channels(np.concatenate(keys)) if keys else []
         tried = "-" if first is None else f"{first:.1e}"
-        rows.append((str(number), layer.name, error, tried, str(len(far)) if samples else "-"))
+        count = str(len(far)) if samples else "-"
+        cost = [f"{costs[number]:.1e}"] if costs else []
+        rows.append((str(number), layer.name, error, tried, count, *cost))
     return rows
 
 
 #: The error of the first type, untransformed; channels of K that are far larger than most.
 _COLUMNS = ("layer", "type", "error", "first", "outliers")
 
+#: With ``--max-loss``: the divergence that the layer is expected to cost, in nats a token.
+_COST = "KL"
 
-def _show(rows: list[tuple[str, ...]]) -> None:
+
+def _show(rows: list[tuple[str, ...]], costs: bool) -> None:
+    columns = (*_COLUMNS, _COST) if costs else _COLUMNS
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print("  ".join(_COLUMNS))
+        print("  ".join(columns))
         for row in rows:
             print("  ".join(row))
         return
-    table = Table(*_COLUMNS)
+    table = Table(*columns)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -377,14 +391,15 @@ def _show(rows: list[tuple[str, ...]]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand; 1 if a file is wrong, or a layer has no type within the bound."""
+    costs: dict[int, float] = {}
     try:
         if arguments.model is None:
             calibration, samples = calibrate(arguments)
         else:
             from fastattn.demo.report import Console
 
-            calibration, samples = calibrate_model(arguments, Console(sys.stdout))
-        _show(_rows(calibration, samples, arguments.bound))
+            calibration, samples, costs = calibrate_model(arguments, Console(sys.stdout))
+        _show(_rows(calibration, samples, arguments.bound, costs), bool(costs))
         if arguments.output is not None:
             calibration.write(arguments.output, fastdeploy_prefix=arguments.fastdeploy_prefix)
             print(f"wrote {arguments.output}")

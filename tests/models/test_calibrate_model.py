@@ -99,7 +99,7 @@ def test_command(folder, tmp_path, capsys, arguments):
     kinds = {layer.cache_quant_type for layer in found.layers.values()}
     if arguments[:1] == ["--max-loss"]:
         assert "expected loss of perplexity" in shown and "wanted at most 0.5 %" in shown
-        assert kinds <= set(TYPES)
+        assert kinds <= set(TYPES) and "KL" in shown.split("as chosen")[1]
     elif not arguments:
         assert all(layer.error == min(layer.errors.values()) for layer in found.layers.values())
 
