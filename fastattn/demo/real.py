@@ -91,6 +91,8 @@ def _serve(
     prompt: str,
 ) -> tuple[str, float]:
     """Show a text while it is made; the text, and its tokens a second."""
+    import paddle
+
     from fastattn.calibrate.from_model import collect
     from fastattn.demo.scheduler import Request, Sampling
     from fastattn.evaluate import texts
@@ -108,7 +110,7 @@ def _serve(
     if variant.calibrated:
         windows = texts.windows(texts.calibration(), model.tokenizer, 256, 2)
         samples = collect(model, [window.tokens for window in windows])
-    gpu = args.device == "gpu" and where.model.is_gpu_place()
+    gpu = isinstance(where.model, paddle.CUDAPlace)
     session = Session(
         model.on(where.model) if gpu else model.dense,
         variant.plans(model.config, samples),

@@ -220,6 +220,8 @@ def _measure(
     windows: Sequence[Any],
     where: Any,
 ) -> Any:
+    import paddle
+
     from fastattn.calibrate import Calibration
     from fastattn.evaluate import variants
     from fastattn.evaluate.measure import GENERATED, Measurement, Row
@@ -244,7 +246,7 @@ def _measure(
             done += work
             update(min(int(done), int(total)), what)
 
-        gpu = arguments.device == "gpu" and where.model.is_gpu_place()
+        gpu = isinstance(where.model, paddle.CUDAPlace)
         measurement = Measurement(
             model,
             rows,
