@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "gain": cache_types.gain,
     "quality smollm": quality.smollm2,
     "quality gemma": quality.gemma3,
+    "quality needles": quality.needles,
     "targets": targets.targets,
     "operators": memory.operators,
     "rope options": memory.rope_options,

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -327,6 +328,11 @@ def _report(
     sources = {window.source.name: window.source.digest for window in windows}
     return {
         "schema": SCHEMA,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "options": {
+            name: getattr(arguments, name)
+            for name in ("types", "tokens", "window", "greedy", "needles", "seconds", "exact")
+        },
         "versions": {
             "fastattn": __version__,
             "paddle": str(paddle.__version__),
