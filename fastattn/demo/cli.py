@@ -135,10 +135,12 @@ def _calm_threads(toy: bool) -> None:
     The demo's products are small, and libraries that spin at the end of each leave other programs
     no core: with both cores of a machine taken the demo took 100 to 120 s, and 25 s so.
     """
-    if "numpy" in sys.modules:
-        return  # the libraries have read these by now
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if toy:  # a real model's products are worth all cores
+    if not toy:  # whose products are worth all cores that are idle
+        from fastattn.evaluate.cli import calm_threads
+
+        calm_threads()
+    elif "numpy" not in sys.modules:  # the libraries have read these by then
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
