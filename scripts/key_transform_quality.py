@@ -61,7 +61,7 @@ def perplexities(windows: int) -> None:
             for transform in TRANSFORMS:
                 candidate = Candidate(kind, transform)
                 found = {
-                    i: try_candidate(layer, candidate, granularity, None)
+                    i: try_candidate([layer], candidate, granularity, None)
                     for i, layer in samples.items()
                 }
                 value = served(model, kind, Calibration(found), held_out)
@@ -88,8 +88,8 @@ def errors() -> None:
         samples = synthetic(outliers)
         for kind, granularity in KINDS:
             for transform in TRANSFORMS:
-                rows = sampled_rows(samples, 64)
-                found = try_candidate(samples, Candidate(kind, transform), granularity, rows)
+                rows = sampled_rows([samples], 64)
+                found = try_candidate([samples], Candidate(kind, transform), granularity, rows)
                 shown = f"{kind} {granularity if kind == 'cache_int8' else ''} {transform}"
                 print(f"{outliers:20} {shown:40} {found.error:.2e}", flush=True)
 

@@ -34,6 +34,7 @@ from gpu_tables import (
     latent_targets,
     memory,
     pages,
+    quality,
     targets,
 )
 from gpu_tables.results import Results
@@ -41,7 +42,7 @@ from gpu_tables.results import Results
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "docs/gpu.md", "docs/measurements.md", "docs/host.md",
          "docs/benchmarks.md", "docs/cache_types.md", "docs/backends.md", "docs/dcp.md",
-         "docs/kernels/invariant.md")  # fmt: skip
+         "docs/kernels/invariant.md", "docs/quality.md")  # fmt: skip
 #: Name of a table -> function from the results to its text.
 TABLES: dict[str, Callable[[Results], str]] = {
     "runs": pages.runs,
@@ -61,6 +62,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "dcp": attention.dcp,
     "cache types": cache_types.cache_types,
     "gain": cache_types.gain,
+    "quality smollm": quality.smollm2,
+    "quality gemma": quality.gemma3,
+    "quality needles": quality.needles,
     "targets": targets.targets,
     "operators": memory.operators,
     "rope options": memory.rope_options,

@@ -12,7 +12,7 @@ from fastattn.calibrate.calibration import LayerCalibration
 from fastattn.calibrate.checks import check_head_dim, check_scales
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
-from fastattn.functional._cache_types import DYNAMIC_TYPES, NIBBLE_TYPES, STATIC_TYPES
+from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.cache import code_of, dynamic_scales, static_scales, written_scales
 from fastattn.reference.hadamard import restore_key, transform_key
@@ -22,10 +22,6 @@ GRANULARITIES = ("tensor", "head", "channel")
 
 #: Transforms of K in the order in which they are tried: the cheapest first.
 TRANSFORMS = ("none", "center", "hadamard", "center+hadamard")
-
-#: Types that benefit from a rotation. Codes with exponents do not: a large channel does not affect
-#: the other channels there, and a rotation makes all of them large.
-ROTATED_TYPES = ("cache_int8", "block_wise_int8", *NIBBLE_TYPES)
 
 #: Floor of an amax, so that a channel of zeros has a scale.
 _FLOOR = 1e-6
@@ -48,18 +44,18 @@ class Candidate:
 
 
 def candidates(types: Sequence[str], transforms: Sequence[str]) -> list[Candidate]:
-    """Candidates in order of preference: by type, then by the transforms that may help it."""
-    found = []
-    for kind in types:
-        allowed = ["none"] if kind == "none" else transforms
-        of_kind = [Candidate(kind, transform) for transform in allowed]
-        found += [c for c in of_kind if kind in ROTATED_TYPES or c.rotation == "none"]
-    return found
+    """Candidates in order of preference: by type, then by the transforms of K."""
+    return [
+        Candidate(kind, transform)
+        for kind in types
+        for transform in (["none"] if kind == "none" else transforms)
+    ]
 
 
 def centre_of(key: Array) -> Array:
     """Mean of every channel over the tokens, float32 [KV, D]."""
-    return np.asarray(key, np.float64).mean(axis=0).astype(np.float32)
+    mean: Array = np.asarray(key, np.float64).mean(axis=0)
+    return mean.astype(np.float32)
 
 
 def scales_of(x: Array, cache_quant_type: str, granularity: str) -> Array:
@@ -85,78 +81,105 @@ def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
     return from_codes(quantize(x, multiplier, code), code).astype(np.float64) * multiplier
 
 
-def attention_error(samples: LayerSamples, key: Array, value: Array, rows: Array) -> float:
-    """Relative error of attention outputs over `key` and `value`: RMS of the worst query head.
+def as_stored(layer: LayerCalibration, key: Array, value: Array) -> tuple[Array, Array]:
+    """K and V ``[T, KV, D]`` as a layer's cache gives them back, K restored; fp32 and fp64."""
+    rotation, center = layer.cache_k_rotation or "none", layer.cache_k_center
+    kind = layer.cache_quant_type
+    written = transform_key(key, rotation, center)
+    k = restore_key(stored(written, kind, layer.cache_k_out_scale), rotation, center)
+    return k, stored(value, kind, layer.cache_v_out_scale)
 
-    Parameters
-    ----------
-    samples : LayerSamples
-        Samples with queries, which give the exact outputs in fp64.
-    key, value : array, shape [T, KV, D]
-    rows : array of int
-        Queries to use.
-    """
+
+def _squares(samples: LayerSamples, key: Array, value: Array, rows: Array) -> tuple[Array, Array]:
+    """Squares of attention outputs' errors over `key` and `value`, and of the outputs, by head."""
     assert samples.query is not None
     tokens, _, dim = samples.key.shape
     positions = rows + tokens - len(samples.query)
-    visible = np.arange(tokens)[None, :] <= positions[:, None]
+    distance = positions[:, None] - np.arange(tokens)[None, :]
+    visible = (distance >= 0) & (distance < (samples.window or tokens))
     outs = [
         dense_attention(samples.query[rows], k, v, visible, softmax_scale=dim**-0.5)[0]
         for k, v in ((samples.key, samples.value), (key, value))
     ]
     with np.errstate(over="ignore", invalid="ignore"):
         error = ((outs[1] - outs[0]) ** 2).sum(axis=(0, 2))
-    size = (outs[0] ** 2).sum(axis=(0, 2))
+    return error, (outs[0] ** 2).sum(axis=(0, 2))
+
+
+def attention_error(
+    samples: Sequence[LayerSamples], stored_as: Sequence[tuple[Array, Array]], rows: Sequence[Array]
+) -> float:
+    """Relative error of attention outputs over K and V as stored: RMS, of the worst query head.
+
+    Parameters
+    ----------
+    samples : sequence of LayerSamples
+        Of one sequence each, with queries; what the exact outputs are made of, in fp64.
+    stored_as : sequence of (key, value), shape [T, KV, D]
+    rows : sequence of array of int
+        Which of the queries.
+    """
+    found = [_squares(x, *kv, own) for x, kv, own in zip(samples, stored_as, rows)]
+    error, size = (sum(parts) for parts in zip(*found))
     worst = float(np.sqrt(error / np.maximum(size, 1e-30)).max())
     return math.inf if math.isnan(worst) else worst  # K or scales beyond fp32 exceed any bound
 
 
 def try_candidate(
-    samples: LayerSamples,
+    samples: Sequence[LayerSamples],
     candidate: Candidate,
     granularity: str,
-    rows: Array | None,
+    rows: Sequence[Array] | None,
     scales: tuple[Array, Array] | None = None,
 ) -> LayerCalibration:
     """Scales, centre and error of a candidate; no error without `rows`.
 
     Parameters
     ----------
+    samples : sequence of LayerSamples
+        Of one sequence each.
     scales : (array, array), optional
         Static scales of K and V, instead of scales from the samples.
     """
     kind, rotation = candidate.cache_quant_type, candidate.rotation
-    center = centre_of(samples.key) if candidate.centred else None
-    key = transform_key(samples.key, rotation, center)
+    keys, values = [x.key for x in samples], [x.value for x in samples]
+    center = centre_of(np.concatenate(keys)) if candidate.centred else None
+    as_written = [transform_key(key, rotation, center) for key in keys]
     k_scales = v_scales = None
     if kind in STATIC_TYPES:
         k_scales, v_scales = scales or (
-            scales_of(x, kind, granularity) for x in (key, samples.value)
+            scales_of(np.concatenate(x), kind, granularity) for x in (as_written, values)
         )
-        for name, given, x in (("K", k_scales, samples.key), ("V", v_scales, samples.value)):
+        for name, given, x in (("K", k_scales, keys[0]), ("V", v_scales, values[0])):
             check_scales(name, given.size, x.shape[1:], kind)
     found = LayerCalibration(kind, k_scales, v_scales, rotation, center)
     if rows is not None:
-        k = restore_key(stored(key, kind, k_scales), rotation, center)
-        found.error = attention_error(samples, k, stored(samples.value, kind, v_scales), rows)
+        stored_as = [as_stored(found, key, value) for key, value in zip(keys, values)]
+        found.error = attention_error(samples, stored_as, rows)
     return found
 
 
-def sampled_rows(samples: LayerSamples, count: int, seed: int = 0) -> Array | None:
-    """Queries to try: `count` random ones, or all if there are fewer; None without queries."""
-    if samples.query is None:
-        return None
-    total = len(samples.query)
+def sampled_rows(samples: Sequence[LayerSamples], count: int, seed: int = 0) -> list[Array] | None:
+    """Queries of each sequence to try: `count` in all at random, or all if there are fewer.
+
+    None without queries.
+    """
     rng = np.random.default_rng(seed)
-    chosen = rng.choice(total, min(count, total), replace=False)
-    return np.sort(chosen)
+    each = -(-count // len(samples))
+    found = []
+    for own in samples:
+        if own.query is None:
+            return None
+        total = len(own.query)
+        found.append(np.sort(rng.choice(total, min(each, total), replace=False)))
+    return found
 
 
 def calibrate_layer(
-    samples: LayerSamples,
+    samples: LayerSamples | Sequence[LayerSamples],
     types: Sequence[str],
     *,
-    bound: float,
+    bound: float | None,
     transforms: Sequence[str] = TRANSFORMS,
     granularity: str = "head",
     queries: int = 64,
@@ -167,11 +190,13 @@ def calibrate_layer(
 
     Parameters
     ----------
-    samples : LayerSamples
+    samples : LayerSamples, or a sequence of them
+        Of one sequence each.
     types : sequence of str
         Types in order of preference.
-    bound : float
-        Upper bound of the relative error of attention outputs.
+    bound : float or None
+        Upper bound of the relative error of attention outputs. None tries all candidates and
+        takes the one with the least error.
     transforms : sequence of str
         Some of :data:`TRANSFORMS`, in the order in which they are tried.
     granularity : {"tensor", "head", "channel"}
@@ -193,11 +218,10 @@ def calibrate_layer(
     CalibrationError
         If there are no queries but several candidates, or no operator supports this head dimension.
     """
-    check_head_dim("K", samples.key.shape[2])
+    samples = [samples] if isinstance(samples, LayerSamples) else list(samples)
+    check_head_dim("K", samples[0].key.shape[2])
     rows = sampled_rows(samples, queries, seed)
     tried = candidates(types, transforms)
-    if not tried:
-        raise CalibrationError(f"{', '.join(types)}: none gains by {', '.join(transforms)}")
     if rows is None and len(tried) > 1:
         raise CalibrationError(
             "choosing among types and transforms needs queries (layers.N.query); without them name "
@@ -212,7 +236,7 @@ def calibrate_layer(
         errors[found.name] = found.error
         if best is None or best.error is None or found.error < best.error:
             best = found
-        if found.error <= bound:
+        if bound is not None and found.error <= bound:
             best = found
             break
     assert best is not None

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastattn.calibrate.calibration import Calibration, LayerCalibration
 from fastattn.calibrate.choose import (
@@ -21,15 +24,26 @@ from fastattn.calibrate.tensor_files import check_suffix
 from fastattn.cli.outputs import problem_of_file
 from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES, STATIC_TYPES
 
+#: What is tried without --types: two kinds, whose layers may not be mixed with each other's.
+_FAMILIES = (STATIC_TYPES, ("block_wise_int8", "block_wise_fp8"))
+
 _EPILOG = """\
 Samples hold, for each layer N, layers.N.key and layers.N.value [tokens, KV heads, channels] of one
 sequence, as they are written to a cache (K rotated by its position), and layers.N.query [queries,
 heads, channels] of its last tokens: an .npz or .safetensors file or, with --allow-pickle, what
 paddle.save wrote of a dict with these names. Such a dump is a pickle, which can run any code when
-it is read. Layers with static scales (cache_int8, cache_fp8, none) and with dynamic ones
-(block_wise_*) have lists of caches of different lengths: name types of one kind only.
+it is read. Several files are several texts. Layers with static scales (cache_int8, cache_fp8, none)
+and with dynamic ones (block_wise_*) have lists of caches of different lengths: name types of one
+kind only. Without --types both kinds of 8 bits are tried, and the one that loses less is taken;
+with --bound the first one that keeps it, static scales first.
+
+With --model the samples are those of a real model, read over texts that this Python carries or over
+--text. --max-loss then takes the fewest bytes whose loss of perplexity is within a bound, layer by
+layer, and in any case the perplexity of other text is measured with what was chosen.
 
 Examples:
+  python -m fastattn calibrate --model smollm2 --output scales.safetensors
+  python -m fastattn calibrate --model smollm2 --max-loss 1 --output mixed.safetensors
   python -m fastattn calibrate samples.npz --bound 0.02 --output scales.safetensors
   python -m fastattn calibrate samples.npz --types block_wise_int8 --output scales.npz
   python -m fastattn calibrate samples.npz --types cache_fp8 --output kv_cache_scale.json
@@ -84,8 +98,9 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "samples", nargs="?", type=Path, help="samples of the layers, .npz or .safetensors"
+        "samples", nargs="*", type=Path, help="samples of the layers, .npz or .safetensors"
     )
+    _add_model_options(parser)
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
@@ -97,14 +112,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--bound",
         type=_bound,
-        default=0.02,
-        help="upper bound of the relative error of attention outputs; default 0.02",
+        help="take the first type whose attention outputs have this relative error at most; "
+        "default: the type with the least error",
     )
     parser.add_argument(
         "--types",
         type=_list_of(CACHE_QUANT_TYPES),
         metavar="TYPE,..",
-        help="cache types, the preferred one first; default cache_int8,cache_fp8,none",
+        help="cache types, the preferred one first; default all of 8 bits",
     )
     parser.add_argument(
         "--transforms",
@@ -133,6 +148,43 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="in place of samples: smollm2, gemma3-270m, a .gguf file, or a folder with "
+        "config.json and safetensors",
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="with --model: read this text; may be given again",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_int_from(64),
+        default=512,
+        metavar="N",
+        help="with --model: of each text; default 512",
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=_bound,
+        metavar="PERCENT",
+        help="with --model: the fewest bytes whose loss of perplexity is at most this",
+    )
+    parser.add_argument(
+        "--check-tokens",
+        type=_int_from(0),
+        default=2048,
+        metavar="N",
+        help="with --model: measure the loss of perplexity over as many; default 2048, 0 not",
+    )
+
+
 def _check_output(path: Path) -> None:
     """Check before the work starts that its result can be written.
 
@@ -158,17 +210,21 @@ def _settle(arguments: argparse.Namespace) -> None:
     given = arguments.scales is not None
     if arguments.output is not None:
         _check_output(arguments.output)
-    if arguments.samples is None and not given:
-        raise CalibrationError("expected a file of samples, or --scales")
+    if not (arguments.samples or arguments.model or given):
+        raise CalibrationError("expected a file of samples, --model, or --scales")
+    if arguments.samples and arguments.model:
+        raise CalibrationError("--model: name a model or files of samples, not both")
+    if arguments.max_loss is not None and (not arguments.model or arguments.bound is not None):
+        raise CalibrationError("--max-loss: it is for --model, without --bound")
     if given and arguments.scales.suffix != ".json":
         raise CalibrationError(
             f"--scales: expected FastDeploy's kv_cache_scale.json, got {arguments.scales}"
         )
     if given and arguments.granularity is not None:
         raise CalibrationError("--granularity: scales from --scales have their own")
-    if arguments.types is None:
-        arguments.types = ["cache_fp8"] if fastdeploy or given else [*STATIC_TYPES, "none"]
-    types = arguments.types
+    if arguments.types is None and (fastdeploy or given):
+        arguments.types = ["cache_fp8"]
+    types = arguments.types or []
     if (fastdeploy or given) and (len(types) != 1 or types[0] not in STATIC_TYPES):
         raise CalibrationError(
             f"--types: FastDeploy's file is for one of {' or '.join(STATIC_TYPES)}, got "
@@ -188,21 +244,32 @@ def _settle(arguments: argparse.Namespace) -> None:
         arguments.granularity = "channel" if channels else "head"
 
 
-def calibrate(arguments: argparse.Namespace) -> tuple[Calibration, dict[int, LayerSamples]]:
-    """Read the samples and choose settings; returns the result and the samples."""
-    _settle(arguments)
-    kind = arguments.types[0]
-    start = None
-    if arguments.scales is not None:
-        start = Calibration.read(arguments.scales, cache_quant_type=kind)
-    if arguments.samples is None:
-        assert start is not None
-        return start, {}
-    samples = read_samples(arguments.samples, allow_pickle=arguments.allow_pickle)
-    if start is not None and set(start.layers) != set(samples):
-        raise CalibrationError(
-            f"{arguments.scales}: has layers {sorted(start.layers)}, the samples {sorted(samples)}"
-        )
+Samples = dict[int, list[LayerSamples]]
+
+
+def _read(arguments: argparse.Namespace) -> Samples:
+    """Samples of all files, by layer."""
+    found: Samples = {}
+    for path in arguments.samples:
+        samples = read_samples(path, allow_pickle=arguments.allow_pickle)
+        if found and set(found) != set(samples):
+            raise CalibrationError(
+                f"{path}: has layers {sorted(samples)}, the first file {sorted(found)}"
+            )
+        for number, layer in samples.items():
+            found.setdefault(number, []).append(layer)
+            first = found[number][0]
+            if first.key.shape[1:] != layer.key.shape[1:]:
+                raise CalibrationError(
+                    f"{path}: layer {number} has heads of other sizes than the first file's"
+                )
+    return found
+
+
+def _of_types(
+    arguments: argparse.Namespace, samples: Samples, types: Sequence[str], start: Calibration | None
+) -> Calibration:
+    """All layers, with types of one kind."""
     layers: dict[int, LayerCalibration] = {}
     for number, layer in samples.items():
         scales = None
@@ -213,7 +280,7 @@ def calibrate(arguments: argparse.Namespace) -> tuple[Calibration, dict[int, Lay
         try:
             layers[number] = calibrate_layer(
                 layer,
-                arguments.types,
+                types,
                 bound=arguments.bound,
                 transforms=arguments.transforms,
                 granularity=arguments.granularity,
@@ -223,21 +290,79 @@ def calibrate(arguments: argparse.Namespace) -> tuple[Calibration, dict[int, Lay
             )
         except CalibrationError as error:
             raise CalibrationError(f"layer {number}: {error}") from None
-    return Calibration(layers), samples
+    return Calibration(layers)
+
+
+def _loses(calibration: Calibration, bound: float | None) -> float:
+    """What a kind of types is judged by: layers beyond the bound, or the sum of squared errors."""
+    errors = [layer.error or 0.0 for layer in calibration.layers.values()]
+    if bound is None:
+        return sum(error**2 for error in errors)
+    return sum(error > bound for error in errors)
+
+
+def calibrate(arguments: argparse.Namespace) -> tuple[Calibration, Samples]:
+    """Read, choose; the result and the samples."""
+    _settle(arguments)
+    start = None
+    if arguments.scales is not None:
+        start = Calibration.read(arguments.scales, cache_quant_type=arguments.types[0])
+    if not arguments.samples:
+        assert start is not None
+        return start, {}
+    samples = _read(arguments)
+    if start is not None and set(start.layers) != set(samples):
+        raise CalibrationError(
+            f"{arguments.scales}: has layers {sorted(start.layers)}, the samples {sorted(samples)}"
+        )
+    return _choose(arguments, samples, start), samples
+
+
+def _choose(
+    arguments: argparse.Namespace, samples: Samples, start: Calibration | None = None
+) -> Calibration:
+    if arguments.types is not None:
+        return _of_types(arguments, samples, arguments.types, start)
+    found = [_of_types(arguments, samples, types, start) for types in _FAMILIES]
+    return min(found, key=lambda calibration: _loses(calibration, arguments.bound))
+
+
+def calibrate_model(
+    arguments: argparse.Namespace, console: Any
+) -> tuple[Calibration, Samples, dict[int, float]]:
+    """The same for a model's own samples; measures what was chosen on other text.
+
+    The third is each layer's expected divergence, of ``--max-loss``.
+    """
+    from fastattn.calibrate import with_model
+
+    _settle(arguments)
+    model, samples = with_model.open_model(arguments, console)
+    costs: dict[int, float] = {}
+    if arguments.max_loss is None:
+        calibration = _choose(arguments, samples)
+    else:
+        calibration, costs = with_model.choose(arguments, console, model, samples)
+    if arguments.check_tokens:
+        with_model.check(arguments, console, model, calibration)
+    return calibration, samples, costs
 
 
 def _rows(
-    calibration: Calibration, samples: dict[int, LayerSamples], bound: float
+    calibration: Calibration, samples: Samples, bound: float | None, costs: dict[int, float]
 ) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for number, layer in calibration.layers.items():
         error = "-" if layer.error is None else f"{layer.error:.1e}"
-        if layer.error is not None and layer.error > bound:
+        if layer.error is not None and bound is not None and layer.error > bound:
             error += " > bound"
         first = next(iter(layer.errors.values()), None)
-        far = outlier_channels(samples[number].key) if number in samples else []
+        keys = [x.key for x in samples.get(number, [])]
+        far = outlier_channels(np.concatenate(keys)) if keys else []
         tried = "-" if first is None else f"{first:.1e}"
-        rows.append((str(number), layer.name, error, tried, str(len(far)) if samples else "-"))
+        count = str(len(far)) if samples else "-"
+        cost = [f"{costs[number]:.1e}"] if costs else []
+        rows.append((str(number), layer.name, error, tried, count, *cost))
     return rows
 
 
@@ -245,17 +370,21 @@ def _rows(
 #: "outliers" the channels of K that are far larger than most.
 _COLUMNS = ("layer", "type", "error", "first", "outliers")
 
+#: With ``--max-loss``: the divergence that the layer is expected to cost, in nats a token.
+_COST = "KL"
 
-def _show(rows: list[tuple[str, ...]]) -> None:
+
+def _show(rows: list[tuple[str, ...]], costs: bool) -> None:
+    columns = (*_COLUMNS, _COST) if costs else _COLUMNS
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print("  ".join(_COLUMNS))
+        print("  ".join(columns))
         for row in rows:
             print("  ".join(row))
         return
-    table = Table(*_COLUMNS)
+    table = Table(*columns)
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -263,9 +392,15 @@ def _show(rows: list[tuple[str, ...]]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the subcommand; return 1 if a file is wrong, or a layer has no type within the bound."""
+    costs: dict[int, float] = {}
     try:
-        calibration, samples = calibrate(arguments)
-        _show(_rows(calibration, samples, arguments.bound))
+        if arguments.model is None:
+            calibration, samples = calibrate(arguments)
+        else:
+            from fastattn.demo.report import Console
+
+            calibration, samples, costs = calibrate_model(arguments, Console(sys.stdout))
+        _show(_rows(calibration, samples, arguments.bound, costs), bool(costs))
         if arguments.output is not None:
             calibration.write(arguments.output, fastdeploy_prefix=arguments.fastdeploy_prefix)
             print(f"wrote {arguments.output}")
@@ -275,7 +410,7 @@ def run(arguments: argparse.Namespace) -> int:
     far = [
         number
         for number, layer in calibration.layers.items()
-        if layer.error is not None and layer.error > arguments.bound
+        if layer.error is not None and arguments.bound is not None and layer.error > arguments.bound
     ]
     if far:
         numbers = ", ".join(map(str, far))

@@ -33,11 +33,14 @@ class LayerSamples:
         128 channels if K has 192.
     query : array of float32, shape [n, H, D], or None
         The last n queries of the sequence, rotated; n is at most T.
+    window : int
+        Keys that a query sees, its own included; 0 means all.
     """
 
     key: Array
     value: Array
     query: Array | None = None
+    window: int = 0
 
     def check(self, name: str) -> LayerSamples:
         """Return these samples if their shapes match each other.

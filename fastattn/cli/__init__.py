@@ -16,6 +16,7 @@ from fastattn.version import __version__
 #: Subcommand -> (module with ``add_parser(subparsers)``, line of help)
 COMMANDS = {
     "demo": ("fastattn.demo.cli", "serve a tiny model with every cache type"),
+    "evaluate": ("fastattn.evaluate.cli", "what cache types cost a real model"),
     "bench": ("fastattn.cli.bench", "time the operators on this machine"),
     "calibrate": ("fastattn.calibrate.cli", "scales, centres and cache types from samples"),
     "replay": ("fastattn.cli.replay", "make dumped calls again and compare them"),

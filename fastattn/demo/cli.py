@@ -53,12 +53,19 @@ def add_parser(subparsers: Any) -> None:
     """Add the ``demo`` command to a command line."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
-        help="serve a tiny GPT with every cache type",
-        description=(
-            "Serve a tiny GPT from a paged cache of every type and compare the types. The model "
-            "comes with the package or is trained here. Or serve a model with latent attention "
-            "(MLA) and an indexer, and compare dense with sparse attention."
-        ),
+        help="serve a model with every cache type",
+        description="Serve a model from a paged cache of every type and compare them: a tiny GPT, "
+        "which comes with the package or is trained here; one with latent attention (MLA) and an "
+        "indexer; or a real one.",
+    )
+    parser.add_argument(
+        "--model",
+        default="toy",
+        help="toy (default); smollm2, gemma3-270m, a .gguf file or a folder; auto is smollm2 if "
+        "its package is installed, else the toy",
+    )
+    parser.add_argument(
+        "--tokens", type=_positive, metavar="N", help="tokens of a real model's table; default 2048"
     )
     parser.add_argument(
         "--attention",
@@ -66,7 +73,7 @@ def add_parser(subparsers: Any) -> None:
         default="gqa",
         help="mla-sparse: latent attention over keys that an indexer selects; default gqa",
     )
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text to continue")
+    parser.add_argument("--prompt", help="text to continue, or a question to a real model")
     parser.add_argument(
         "--cache-quant-type",
         choices=("all", *CACHE_QUANT_TYPES),
@@ -125,22 +132,31 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _calm_threads() -> None:
+def _calm_threads(toy: bool) -> None:
     """Make waiting threads sleep instead of spin, unless the user has chosen otherwise.
 
     The demo's matrix products are small, and libraries that spin after each leave no core to other
     programs. With both cores of a machine in use, the demo took 100 to 120 s with spinning threads
     and 25 s with sleeping ones.
     """
-    if "numpy" in sys.modules:
-        return  # the libraries have already read these variables
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if not toy:  # its products are worth all idle cores
+        from fastattn.evaluate.cli import calm_threads
+
+        calm_threads()
+    elif "numpy" not in sys.modules:  # otherwise they have read these already
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; return the exit status."""
-    _calm_threads()
+    toy_only = args.attention != "gqa" or args.train or args.retrain
+    if toy_only and args.model not in ("toy", "auto"):
+        print("fastattn demo: --model: --attention and --train are the toy's", file=sys.stderr)
+        return 1
+    if toy_only:
+        args.model = "toy"
+    _calm_threads(args.model == "toy")
     from fastattn.cli.outputs import problem_of_file
     from fastattn.demo.report import Console
 
@@ -152,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(sys.stderr if args.json == "-" else sys.stdout)
     try:
-        report = _demo(args, console)
+        report = _real(args, console) or _demo(args, console)
     except (NotImplementedError, ValueError) as error:
         print(f"fastattn demo: {error}", file=sys.stderr)
         return 1
@@ -168,7 +184,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _real(args: argparse.Namespace, console: Any) -> dict[str, Any] | None:
+    """With a real model; None if it is the toy's turn."""
+    if args.model == "toy":
+        return None
+    from fastattn.demo import real
+
+    model = real.find(args.model, console)
+    return None if model is None else real.run(args, console, model)
+
+
 def _demo(args: argparse.Namespace, console: Any) -> dict[str, Any]:
+    args.prompt = DEFAULT_PROMPT if args.prompt is None else args.prompt
     from fastattn.demo import report
     from fastattn.version import __version__
 

@@ -194,6 +194,10 @@ class Console:
         """Write a line."""
         print(text, file=self.stream, flush=True)
 
+    def write(self, text: str) -> None:
+        """Write a part of a line, and show it now."""
+        print(text, file=self.stream, end="", flush=True)
+
     def text(self, title: str, prompt: str, continuation: str) -> None:
         """Show a generated text."""
         self.line()

@@ -23,6 +23,7 @@ from fastattn.functional.indexer import (
 )
 from fastattn.functional.indexer_keys import indexer_k_gather, indexer_k_write_cache
 from fastattn.functional.indexer_topk import indexer_topk, paged_indexer_topk
+from fastattn.functional.kv_cache import make_cache
 from fastattn.functional.merge import merge_attn_states
 from fastattn.functional.merge_many import merge_many_attn_states
 from fastattn.functional.mla import mla_gather_cache, mla_write_cache
@@ -33,6 +34,7 @@ from fastattn.functional.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
+from fastattn.functional.rotary_styles import use_neox_rotary_style
 from fastattn.functional.step_maps import query_rows, token_maps
 from fastattn.functional.topk import topk_indices
 
@@ -51,6 +53,7 @@ __all__ = [
     "indexer_q_rope_quant",
     "indexer_topk",
     "inverse_rope_quantize_fp8",
+    "make_cache",
     "merge_attn_states",
     "merge_many_attn_states",
     "mla_attention",
@@ -73,6 +76,7 @@ __all__ = [
     "token_maps",
     "topk_indices",
     "topk_to_slots",
+    "use_neox_rotary_style",
     "window_indices",
     "write_cache_kv",
 ]

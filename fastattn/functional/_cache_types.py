@@ -44,6 +44,16 @@ def token_scales(cache_quant_type: str, head_dim: int) -> tuple[list[int], str]:
     return ([head_dim // group], "uint8") if group else ([], "float32")
 
 
+#: Types that lose much if K has large channels and is not rotated, and that need no other scales
+#: for rotated keys (docs/quality.md).
+_ROTATED_BY_DEFAULT = (*NIBBLE_TYPES, "block_wise_int8")
+
+
+def default_rotation(cache_quant_type: str) -> str:
+    """The `k_rotation` of a type if none is given."""
+    return "hadamard" if cache_quant_type in _ROTATED_BY_DEFAULT else "none"
+
+
 #: FastDeploy's ``kv_cache_quant_type`` strings and their cache types.
 CONFIG_TYPES = {"int8": "cache_int8", "float8_e4m3fn": "cache_fp8"}
 

@@ -329,6 +329,7 @@ def paged_attention(
         Rotation of K at the time of writing. `q` is rotated alike, in fp32, and rounded to its
         dtype again. Use ``"none"`` if the writer has already rotated the queries (`q_rotation` of
         :func:`rope_write_cache_kv`); this saves a kernel. Not supported for e4m3 queries.
+        The ``arguments`` of :func:`make_cache` give the writer and this call the same value.
     k_center : Tensor, shape [KV, D], float32, optional
         The constant that was subtracted from K before the cache write; rotated if `q` is already
         rotated. All scores of a query then lack the same number. The output needs no correction for

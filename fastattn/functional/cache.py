@@ -92,6 +92,8 @@ def write_cache_kv(
     k_rotation : {"none", "hadamard"}
         Rotate K before it is quantised. Not supported for ``"none"`` and e5m2. If D is not a power
         of two, H has a block for each ``D & -D`` channels.
+        4-bit types lose much without it (docs/quality.md). :func:`make_cache` gives each type's
+        rotation, the same for the writer and for the attention.
     k_center : Tensor, shape [KV, D], float32, optional
         The constant that is subtracted from K before the rotation. Supported for the same types.
 

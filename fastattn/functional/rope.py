@@ -142,6 +142,7 @@ def rope_write_cache_kv(
     k_rotation : {"none", "hadamard"}
     k_center : Tensor, shape [KV, D], float32, optional
         As for ``write_cache_kv``. K is first rounded to the dtype of `qkv`.
+        :func:`make_cache` gives each type's value, the same for the attention.
     q_rotation : {"none", "hadamard"}
         ``"hadamard"`` requires `k_rotation` ``"hadamard"``: Q is returned rotated as K is, and
         rounded again before an optional quantisation. Then call the attention without `k_rotation`,

@@ -1,0 +1,191 @@
+"""Types of layers by what they cost the model: its loss, not an error of attention outputs.
+
+The divergence of the model's next token from that with a 16-bit cache, in nats, is about the rise
+of its loss: the logarithm of its perplexity. Errors of layers are small and independent, so their
+divergences add, and each grows with the square of the relative error of the layer's attention
+outputs. One pass a layer, with that layer's cache alone quantised, gives the factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastattn.calibrate.calibration import Calibration, LayerCalibration
+from fastattn.calibrate.choose import Candidate, as_stored, sampled_rows, try_candidate
+from fastattn.calibrate.samples import LayerSamples
+from fastattn.evaluate.score import rows_at_a_time, score
+from fastattn.functional._cache_types import (
+    DYNAMIC_TYPES,
+    codes_per_byte,
+    token_scales,
+    value_dim,
+)
+from fastattn.models import LanguageModel, exact
+from fastattn.reference.numerics import Array
+
+#: Gets a number of units of work, and a word on what was done.
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and the divergence that it is expected to cost.
+
+    Attributes
+    ----------
+    calibration : Calibration
+    divergence : dict
+        By layer, in nats a token.
+    """
+
+    calibration: Calibration
+    divergence: dict[int, float]
+
+    @property
+    def total(self) -> float:
+        """Of all layers."""
+        return sum(self.divergence.values())
+
+
+def bytes_of(cache_quant_type: str, head_dim: int) -> int:
+    """Bytes of a token and KV head: codes of K and V, and dynamic scales."""
+    total = 0
+    for dim in (head_dim, value_dim(head_dim)):
+        width = 2 if cache_quant_type == "none" else 1
+        total += width * dim // codes_per_byte(cache_quant_type)
+        if cache_quant_type in DYNAMIC_TYPES:
+            shape, dtype = token_scales(cache_quant_type, dim)
+            total += int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize
+    return total
+
+
+def layer_divergences(
+    model: LanguageModel,
+    texts: Sequence[Array],
+    probes: Mapping[int, LayerCalibration],
+    progress: Progress | None = None,
+) -> dict[int, float]:
+    """Divergence of the next token when one layer's cache is stored as its probe, in nats.
+
+    Parameters
+    ----------
+    model : LanguageModel
+    texts : sequence of array of int, shape [T]
+    probes : dict
+        By layer.
+    progress : callable, optional
+        Gets the share of a text that each pass runs over.
+
+    Returns
+    -------
+    dict
+        By layer, the mean over all tokens.
+    """
+    sums = dict.fromkeys(probes, 0.0)
+    for tokens in texts:
+        entering: list[Array] = []
+        base = exact.forward(model.dense, tokens, entering=entering)
+        for n, probe in probes.items():
+
+            def change(
+                layer: int, k: Array, v: Array, n: int = n, probe: LayerCalibration = probe
+            ) -> tuple[Array, Array]:
+                if layer != n:
+                    return k, v
+                key, value = as_stored(probe, k, v)
+                return key.astype(np.float32), value.astype(np.float32)
+
+            hidden = exact.forward(model.dense, tokens, change=change, start=(n, entering[n]))
+            sums[n] += _divergence(model, base, hidden, tokens)
+            if progress is not None:
+                progress(len(tokens), f"layer {n}")
+    count = sum(len(tokens) - 1 for tokens in texts)
+    return {n: value / count for n, value in sums.items()}
+
+
+def _divergence(model: LanguageModel, base: Array, hidden: Array, tokens: Array) -> float:
+    """Sum over the tokens of a text."""
+    total, step = 0.0, rows_at_a_time(model.config.vocabulary)
+    for at in range(0, len(tokens) - 1, step):
+        end = min(at + step, len(tokens) - 1)
+        logits = [model.dense.logits(x[at:end]) for x in (base, hidden)]
+        _, (found,) = score(logits[0], logits[1:], tokens[at + 1 : end + 1])
+        total += float(found.divergence.sum())
+    return max(total, 0.0)
+
+
+def best_of_types(
+    samples: Sequence[LayerSamples],
+    types: Sequence[str],
+    transforms: Sequence[str],
+    granularity: str = "head",
+    queries: int = 64,
+    seed: int = 0,
+) -> dict[str, LayerCalibration]:
+    """Of each type, the transform with the least error of a layer's attention outputs."""
+    rows = sampled_rows(samples, queries, seed)
+    found: dict[str, LayerCalibration] = {}
+    for kind in types:
+        tried = [
+            try_candidate(samples, Candidate(kind, transform), granularity, rows)
+            for transform in (transforms if kind != "none" else ["none"])
+        ]
+        best = min(tried, key=lambda layer: layer.error or 0.0)
+        best.errors = {layer.name: layer.error or 0.0 for layer in tried}
+        found[kind] = best
+    return found
+
+
+def choose_by_loss(
+    options: Mapping[int, Mapping[str, LayerCalibration]],
+    probed: Mapping[int, tuple[LayerCalibration, float]],
+    head_dim: int,
+    budget: float,
+) -> Choice:
+    """Types of layers with the fewest bytes whose divergences add up to the budget at most.
+
+    Starts with the smallest type everywhere, then changes the layer where a byte saves most, until
+    the sum is within the budget or nothing saves any more.
+
+    Parameters
+    ----------
+    options : dict
+        By layer and type.
+    probed : dict
+        By layer, what it was probed with, and the divergence that this cost.
+    head_dim : int
+    budget : float
+        In nats a token.
+    """
+    expected: dict[int, dict[str, float]] = {}
+    for n, by_type in options.items():
+        probe, divergence = probed[n]
+        factor = divergence / max((probe.error or 0.0) ** 2, 1e-30)
+        expected[n] = {kind: factor * (x.error or 0.0) ** 2 for kind, x in by_type.items()}
+    size = {kind: bytes_of(kind, head_dim) for by_type in options.values() for kind in by_type}
+    chosen = {
+        n: min(by_type, key=lambda kind: (size[kind], expected[n][kind]))
+        for n, by_type in options.items()
+    }
+
+    def total() -> float:
+        return sum(expected[n][kind] for n, kind in chosen.items())
+
+    while total() > budget:
+        steps = [
+            ((expected[n][now] - expected[n][kind]) / max(size[kind] - size[now], 1), n, kind)
+            for n, now in chosen.items()
+            for kind in options[n]
+            if expected[n][kind] < expected[n][now]
+        ]
+        if not steps:
+            break
+        _, n, kind = max(steps)
+        chosen[n] = kind
+    return Choice(
+        Calibration({n: options[n][kind] for n, kind in chosen.items()}),
+        {n: expected[n][kind] for n, kind in chosen.items()},
+    )

@@ -1,0 +1,72 @@
+"""Real language models, served from paged caches by this package's operators.
+
+Llama (and what has its layers), Qwen2, Qwen3 and Gemma 3, from GGUF files or from folders with
+safetensors. They are for measuring what a cache type costs a model and for small demonstrations,
+not for serving: everything but the attention runs in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastattn.models.config import ModelConfig, ModelError
+from fastattn.models.dense import Dense, PaddleDense
+from fastattn.models.find import KNOWN, find
+from fastattn.models.tokenizer import Tokenizer
+from fastattn.models.weights import Weights
+
+__all__ = ["KNOWN", "LanguageModel", "ModelConfig", "ModelError", "Tokenizer", "load"]
+
+
+@dataclass
+class LanguageModel:
+    """A model that was read.
+
+    Attributes
+    ----------
+    name : str
+    path : Path
+    config : ModelConfig
+    weights : Weights
+    tokenizer : Tokenizer
+    dense : Dense
+        All but the attention, by NumPy.
+    """
+
+    name: str
+    path: Path
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        self.dense = Dense(self.config, self.weights)
+
+    def on(self, place: Any) -> Dense:
+        """The model's dense layers in Paddle, on a place."""
+        return PaddleDense(self.config, self.weights, place)
+
+
+def load(name: str) -> LanguageModel:
+    """Read a model.
+
+    Parameters
+    ----------
+    name : str
+        ``smollm2``, ``gemma3-270m``, a ``.gguf`` file, or a folder with ``config.json``.
+
+    Raises
+    ------
+    ModelError
+        If there is none, or it is one that this package does not run.
+    """
+    path = find(name)
+    if path.is_dir():
+        from fastattn.models.hf_folder import read_hf_folder
+
+        return LanguageModel(name, path, *read_hf_folder(path))
+    from fastattn.models.gguf_file import read_gguf
+
+    return LanguageModel(name, path, *read_gguf(path))

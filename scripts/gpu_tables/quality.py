@@ -1,0 +1,98 @@
+"""What cache types cost real models, from reports of ``python -m fastattn evaluate``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gpu_tables.results import NONE, Results, grid
+
+_HEAD = ("K and V", "bits a value", "loss of perplexity, %", "KL, nats", "same top-1, %")
+_NEEDLES = ("K and V", "bits a value", "facts repeated, %", "loss of the answers, nats")
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" +- {value:.2f}"
+
+
+def _name(row: dict[str, Any]) -> str:
+    """The type as code, then what is done to K; bold where that is the default."""
+    if row["name"].startswith("calibrate"):
+        return f"`{row['name']}`"
+    kind, _, rest = row["name"].partition("+")
+    if row["bytes_per_token"] is None:  # the model in fp32
+        return row["name"]
+    shown = f"`{kind}`" + "".join(f", {word}" for word in rest.split("+") if word)
+    return f"**{shown}**" if row["default"] and kind != "none" else shown
+
+
+def _bits(report: dict[str, Any], row: dict[str, Any]) -> str:
+    """Bits of a number of K or V, scales included."""
+    _, kv_heads, dim = report["model"]["heads"]
+    size, values = row["bytes_per_token"], report["model"]["layers"] * 2 * kv_heads * dim
+    return NONE if size is None else f"{8 * size / values:.2f}"
+
+
+def _read(results: Results, name: str) -> dict[str, Any] | None:
+    path = Path(results.folder) / "quality" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _link(name: str) -> str:
+    return f"[{name}.json](ROOT/benchmarks/results/quality/{name}.json)"
+
+
+def _table(results: Results, name: str) -> str:
+    report = _read(results, name)
+    if report is None:
+        return grid(_HEAD, [[NONE] * len(_HEAD)])
+    heads, kv_heads, dim = report["model"]["heads"]
+    text = report["text"]
+    about = (
+        f"{report['model']['file']}: {report['model']['layers']} layers, heads {heads}/{kv_heads} "
+        f"of {dim}. {text['tokens']} tokens in {text['windows']} windows of {text['window']}; "
+        f"perplexity with a 16-bit cache {report['rows'][0]['perplexity']:.3f}. The file with its "
+        f"command: {_link(name)}."
+    )
+    lines = [
+        [
+            _name(row),
+            _bits(report, row),
+            f"{row['loss_percent']:+.2f}{_error(row['loss_error'])}",
+            f"{row['divergence']:.1e}",
+            f"{row['top1_percent']:.1f}",
+        ]
+        for row in report["rows"]
+    ]
+    return about + "\n\n" + grid(_HEAD, lines)
+
+
+def smollm2(results: Results) -> str:
+    """Rows of SmolLM2-135M."""
+    return _table(results, "smollm2")
+
+
+def gemma3(results: Results) -> str:
+    """Rows of Gemma 3 270M."""
+    return _table(results, "gemma3-270m")
+
+
+def needles(results: Results) -> str:
+    """Facts that SmolLM2-135M repeats after a long text."""
+    report = _read(results, "smollm2-needles")
+    if report is None:
+        return grid(_NEEDLES, [[NONE] * len(_NEEDLES)])
+    lines = [
+        [
+            _name(row),
+            _bits(report, row),
+            f"{100 * found['recalled']:.0f}",
+            f"{found['loss']:.3f}",
+        ]
+        for row in report["rows"]
+        for found in row["needles"].values()
+    ]
+    lengths = ", ".join(report["rows"][0]["needles"])
+    about = f"Eight facts in a text of {lengths} tokens. {_link('smollm2-needles')}."
+    return about + "\n\n" + grid(_NEEDLES, lines)

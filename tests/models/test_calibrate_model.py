@@ -1,0 +1,118 @@
+"""python -m fastattn calibrate --model: layers by what they cost a tiny model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fastattn import models
+from fastattn.calibrate import Calibration, LayerCalibration
+from fastattn.calibrate.from_model import collect
+from fastattn.calibrate.loss import best_of_types, bytes_of, choose_by_loss, layer_divergences
+from fastattn.cli import main
+from fastattn.evaluate.measure import Measurement, Row
+from fastattn.evaluate.variants import plans_of
+from tests.support import tiny_models as tiny
+
+TYPES = ["block_wise_int4", "block_wise_int8"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.write_folder(path, "qwen3")
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return models.load(str(folder))
+
+
+def test_divergence_of_one_layer(model):
+    """What a pass says of a layer alone is what its cache costs when it is served."""
+    tokens = np.random.default_rng(0).integers(0, 256, 120)
+    probes = {n: LayerCalibration("block_wise_int4") for n in range(tiny.LAYERS)}
+    found = layer_divergences(model, [tokens], probes)
+    for n in range(tiny.LAYERS):
+        kinds = ["block_wise_int4" if i == n else "none" for i in range(tiny.LAYERS)]
+        plan = Calibration({i: LayerCalibration(kind) for i, kind in enumerate(kinds)})
+        rows = [
+            Row("fp32", None),
+            Row("served", plans_of(plan, model.config)),
+        ]
+        Measurement(model, rows).perplexities([tokens])
+        assert found[n] == pytest.approx(rows[1].summary(rows[0]).divergence, rel=0.1)
+
+
+def test_bytes_of_types():
+    assert bytes_of("none", 64) == 256 and bytes_of("cache_fp8", 192) == 192 + 128
+    assert bytes_of("block_wise_int8", 64) == 136 and bytes_of("block_wise_int4", 64) == 72
+    assert bytes_of("block_wise_mxfp4", 128) == 2 * (64 + 4)
+
+
+def options_of(errors):
+    """By layer: errors of int4 and int8."""
+    return {
+        n: {kind: LayerCalibration(kind, error=e) for kind, e in zip(TYPES, pair)}
+        for n, pair in enumerate(errors)
+    }
+
+
+def test_the_budget_is_kept_with_the_fewest_bytes():
+    """Layer 1 costs most with 4 bits, so it is the first with 8; then layer 2."""
+    options = options_of([(0.1, 0.01), (0.1, 0.01), (0.2, 0.02)])
+    probed = {n: (options[n]["block_wise_int4"], d) for n, d in enumerate((0.001, 0.01, 0.004))}
+    for budget, eights in ((1.0, []), (0.006, [1]), (0.002, [1, 2]), (0.0002, [0, 1, 2])):
+        choice = choose_by_loss(options, probed, 64, budget)
+        kinds = {n: x.cache_quant_type for n, x in choice.calibration.layers.items()}
+        assert [n for n, kind in kinds.items() if kind == "block_wise_int8"] == eights
+        expected = sum(d / (100 if n in eights else 1) for n, d in enumerate((0.001, 0.01, 0.004)))
+        assert choice.total == pytest.approx(expected)
+        assert choice.total <= budget
+    beyond = choose_by_loss(options, probed, 64, 0.0)  # nothing keeps it: the least
+    assert {x.cache_quant_type for x in beyond.calibration.layers.values()} == {TYPES[1]}
+
+
+def test_best_transform_of_each_type(model):
+    samples = collect(model, [np.arange(100), np.arange(50, 150)])[1]
+    for layer in samples:
+        layer.key[..., 3] += 30
+    found = best_of_types(samples, TYPES, ["none", "center"])
+    assert all(found[kind].name == f"{kind}+center" for kind in TYPES)
+    assert found["block_wise_int8"].error < found["block_wise_int4"].error
+    assert set(found["block_wise_int4"].errors) == {"block_wise_int4", "block_wise_int4+center"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--max-loss", "0.5"], ["--bound", "0.5"]])
+def test_command(folder, tmp_path, capsys, arguments):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i) % 26) for i in range(900)))
+    output = tmp_path / "found.npz"
+    options = ["--text", text, "--tokens", 200, "--check-tokens", 200, "--output", output]
+    options = [*map(str, options), *arguments]
+    assert main(["calibrate", "--model", str(folder), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "as chosen" in shown and "+-" not in shown.split("as chosen")[0].split("none")[0]
+    found = Calibration.read(output)
+    assert sorted(found.layers) == list(range(tiny.LAYERS))
+    kinds = {layer.cache_quant_type for layer in found.layers.values()}
+    if arguments[:1] == ["--max-loss"]:
+        assert "expected loss of perplexity" in shown and "wanted at most 0.5 %" in shown
+        assert kinds <= set(TYPES) and "KL" in shown.split("as chosen")[1]
+    elif not arguments:
+        assert all(layer.error == min(layer.errors.values()) for layer in found.layers.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--model", "no-such"], "no-such: expected smollm2, gemma3-270m"),
+        (["x.npz", "--max-loss", "1"], "--max-loss: it is for --model"),
+        (["--model", "smollm2", "--max-loss", "1", "--bound", "1"], "without --bound"),
+        (["x.npz", "--model", "smollm2"], "not both"),
+    ],
+)
+def test_command_refuses(capsys, arguments, text):
+    assert main(["calibrate", *arguments]) == 1
+    assert text in capsys.readouterr().err
