@@ -47,7 +47,10 @@ def test_a_library_of_another_fastattn(monkeypatch):
 
 
 #: Modules that hand the environment to a child, set what it lacks, or report it: they obey none.
-OTHERS = {"cli/show_config.py", "cli/collect_env.py", "demo/cli.py"}
+OTHERS = {
+    *("cli/show_config.py", "cli/collect_env.py", "cli/replay.py"),
+    *("demo/cli.py", "evaluate/cli.py", "dump/record.py"),
+}
 
 
 def test_variables_are_read_in_one_place_and_all_are_in_its_tables():
