@@ -202,17 +202,16 @@ def test_asking_needles(model):
     """Every question is asked after the same text: its loss is as with the text and it alone."""
     found = needles.hide(model.tokenizer, "hay and more hay. " * 40, 400)
     session = Session(model.dense, same_plan(model.config, LayerPlan()), length=400)
+    found.questions[2:] = []
     told = needles.ask(session, found)
     tensors = tiny.tensors_of("llama")
     losses = []
-    for start, answer in found.questions[:2]:
+    for start, answer in found.questions:
         tokens = np.concatenate([found.tokens, start, answer])
         logits = tiny.logits("llama", tensors, tokens)[-len(answer) - 1 : -1]
         losses.append(exact_scores(logits, logits, answer)[0].mean())
-    found.questions[2:] = []
-    again = needles.ask(session, found)
-    assert again.loss == pytest.approx(np.mean(losses), abs=1e-2)
-    assert told.loss > 0 and 0 <= told.recalled <= 1
+    assert told.loss == pytest.approx(np.mean(losses), abs=1e-2)
+    assert 0 <= told.recalled <= 1
 
 
 def test_samples_of_a_model(model):

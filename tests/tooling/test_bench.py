@@ -453,6 +453,7 @@ def test_nothing_to_plot(write, tmp_path, capsys):
     paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0,
     reason="a GPU's rows take long",
 )
+@pytest.mark.slow
 def test_every_operator_has_rows(tmp_path):
     path = tmp_path / "report.json"
     assert main(["bench", "--quick", "--json", str(path)]) == 0

@@ -213,6 +213,7 @@ def launcher(tmp_path_factory):
 
 
 @needs_nvcc
+@pytest.mark.slow
 @pytest.mark.parametrize("family", instances.FAMILIES, ids=list(FAMILIES))
 def test_launchers_need_what_is_listed(launcher, family):
     """Undefined symbols of the file that dispatches are the instances of the table."""
