@@ -44,7 +44,7 @@ class Arguments:
         self.partial = partial
         self.clipped = clipped
         self._inputs = dict(zip(sig.inputs, inputs))
-        self._attrs = dict(zip((name.split(":")[0] for name in sig.attrs), attrs))
+        self._attrs = dict(zip(sig.attr_names, attrs))
 
     def refuse(self, name: str, expected: str, got: Any) -> NoReturn:
         raise ValueError(f"{self.op}: {name}: expected {expected}, got {got}")

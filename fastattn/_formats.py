@@ -1,7 +1,7 @@
-"""The table of cache types: written by scripts/make_formats.py, not by hand.
+"""The table of cache types.
 
 It is custom_ops/formats/cache_format.h for Python, which needs neither Paddle nor a build to read
-it.
+it. scripts/make_formats.py writes the rows.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ class CacheFormat(NamedTuple):
     scheme: str  #: what a scale covers: none, head or channel (of the layer), token, group
     group: int  #: channels of a group
     scale_type: str  #: of dynamic scales; "float32": or bfloat16
+
+
+def value_dim(head_dim: int) -> int:
+    """Channels of V and of the attention output, for `head_dim` channels of Q and K."""
+    return 128 if head_dim == 192 else head_dim
 
 
 FORMATS = (

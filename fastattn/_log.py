@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import paddle
@@ -85,8 +85,8 @@ def _configuration(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> 
     return tuple([*key, *(x for x in attrs if isinstance(x, (str, bool)))])
 
 
-def _line(names: tuple[str, ...], values: tuple[Any, ...]) -> str:
-    return ", ".join(f"{name.split(':')[0]}={describe(v)}" for name, v in zip(names, values))
+def _line(names: Iterable[str], values: tuple[Any, ...]) -> str:
+    return ", ".join(f"{name}={describe(v)}" for name, v in zip(names, values))
 
 
 def _plan_of(sig: Any, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> str:
@@ -98,8 +98,8 @@ def _plan_of(sig: Any, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> str:
     places = [str(t.place) for t in given.values() if _is_eager(t)]
     gpu = next((place for place in places if "gpu:" in place), None)
     place = "gpu:" + gpu.partition("gpu:")[2].rstrip(")") if gpu else "cpu"
-    names = (name.split(":")[0] for name in sig.attrs)
-    facts = _plan.facts_of(sig.name, shapes, dict(zip(names, attrs)), _plan.device_of(place))
+    options = dict(zip(sig.attr_names, attrs))
+    facts = _plan.facts_of(sig.name, shapes, options, _plan.device_of(place))
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
@@ -117,7 +117,8 @@ def logged(call: Callable[..., Any], signature: Callable[[str], Any]) -> Callabl
             new = key not in seen and len(seen) < MOST_CONFIGURATIONS
             if new or LEVEL > 1:
                 sig = signature(op)
-                text = ", ".join(filter(None, [_line(sig.inputs, inputs), _line(sig.attrs, attrs)]))
+                parts = _line(sig.inputs, inputs), _line(sig.attr_names, attrs)
+                text = ", ".join(filter(None, parts))
                 if new:
                     seen.add(key)
                     LOGGER.info("%s first called so: %s", op, text)

@@ -59,6 +59,11 @@ class OpSignature(NamedTuple):
     inplace: dict[int, int]  # output index -> input index
     attr_types: tuple[int, ...]  # Paddle's AttrType, one per attribute
 
+    @property
+    def attr_names(self) -> list[str]:
+        """Attributes without their types, which Paddle's registry tells as well."""
+        return [name.split(":")[0] for name in self.attrs]
+
 
 class _Direct(NamedTuple):
     """An operator in the form that ``fastattn._direct`` calls."""

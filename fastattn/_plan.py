@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fastattn import env
+from fastattn._formats import FORMATS
 
 #: Operators whose kernels the host chooses by a function that can be asked.
 ATTENTION = ("paged_attention", "flash_attention")
@@ -28,12 +29,9 @@ _ELSEWHERE = {
     "paged_indexer_topk": "docs/kernels/mqa_logits.md",
 }
 
-_CODES = {
-    "cache_int8": "int8",
-    "block_wise_int8": "int8",
-    "block_wise_int4": "int4",
-    "block_wise_mxfp4": "e2m1",
-}
+#: Rows of the table of cache types by name, and bits of a code.
+TYPES = {row.name: row for row in FORMATS}
+BITS = {row.code: row.bits for row in FORMATS}
 
 
 class Device(NamedTuple):
@@ -91,8 +89,9 @@ def key_dtype(cache_type: str, stored: str, fp8_format: str) -> str:
     """Type of a cache's codes, as the plan functions name it."""
     if cache_type == "none":
         return stored
-    if cache_type in _CODES:
-        return _CODES[cache_type]
+    code = TYPES[cache_type].code if cache_type in TYPES else "e4m3"
+    if code != "e4m3":
+        return code
     e5m2 = stored == "float8_e5m2" or fp8_format == "e5m2"
     return "float8_e5m2" if e5m2 else "float8_e4m3fn"
 

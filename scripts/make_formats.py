@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write fastattn/_formats.py, Python's copy of the table of cache types.
+"""Write the rows of fastattn/_formats.py, Python's copy of the table of cache types.
 
     python scripts/make_formats.py [--check]
 
@@ -17,31 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 TARGET = ROOT / "fastattn" / "_formats.py"
-HEAD = '''"""The table of cache types: written by scripts/make_formats.py, not by hand.
-
-It is custom_ops/formats/cache_format.h for Python, which needs neither Paddle nor a build to read
-it.
-"""
-
-from __future__ import annotations
-
-from typing import NamedTuple
-
-
-class CacheFormat(NamedTuple):
-    """How a cache type stores K and V."""
-
-    name: str
-    code: str
-    other_code: str  #: what ``fp8_format`` may name instead, else `code`
-    bits: int  #: of a code
-    scheme: str  #: what a scale covers: none, head or channel (of the layer), token, group
-    group: int  #: channels of a group
-    scale_type: str  #: of dynamic scales; "float32": or bfloat16
-
-
-FORMATS = (
-'''
+FIRST = "FORMATS = (\n"
 CODES = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 
 
@@ -53,7 +29,8 @@ def text() -> str:
     for row in _host.cache_formats():
         cells = [f'"{CODES.get(x, x)}"' if isinstance(x, str) else str(x) for x in row]
         rows.append(f"    CacheFormat({', '.join(cells)}),\n")
-    return f"{HEAD}{''.join(rows)})\n"
+    head = TARGET.read_text(encoding="utf-8").partition(FIRST)[0]
+    return f"{head}{FIRST}{''.join(rows)})\n"
 
 
 def main() -> None:

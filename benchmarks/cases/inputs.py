@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 import fastattn.functional as F
 from benchmarks.core.devices import Device
 from benchmarks.core.timing import Call, bind
-from fastattn.functional._cache_types import codes_per_byte, token_scales, value_dim
+from fastattn.functional._cache_types import cache_shapes, codes_per_byte, token_scales, value_dim
 from fastattn.reference.layout import BLOCK_SIZE
 
 HEADS, KV, DIM = 32, 8, 128
@@ -45,12 +45,11 @@ class Cache:
     ) -> None:
         integers = quant.endswith(("int8", "int4", "mxfp4"))  # any bits
         code = "bfloat16" if quant == "none" else "int8" if integers else "e4m3"
-        row, value_row = (d // codes_per_byte(quant) for d in (dim, value_dim(dim)))
-        rest = (BLOCK_SIZE, value_row) if quant == "none" else (value_row, BLOCK_SIZE)
+        shapes = cache_shapes(quant, blocks, kv, dim)
         self.quant = quant
         self.blocks = blocks
-        self.key = device.random((blocks, kv, BLOCK_SIZE, row), code, seed=1)
-        self.value = device.random((blocks, kv, *rest), code, seed=2)
+        self.key = device.random(tuple(shapes[0]), code, seed=1)
+        self.value = device.random(tuple(shapes[1]), code, seed=2)
         self.tensors = (self.key, self.value)
         self.scales: list[paddle.Tensor | None] = [None, None]
         if quant != "none":

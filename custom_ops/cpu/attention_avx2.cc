@@ -27,6 +27,8 @@
 namespace fastattn::cpu::avx2 {
 #include "cpu/attention_simd.h"
 // The order of these matters.
+#include "cpu/attention_codes.h"
+
 #include "cpu/attention_kernel.h"
 // Finds it.
 #include "cpu/attention_dispatch.h"

@@ -7,24 +7,6 @@
 // Each row of the tile sees an interval of key positions. Scores of masked keys become -inf, and
 // values of masked keys are never multiplied, because that memory may hold anything, NaN included.
 
-// A key's 4-bit codes as fp32: the first of a byte's two is the even channel's. Those of groups
-// are multiplied by the groups' scales.
-template <typename Side, int kDim>
-FASTATTN_INLINE void DecodeNibbles(const uint8_t* in, const uint8_t* scales, float* out) {
-  for (int d = 0; d < kDim; d += 2 * kLanes) {
-    const Vec even = NibblesAsFloats<Side::kCode, false>(in + d / 2);
-    const Vec odd = NibblesAsFloats<Side::kCode, true>(in + d / 2);
-    for (int i = 0; i < kLanes; ++i) out[d + 2 * i] = even[i], out[d + 2 * i + 1] = odd[i];
-  }
-  if constexpr (Side::kGrouped) {
-    static_assert(Side::kGroup % kLanes == 0, "a vector of channels has one scale");
-    for (int d = 0; d < kDim; d += Side::kGroup) {
-      const float scale = GroupScale<Side::kScaleType>::Value(scales[d / Side::kGroup]);
-      for (int i = d; i < d + Side::kGroup; i += kLanes) Store(out + i, Load(out + i) * scale);
-    }
-  }
-}
-
 // Kv: the formats of K and V (formats/kv_format.h), kByChannel: V is stored by channel.
 template <int kDim, typename Kv, bool kByChannel>
 class TileKernel {
@@ -257,20 +239,6 @@ class TileKernel {
       if constexpr (!Key::kNibbles) DecodeRow<Key::kCode>(key[i], b_.keys + i * kDim);
     }
     ScoreColumns<DType::kFloat32, true>(c, decoded);
-  }
-
-  // Scales of a token's groups, in a block whose first one has the index `plane`.
-  template <typename Side, int kChannels>
-  static const uint8_t* ScaleBytes(const void* scales, int64_t plane, int token) {
-    constexpr int kCount = Side::TokenScales(kChannels);
-    return Side::kGrouped ? static_cast<const uint8_t*>(scales) + plane + token * kCount : nullptr;
-  }
-
-  // Whether a block of codes, kRows rows of kRow, may be read by the faster conversion.
-  template <typename Side, int kRow, int kRows, typename Code>
-  static bool IsFinite(const Code* codes, int64_t stride) {
-    if constexpr (Side::kCode != DType::kE4M3) return false;
-    return !HasNaNCode<kRow>(reinterpret_cast<const uint8_t*>(codes), kRows, stride);
   }
 
   // Blocks lie anywhere, and the hardware's prefetchers stop at a page. So while some keys are

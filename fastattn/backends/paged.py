@@ -31,6 +31,7 @@ from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
 from fastattn.functional._attributes import ANY_LENGTH
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
+    cache_shapes,
     codes_per_byte,
     token_scales,
 )
@@ -170,11 +171,7 @@ class PagedAttentionBackend(AttentionBackend):
             If the type is not supported.
         """
         quant_type = cache_type_of(kv_cache_quant_type)
-        row = self.head_dim // codes_per_byte(quant_type)
-        key = [max_num_blocks, self.kv_num_heads, BLOCK_SIZE, row]
-        if quant_type == "none":
-            return key, list(key)
-        return key, [max_num_blocks, self.kv_num_heads, row, BLOCK_SIZE]
+        return cache_shapes(quant_type, max_num_blocks, self.kv_num_heads, self.head_dim)
 
     def get_kv_cache_scale_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None

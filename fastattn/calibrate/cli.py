@@ -21,6 +21,7 @@ from fastattn.calibrate.choose import (
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples, read_samples
 from fastattn.calibrate.tensor_files import check_suffix
+from fastattn.cli.arguments import int_from
 from fastattn.cli.outputs import problem_of_file
 from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES, STATIC_TYPES
 
@@ -72,19 +73,6 @@ def _bound(text: str) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, got {text}")
     return value
-
-
-def _int_from(least: int) -> Any:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected an int from {least} on, got {text!r:.40}")
-        return value
-
-    return parse
 
 
 def add_parser(subparsers: Any) -> None:
@@ -142,9 +130,9 @@ def add_parser(subparsers: Any) -> None:
         help="prefix of a layer's number in FastDeploy's names; default ernie.layers",
     )
     parser.add_argument(
-        "--queries", type=_int_from(1), default=64, metavar="N", help="queries a layer; default 64"
+        "--queries", type=int_from(1), default=64, metavar="N", help="queries a layer; default 64"
     )
-    parser.add_argument("--seed", type=_int_from(0), default=0, help="which queries; default 0")
+    parser.add_argument("--seed", type=int_from(0), default=0, help="which queries; default 0")
     parser.set_defaults(run=run)
 
 
@@ -165,7 +153,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=_int_from(64),
+        type=int_from(64),
         default=512,
         metavar="N",
         help="with --model: of each text; default 512",
@@ -178,7 +166,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--check-tokens",
-        type=_int_from(0),
+        type=int_from(0),
         default=2048,
         metavar="N",
         help="with --model: measure the loss of perplexity over as many; default 2048, 0 not",

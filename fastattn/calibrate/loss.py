@@ -8,6 +8,7 @@ outputs. One pass a layer, with that layer's cache alone quantised, gives the fa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from fastattn.calibrate.choose import Candidate, as_stored, sampled_rows, try_ca
 from fastattn.calibrate.samples import LayerSamples
 from fastattn.evaluate.score import rows_at_a_time, score
 from fastattn.functional._cache_types import (
+    BLOCK_SIZE,
     DYNAMIC_TYPES,
-    codes_per_byte,
+    cache_shapes,
     token_scales,
     value_dim,
 )
@@ -52,10 +54,10 @@ class Choice:
 
 def bytes_of(cache_quant_type: str, head_dim: int) -> int:
     """Bytes of a token and KV head: codes of K and V, and dynamic scales."""
-    total = 0
+    width = 2 if cache_quant_type == "none" else 1
+    shapes = cache_shapes(cache_quant_type, 1, 1, head_dim)
+    total = width * sum(map(math.prod, shapes)) // BLOCK_SIZE
     for dim in (head_dim, value_dim(head_dim)):
-        width = 2 if cache_quant_type == "none" else 1
-        total += width * dim // codes_per_byte(cache_quant_type)
         if cache_quant_type in DYNAMIC_TYPES:
             shape, dtype = token_scales(cache_quant_type, dim)
             total += int(np.prod(shape, dtype=int)) * np.dtype(dtype).itemsize

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fastattn import _plan
+from fastattn._formats import value_dim
 from fastattn._plan import AttentionCall, Device
 
 
@@ -37,13 +38,7 @@ PEAKS = {
 }
 
 _KERNELS = ("mma_sm80", "wgmma_fp16", "wgmma_fp8", "dequantize_kv", "merge of partial results")
-_BITS = {"float8_e4m3fn": 8, "float8_e5m2": 8, "int8": 8, "int4": 4, "e2m1": 4}
 _SHAPE = {"seqs": 1, "new": 1, "keys": 1024, "heads": 32, "kv_heads": 8, "head_dim": 128}
-
-
-def _value_dim(head_dim: int) -> int:
-    """Channels of V; heads of 192 channels have values of 128."""
-    return 128 if head_dim == 192 else head_dim
 
 
 class Prediction(NamedTuple):
@@ -68,16 +63,16 @@ def predict(call: AttentionCall, kernels: list[str], peaks: Peaks, causal: bool)
     keys = max(call.max_seqlen_k, new)
     if call.window_left >= 0:
         keys = min(keys, call.window_left + new)
-    channels = call.head_dim + _value_dim(call.head_dim)
-    bits = _BITS.get(call.k_dtype, 16)
+    channels = call.head_dim + value_dim(call.head_dim)
+    bits = 16 if call.k_dtype.endswith("16") else _plan.BITS.get(call.k_dtype, 8)
     moved = seqs * keys * call.num_kv_heads * channels * bits / 8
-    if call.cache_type.startswith("block_wise"):
-        a_token = channels / 32 if call.k_dtype == "e2m1" else 8  # bytes of K's and V's scales
+    row = _plan.TYPES.get(call.cache_type)
+    if row is not None and row.scheme in ("token", "group"):
+        a_token = channels / row.group if row.group else 8  # bytes of K's and V's scales
         moved += seqs * keys * call.num_kv_heads * a_token
     query = 1 if call.q_dtype == "float8_e4m3fn" else 2
-    moved += (
-        call.num_tokens * call.num_heads * (call.head_dim * query + 2 * _value_dim(call.head_dim))
-    )
+    row_bytes = call.head_dim * query + 2 * value_dim(call.head_dim)  # of a head's Q and output
+    moved += call.num_tokens * call.num_heads * row_bytes
     pairs = call.num_tokens * (keys - (new - 1) / 2 if causal else keys)
     operations = 2.0 * pairs * call.num_heads * channels
     rate = peaks.fp8 if kernels and kernels[0] == "wgmma_fp8" else peaks.half

@@ -34,11 +34,6 @@ LOGGER = logging.getLogger("fastattn")
 _SETTINGS = ("FASTATTN_DEQUANTIZED_MIB", "FASTATTN_DEQUANTIZED_FROM", "OMP_NUM_THREADS")
 
 
-def attr_names(sig: Any) -> list[str]:
-    """Names of an operator's attributes; Paddle's registry tells their types as well."""
-    return [name.split(":")[0] for name in sig.attrs]
-
-
 def _plain_number(value: Any) -> Any:
     """An attribute as JSON takes it."""
     return value.item() if hasattr(value, "item") else value
@@ -194,7 +189,7 @@ class _Call:
             raise TypeError(
                 f"not arguments of dense tensors: {', '.join(foreign) or 'other names'}"
             )
-        self._attrs = {n: _plain_number(v) for n, v in zip(attr_names(sig), attrs)}
+        self._attrs = {n: _plain_number(v) for n, v in zip(sig.attr_names, attrs)}
         self._layout = tensors.layout(self._tensors)
         self._values: dict[str, files.Stored] = {}
         self._folder: Path | None = None

@@ -11,16 +11,12 @@ import paddle
 
 from fastattn import _views
 from fastattn.dump.files import DTYPES, Array, DumpError, Stored
+from fastattn.functional._partial import dtype_name
 
 #: A buffer that holds several tensors, or one with gaps, may be at most so large.
 MOST_SPAN = 8 << 30
 #: Addresses are kept modulo this: what kernels ask of alignment stays true or false.
 ALIGNMENT = 256
-
-
-def dtype_of(tensor: Any) -> str:
-    """Paddle's name of a tensor's dtype."""
-    return str(tensor.dtype).rpartition(".")[2]
 
 
 def place_of(tensor: Any) -> str:
@@ -33,7 +29,7 @@ def stored(tensor: Any) -> Stored:
     """Elements of a tensor; waits for the device."""
     array = np.ascontiguousarray(tensor.numpy())
     data = array.reshape(-1).view(np.uint8)
-    return Stored(dtype_of(tensor), tuple(int(n) for n in tensor.shape), data)
+    return Stored(dtype_name(tensor.dtype), tuple(int(n) for n in tensor.shape), data)
 
 
 def array_of(value: Stored) -> Array:
@@ -79,7 +75,7 @@ def layout(tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     facts: dict[str, dict[str, Any]] = {}
     ranges = []
     for name, tensor in tensors.items():
-        dtype, shape = dtype_of(tensor), [int(n) for n in tensor.shape]
+        dtype, shape = dtype_name(tensor.dtype), [int(n) for n in tensor.shape]
         strides = [int(n) for n in tensor.strides]
         facts[name] = {
             "dtype": dtype,

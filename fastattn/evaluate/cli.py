@@ -11,9 +11,11 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fastattn.cli.arguments import int_from
 
 _EPILOG = """\
 Rows: a type's name is what it does by default; TYPE+none, TYPE+center, TYPE+hadamard and
@@ -37,21 +39,8 @@ PROMPTS = (
 CALIBRATION_TOKENS, CALIBRATION_TEXTS = 512, 4
 
 
-def _count(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected an int from {least} on, got {text!r:.40}")
-        return value
-
-    return parse
-
-
 def _lengths(text: str) -> list[int]:
-    parse = _count(1024)
+    parse = int_from(1024)
     return [parse(part) for part in text.split(",") if part.strip()]
 
 
@@ -81,10 +70,10 @@ def add_parser(subparsers: Any) -> None:
         help="a row more: a file of python -m fastattn calibrate; may be given again",
     )
     parser.add_argument(
-        "--tokens", type=_count(16), default=4096, metavar="N", help="of windows; default 4096"
+        "--tokens", type=int_from(16), default=4096, metavar="N", help="of windows; default 4096"
     )
     parser.add_argument(
-        "--window", type=_count(16), default=1024, metavar="N", help="tokens each; default 1024"
+        "--window", type=int_from(16), default=1024, metavar="N", help="tokens each; default 1024"
     )
     parser.add_argument(
         "--text",
@@ -110,7 +99,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--seconds",
-        type=_count(1),
+        type=int_from(1),
         metavar="N",
         help="begin no window after so many, of two at least; default no limit",
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastattn._formats import FORMATS
+from fastattn._formats import FORMATS, value_dim
+
+__all__ = ["value_dim"]
 
 #: Rows of the table of cache types by name.
 TYPES = {row.name: row for row in FORMATS}
@@ -21,6 +23,9 @@ DYNAMIC_TYPES = tuple(row.name for row in FORMATS if row.scheme in ("token", "gr
 #: Types whose scales belong to the layer.
 STATIC_TYPES = tuple(row.name for row in FORMATS if row.scheme in ("layer", "head", "channel"))
 
+#: Tokens of a block.
+BLOCK_SIZE = 64
+
 #: Head dimensions of K in a cache. V has 128 channels if K has 192, otherwise as many as K.
 HEAD_DIMS = (64, 96, 128, 192, 256)
 
@@ -28,14 +33,20 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 FUSED_HEAD_DIMS = (64, 96, 128, 256)
 
 
-def value_dim(head_dim: int) -> int:
-    """Channels of V and of the attention output, for `head_dim` channels of Q and K."""
-    return 128 if head_dim == 192 else head_dim
-
-
 def codes_per_byte(cache_quant_type: str) -> int:
     """Number of codes in a byte of a quantised cache: 2 for 4-bit codes."""
     return 2 if cache_quant_type in NIBBLE_TYPES else 1
+
+
+def cache_shapes(
+    cache_quant_type: str, num_blocks: int, num_kv_heads: int, head_dim: int
+) -> tuple[list[int], list[int]]:
+    """Shapes of a layer's key and value cache: a quantised V keeps a block's tokens together."""
+    packed = codes_per_byte(cache_quant_type)
+    row, value_row = head_dim // packed, value_dim(head_dim) // packed
+    rest = [BLOCK_SIZE, value_row] if cache_quant_type == "none" else [value_row, BLOCK_SIZE]
+    heads = [num_blocks, num_kv_heads]
+    return [*heads, BLOCK_SIZE, row], [*heads, *rest]
 
 
 def token_scales(cache_quant_type: str, head_dim: int) -> tuple[list[int], str]:

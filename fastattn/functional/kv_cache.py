@@ -11,17 +11,16 @@ from paddle import Tensor
 
 from fastattn.functional._attributes import check_int
 from fastattn.functional._cache_types import (
+    BLOCK_SIZE,
     DYNAMIC_TYPES,
     HEAD_DIMS,
     STATIC_TYPES,
+    cache_shapes,
     check_cache_type,
-    codes_per_byte,
     default_rotation,
     token_scales,
     value_dim,
 )
-
-BLOCK_SIZE = 64
 
 
 @dataclass
@@ -165,16 +164,11 @@ def make_cache(
     def zeros(shape: list[int], code: Any) -> Tensor:
         return paddle.to_tensor(np.zeros(shape, code), place=place)
 
-    heads = [num_blocks, num_kv_heads]
+    code: Any = np.uint8
     if kind == "none":
-        code: Any = np.uint16 if dtype == "bfloat16" else np.float16  # Paddle's bfloat16 is uint16
-        key_cache, value_cache = (
-            zeros([*heads, BLOCK_SIZE, dim], code) for dim in (head_dim, value_dim(head_dim))
-        )
-    else:
-        packed = codes_per_byte(kind)
-        key_cache = zeros([*heads, BLOCK_SIZE, head_dim // packed], np.uint8)
-        value_cache = zeros([*heads, value_dim(head_dim) // packed, BLOCK_SIZE], np.uint8)
+        code = np.uint16 if dtype == "bfloat16" else np.float16  # Paddle's bfloat16 is uint16
+    shapes = cache_shapes(kind, num_blocks, num_kv_heads, head_dim)
+    key_cache, value_cache = (zeros(shape, code) for shape in shapes)
     scales: list[Tensor | None] = []
     for given, dim in ((cache_k_scales, head_dim), (cache_v_scales, value_dim(head_dim))):
         if given is not None and kind not in STATIC_TYPES:
@@ -185,7 +179,7 @@ def make_cache(
             given = paddle.to_tensor(np.ones([1], np.float32), place=place)
         elif kind in DYNAMIC_TYPES:
             shape, name = token_scales(kind, dim)
-            given = zeros([*heads, BLOCK_SIZE, *shape], np.dtype(name))
+            given = zeros([num_blocks, num_kv_heads, BLOCK_SIZE, *shape], np.dtype(name))
         scales.append(given)
     rotation = default_rotation(kind) if k_rotation == "auto" else k_rotation
     k_scales, v_scales = scales

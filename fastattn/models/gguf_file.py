@@ -10,7 +10,7 @@ import numpy as np
 from fastattn.functional.rotary_styles import use_neox_rotary_style
 from fastattn.models.config import ARCHITECTURES, ModelConfig, ModelError
 from fastattn.models.tokenizer import Tokenizer
-from fastattn.models.weights import LayerNames, NamedReader, Weights, read_layer
+from fastattn.models.weights import LayerNames, NamedReader, Weights, read_weights
 from fastattn.reference.numerics import Array
 
 _NAMES = LayerNames(
@@ -28,6 +28,9 @@ _NAMES = LayerNames(
     attention_post_norm="blk.{}.post_attention_norm",
     mlp_post_norm="blk.{}.post_ffw_norm",
 )
+
+#: Embedding, last norm, head.
+_ENDS = ("token_embd.weight", "output_norm.weight", "output.weight")
 
 #: Types of tokens.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -158,16 +161,8 @@ def read_gguf(path: Path) -> tuple[ModelConfig, Weights, Tokenizer]:
         config = _config(fields)
         named = NamedReader(read)
         mlp = int(fields.need(f"{config.architecture}.feed_forward_length"))
-        table = (config.vocabulary, config.hidden)
-        embedding = named.get("token_embd.weight", *table)
-        head = named.find("output.weight", *table)
-        weights = Weights(
-            embedding=embedding,
-            layers=[read_layer(named, config, _NAMES, n, mlp) for n in range(config.layers)],
-            norm=named.get("output_norm.weight", config.hidden),
-            head=embedding if head is None else head,
-            rope_factors=named.find("rope_freqs.weight", config.head_dim // 2),
-        )
+        factors = named.find("rope_freqs.weight", config.head_dim // 2)
+        weights = read_weights(named, config, _NAMES, mlp, _ENDS, factors)
         return config, weights, _tokenizer(fields)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None

@@ -15,7 +15,7 @@ from fastattn.functional.rotary_styles import use_neox_rotary_style
 from fastattn.models.config import ModelConfig, ModelError
 from fastattn.models.hf_tokenizer import read_tokenizer
 from fastattn.models.tokenizer import Tokenizer
-from fastattn.models.weights import LayerNames, NamedReader, Weights, read_layer
+from fastattn.models.weights import LayerNames, NamedReader, Weights, read_weights
 from fastattn.reference.numerics import Array
 
 _LAYER = "model.layers.{}."
@@ -40,6 +40,9 @@ _GEMMA_NAMES = LayerNames(
         "mlp_post_norm": _LAYER + "post_feedforward_layernorm",
     }
 )
+
+#: Embedding, last norm, head.
+_ENDS = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 
 #: ``model_type`` -> architecture.
 _TYPES = {
@@ -160,18 +163,9 @@ def read_hf_folder(folder: Path) -> tuple[ModelConfig, Weights, Tokenizer]:
         config, factors = _config(told)
         gemma = config.architecture == "gemma3"
         named = _reader(folder, gemma)
-        table = (config.vocabulary, config.hidden)
-        embedding = named.get("model.embed_tokens.weight", *table)
-        head = named.find("lm_head.weight", *table)
         names = _GEMMA_NAMES if gemma else _LLAMA_NAMES
         mlp = int(told["intermediate_size"])
-        weights = Weights(
-            embedding=embedding,
-            layers=[read_layer(named, config, names, n, mlp) for n in range(config.layers)],
-            norm=named.get("model.norm.weight", config.hidden),
-            head=embedding if head is None else head,
-            rope_factors=factors,
-        )
+        weights = read_weights(named, config, names, mlp, _ENDS, factors)
         return config, weights, read_tokenizer(folder)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None

@@ -11,7 +11,8 @@ import numpy as np
 import paddle
 
 import fastattn.functional as F
-from fastattn.functional.kv_cache import BLOCK_SIZE, KVCache
+from fastattn.functional._cache_types import BLOCK_SIZE
+from fastattn.functional.kv_cache import KVCache
 from fastattn.models.config import ModelConfig, rotary_angles
 from fastattn.models.dense import Dense
 from fastattn.reference.numerics import Array

@@ -134,6 +134,32 @@ def _stack(reader: NamedReader, names: list[str], rows: tuple[int, ...], columns
     return np.ascontiguousarray(np.concatenate(parts).T)
 
 
+def read_weights(
+    reader: NamedReader,
+    config: ModelConfig,
+    names: LayerNames,
+    mlp: int,
+    ends: tuple[str, str, str],
+    rope_factors: Array | None,
+) -> Weights:
+    """Weights of a model; `ends` names its embedding, its last norm and its head.
+
+    Raises
+    ------
+    ModelError
+        If one is missing or has another shape. Without a head the embedding is the head, too.
+    """
+    table = (config.vocabulary, config.hidden)
+    embedding, head = reader.get(ends[0], *table), reader.find(ends[2], *table)
+    return Weights(
+        embedding=embedding,
+        layers=[read_layer(reader, config, names, n, mlp) for n in range(config.layers)],
+        norm=reader.get(ends[1], config.hidden),
+        head=embedding if head is None else head,
+        rope_factors=rope_factors,
+    )
+
+
 def read_layer(
     reader: NamedReader, config: ModelConfig, names: LayerNames, number: int, mlp: int
 ) -> LayerWeights:
