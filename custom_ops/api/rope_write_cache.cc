@@ -44,10 +44,10 @@ void ParseQScale(const Tensor* q_scale, const phi::Place& place, RopeWriteCacheP
   }
 }
 
-KeyTransform ParseTransform(const Tensor* k_center, const std::string& k_rotation,
-                            const std::string& q_rotation, const PagedCache& cache,
-                            const phi::Place& place) {
-  KeyTransform transform = ParseKeyTransform(kOp, k_center, k_rotation, cache, place);
+KeyTransform ParseTransform(const Tensor* k_center, const Tensor* k_feedback,
+                            const std::string& k_rotation, const std::string& q_rotation,
+                            const PagedCache& cache, const phi::Place& place) {
+  KeyTransform transform = ParseKeyTransform(kOp, k_center, k_rotation, cache, place, k_feedback);
   const KeyRotation rotation = ParseRotation(kOp, "q_rotation", q_rotation);
   transform.rotates_q = rotation != KeyRotation::kNone;
   if (transform.rotates_q && rotation != transform.rotation) {
@@ -129,10 +129,10 @@ FASTATTN_OPERATOR(Outputs, kOp, RopeWriteCacheKv, RopeResults,
                    const Tensor& seq_lens_this_time, const OptionalTensor& q_norm_weight,
                    const OptionalTensor& k_norm_weight, const OptionalTensor& qkv_bias,
                    const OptionalTensor& q_scale, const OptionalTensor& k_center,
-                   OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
-                   const OptionalTensor& batch_id_per_token, int num_heads, int num_kv_heads,
-                   float rms_norm_eps, bool use_neox_rotary_style, int rotary_dim,
-                   bool qk_norm_before_rope, const std::string& q_quant,
+                   const OptionalTensor& k_feedback, OptionalTensor& cache_k_scales,
+                   OptionalTensor& cache_v_scales, const OptionalTensor& batch_id_per_token,
+                   int num_heads, int num_kv_heads, float rms_norm_eps, bool use_neox_rotary_style,
+                   int rotary_dim, bool qk_norm_before_rope, const std::string& q_quant,
                    const std::string& cache_quant_type, const std::string& fp8_format,
                    const std::string& k_rotation, const std::string& q_rotation)) {
   Arg(kOp, "qkv", qkv);
@@ -163,7 +163,7 @@ FASTATTN_OPERATOR(Outputs, kOp, RopeWriteCacheKv, RopeResults,
   p.q_quant = ParseQQuant(q_quant);
   ParseQScale(Get(q_scale), place, p);
   const KeyTransform transform =
-      ParseTransform(Get(k_center), k_rotation, q_rotation, p.cache, place);
+      ParseTransform(Get(k_center), Get(k_feedback), k_rotation, q_rotation, p.cache, place);
   RequireCacheApart(kOp, cache, p.cache.type,
                     {{"qkv", &qkv},
                      {"rotary_embs", Get(rotary_embs)},
@@ -176,6 +176,7 @@ FASTATTN_OPERATOR(Outputs, kOp, RopeWriteCacheKv, RopeResults,
                      {"qkv_bias", Get(qkv_bias)},
                      {"q_scale", Get(q_scale)},
                      {"k_center", Get(k_center)},
+                     {"k_feedback", Get(k_feedback)},
                      {"batch_id_per_token", Get(batch_id_per_token)}});
 
   const auto q_dtype = p.q_quant == QQuant::kNone ? qkv.dtype() : phi::DataType::UINT8;

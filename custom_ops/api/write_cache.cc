@@ -39,8 +39,8 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
                    const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
                    OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
                    const OptionalTensor& batch_id_per_token, const OptionalTensor& k_center,
-                   const std::string& cache_quant_type, const std::string& fp8_format,
-                   const std::string& k_rotation)) {
+                   const OptionalTensor& k_feedback, const std::string& cache_quant_type,
+                   const std::string& fp8_format, const std::string& k_rotation)) {
   Arg(kOp, "key", key);
   Arg(kOp, "key_cache", key_cache);
   const Tensor& anchor = key_cache.initialized() ? key_cache : key;  // empty ones have no place
@@ -51,7 +51,8 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
-  const KeyTransform transform = ParseKeyTransform(kOp, Get(k_center), k_rotation, p.cache, place);
+  const KeyTransform transform =
+      ParseKeyTransform(kOp, Get(k_center), k_rotation, p.cache, place, Get(k_feedback));
   p.key_token_stride = CheckTokens("key", key, p.cache, p.cache.head_dim, place);
   p.value_token_stride = CheckTokens("value", value, p.cache, p.cache.ValueDim(), place);
   Arg(kOp, "value", value)
@@ -72,7 +73,8 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
                      {"seq_lens_decoder", &seq_lens_decoder},
                      {"seq_lens_this_time", &seq_lens_this_time},
                      {"batch_id_per_token", Get(batch_id_per_token)},
-                     {"k_center", Get(k_center)}});
+                     {"k_center", Get(k_center)},
+                     {"k_feedback", Get(k_feedback)}});
   p.key = Data(key);
   p.value = Data(value);
 

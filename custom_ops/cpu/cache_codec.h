@@ -8,10 +8,12 @@
 #include <vector>
 
 #include "common/group_scale.h"
+#include "common/key_feedback.h"
 #include "common/layout.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
 #include "cpu/convert.h"
+#include "cpu/encode_feedback.h"
 #include "formats/kv_format.h"
 #include "params/common.h"
 #include "params/key_transform.h"
@@ -85,7 +87,7 @@ class SideCodec {
   // n channels. `scale_index` is that of the token's first dynamic scale.
   static void Encode(DType scale_dtype, void* scales, int64_t scale_index,
                      const std::vector<float>& inverses, ScaleScheme scheme, int head, int n,
-                     const float* x, Storage* out) {
+                     const float* x, const KeyFeedback& feedback, Storage* out) {
     if constexpr (!Side::kQuantized) {
       StoreRow<Side::kCode>(x, n, out);
     } else if constexpr (Side::kGrouped) {
@@ -105,11 +107,11 @@ class SideCodec {
         static_cast<uint16_t*>(scales)[scale_index] = rounded;
         scale = BFloat16ToFloat(rounded);  // the reader's scale, so that the codes fit it
       }
-      EncodeRow<Side::kCode>(x, n, 1.0f / scale, out);
+      EncodeHead(x, n, 1.0f / scale, feedback, out);
     } else if (scheme == ScaleScheme::kChannel) {
       EncodeRow<Side::kCode>(x, n, inverses.data() + static_cast<int64_t>(head) * n, out);
     } else {
-      EncodeRow<Side::kCode>(x, n, inverses[head], out);
+      EncodeHead(x, n, inverses[head], feedback, out);
     }
   }
 
@@ -138,6 +140,16 @@ class SideCodec {
   }
 
  private:
+  // Channels that share a scale.
+  static void EncodeHead(const float* x, int n, float inverse, const KeyFeedback& feedback,
+                         Storage* out) {
+    if (feedback.matrix == nullptr) {
+      EncodeRow<Side::kCode>(x, n, inverse, out);
+    } else {
+      EncodeWithFeedback<Side::kCode>(x, n, inverse, feedback, out);
+    }
+  }
+
   static float TokenScale(const float* x, int n) {
     const uint32_t amax = AmaxBits(x, n);
     if constexpr (Side::kCode == DType::kInt4) {
@@ -164,7 +176,7 @@ class CacheWriter {
             ValueCodec::Inverses(cache, cache.v_scales, cache.v_granularity, cache.ValueDim())) {}
 
   // Stores x[0 .. D), token `slot` (0..63) of a block, as K of one head.
-  void Key(int block, int head, int slot, const float* x) const {
+  void Key(int block, int head, int slot, const float* x, const KeyFeedback& feedback = {}) const {
     using Side = typename Kv::Key;
     using Storage = typename KeyCodec::Storage;
     Storage* base = static_cast<Storage*>(cache_.key) + cache_.key_strides.Plane(block, head);
@@ -172,7 +184,7 @@ class CacheWriter {
         KeyCodec::ScaleIndex(cache_.k_scale_strides, cache_.head_dim, block, head, slot);
     const auto encode = [&](Storage* out) {
       KeyCodec::Encode(cache_.scale_dtype, cache_.k_scales, scale, k_inverse_, cache_.k_granularity,
-                       head, cache_.head_dim, x, out);
+                       head, cache_.head_dim, x, feedback, out);
     };
     if constexpr (Side::kNibbles) {
       Storage codes[kMaxHeadDim];
@@ -200,7 +212,7 @@ class CacheWriter {
         ValueCodec::ScaleIndex(cache_.v_scale_strides, cache_.ValueDim(), block, head, slot);
     const auto encode = [&](Storage* out) {
       ValueCodec::Encode(cache_.scale_dtype, cache_.v_scales, scale, v_inverse_,
-                         cache_.v_granularity, head, cache_.ValueDim(), x, out);
+                         cache_.v_granularity, head, cache_.ValueDim(), x, {}, out);
     };
     if constexpr (!Side::kQuantized) {
       encode(base + slot * row_stride);

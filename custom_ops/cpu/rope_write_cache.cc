@@ -60,7 +60,7 @@ class Writer {
       Load(token, p_.num_heads + head, x);
       TransformHead<kDType, kHeadDim>(p_, angles, k_weight_, x);
       TransformKey(transform_, head, kHeadDim, x);
-      cache_.Key(block, head, slot, x);
+      cache_.Key(block, head, slot, x, transform_.FeedbackOf(head, kHeadDim));
       Load(token, p_.num_heads + p_.cache.num_kv_heads + head, x);
       RoundRow<kDType>(x, kHeadDim);
       cache_.Value(block, head, slot, x);

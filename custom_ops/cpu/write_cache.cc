@@ -37,7 +37,7 @@ void Run(const WriteCacheParams& p, const KeyTransform& transform) {
       const int slot = static_cast<int>(position % kBlockSize);
       LoadRow<kDType>(keys + token * p.key_token_stride + head * head_dim, head_dim, x);
       TransformKey(transform, head, head_dim, x);
-      writer.Key(block, head, slot, x);
+      writer.Key(block, head, slot, x, transform.FeedbackOf(head, head_dim));
       LoadRow<kDType>(values + token * p.value_token_stride + head * value_dim, value_dim, x);
       writer.Value(block, head, slot, x);
     }

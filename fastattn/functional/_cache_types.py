@@ -23,6 +23,11 @@ DYNAMIC_TYPES = tuple(row.name for row in FORMATS if row.scheme in ("token", "gr
 #: Types whose scales belong to the layer.
 STATIC_TYPES = tuple(row.name for row in FORMATS if row.scheme in ("layer", "head", "channel"))
 
+#: Types whose K takes error feedback: one scale for all channels of a head or token.
+FEEDBACK_TYPES = tuple(
+    row.name for row in FORMATS if row.scheme in ("layer", "head", "channel", "token")
+)
+
 #: Tokens of a block.
 BLOCK_SIZE = 64
 

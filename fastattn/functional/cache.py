@@ -32,6 +32,7 @@ def write_cache_kv(
     cache_v_zp: Tensor | None = None,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
+    k_feedback: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Quantise the new tokens of a step and write them into a layer's paged cache, in place.
 
@@ -96,6 +97,14 @@ def write_cache_kv(
         rotation, the same for the writer and for the attention.
     k_center : Tensor, shape [KV, D], float32, optional
         The constant that is subtracted from K before the rotation. Supported for the same types.
+    k_feedback : Tensor, shape [KV, D, D], float32, optional
+        Error feedback M: K is rounded in blocks of 8 channels, and errors e of a block are added to
+        the channels after it as e M. With M from the second moment of a head's queries, scores have
+        smaller errors with the same bytes (docs/quality.md). ``python -m fastattn calibrate``
+        computes it for the layer's `k_rotation`; :func:`fastattn.reference.feedback.feedback_of`
+        has the formula. Only elements to the right of the diagonal's 8 x 8 blocks are read. The
+        attention has no such argument. Supported for types with one scale for a head or token: not
+        for e5m2, ``block_wise_mxfp4`` and scales of channels.
 
     Returns
     -------
@@ -112,8 +121,8 @@ def write_cache_kv(
         is given, or `fp8_format` is unknown.
     NotImplementedError
         If `cache_quant_type` or the head dimension is not supported, `fp8_format` is not e4m3 for
-        ``block_wise_fp8``, or the type takes no `k_rotation` or `k_center`. Supported head
-        dimensions are 64, 96, 128, 192 and 256.
+        ``block_wise_fp8``, or the type takes no `k_rotation`, `k_center` or `k_feedback`.
+        Supported head dimensions are 64, 96, 128, 192 and 256.
 
     See Also
     --------
@@ -152,6 +161,7 @@ def write_cache_kv(
             cache_v_scales,
             batch_id_per_token,
             k_center,
+            k_feedback,
         ),
         (cache_type_name(cache_quant_type), fp8_format, k_rotation),
     )

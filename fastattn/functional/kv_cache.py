@@ -35,6 +35,8 @@ class KVCache:
     cache_quant_type, fp8_format : str
     k_rotation : {"none", "hadamard"}
     k_center : Tensor or None
+    k_feedback : Tensor or None
+        For the writer alone.
     """
 
     key_cache: Tensor
@@ -45,6 +47,7 @@ class KVCache:
     fp8_format: str
     k_rotation: str
     k_center: Tensor | None
+    k_feedback: Tensor | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -63,6 +66,11 @@ class KVCache:
             "k_rotation": self.k_rotation,
             "k_center": self.k_center,
         }
+
+    @property
+    def write_arguments(self) -> dict[str, Any]:
+        """:attr:`arguments`, and what the writer alone takes."""
+        return {**self.arguments, "k_feedback": self.k_feedback}
 
     @property
     def bytes_per_token(self) -> float:
@@ -86,6 +94,7 @@ def make_cache(
     fp8_format: str = "e4m3",
     k_rotation: str = "auto",
     k_center: Tensor | None = None,
+    k_feedback: Tensor | None = None,
     place: Any = None,
 ) -> KVCache:
     """Allocate a layer's paged cache of a type, with its scales, and settle how K is stored.
@@ -113,6 +122,8 @@ def make_cache(
         of K as it was calibrated.
     k_center : Tensor, shape [KV, D], float32, optional
         What K is stored without.
+    k_feedback : Tensor, shape [KV, D, D], float32, optional
+        Error feedback of the writer, kept for :attr:`KVCache.write_arguments`.
     place : paddle.Place, optional
         Of the tensors; the current one by default.
 
@@ -183,4 +194,5 @@ def make_cache(
         scales.append(given)
     rotation = default_rotation(kind) if k_rotation == "auto" else k_rotation
     k_scales, v_scales = scales
-    return KVCache(key_cache, value_cache, k_scales, v_scales, kind, fp8_format, rotation, k_center)
+    tensors = key_cache, value_cache, k_scales, v_scales
+    return KVCache(*tensors, kind, fp8_format, rotation, k_center, k_feedback)

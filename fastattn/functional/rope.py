@@ -72,6 +72,7 @@ def rope_write_cache_kv(
     cache_v_zp: Tensor | None = None,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
+    k_feedback: Tensor | None = None,
     q_rotation: str = "none",
 ) -> tuple[Tensor, Tensor | None]:
     r"""Split a fused projection, rotate Q and K, and write K and V into the paged cache.
@@ -143,6 +144,8 @@ def rope_write_cache_kv(
     k_center : Tensor, shape [KV, D], float32, optional
         As for ``write_cache_kv``. K is first rounded to the dtype of `qkv`.
         :func:`make_cache` gives each type's value, the same for the attention.
+    k_feedback : Tensor, shape [KV, D, D], float32, optional
+        As for ``write_cache_kv``. The attention has no such argument.
     q_rotation : {"none", "hadamard"}
         ``"hadamard"`` requires `k_rotation` ``"hadamard"``: Q is returned rotated as K is, and
         rounded again before an optional quantisation. Then call the attention without `k_rotation`,
@@ -164,7 +167,7 @@ def rope_write_cache_kv(
         If shapes, places or options do not match, or a zero point is given.
     NotImplementedError
         If `cache_quant_type` or the head dimension is not supported, or a type takes no
-        `k_rotation` or `k_center`.
+        `k_rotation`, `k_center` or `k_feedback`.
 
     See Also
     --------
@@ -209,6 +212,7 @@ def rope_write_cache_kv(
             qkv_bias,
             q_scale,
             k_center,
+            k_feedback,
             cache_k_scales,
             cache_v_scales,
             batch_id_per_token,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastattn._formats import FORMATS
+from fastattn.reference.feedback import codes_with_feedback
 from fastattn.reference.hadamard import restore_key, transform_key
 from fastattn.reference.layout import (
     BLOCK_SIZE,
@@ -117,7 +118,11 @@ def new_tokens(
 
 
 def quantize_token(
-    x: Array, scales: Array, cache_quant_type: str, fp8_format: str = "e4m3"
+    x: Array,
+    scales: Array,
+    cache_quant_type: str,
+    fp8_format: str = "e4m3",
+    feedback: Array | None = None,
 ) -> tuple[Array, Array | None]:
     """Codes of the K or V of one or several tokens.
 
@@ -126,6 +131,8 @@ def quantize_token(
     x : array, shape [..., KV, D]
     scales : array
         Static scales. For dynamic types, any array with the dtype of the stored scales.
+    feedback : array, shape [KV, D, D], optional
+        See :func:`fastattn.reference.feedback.codes_with_feedback`.
 
     Returns
     -------
@@ -137,10 +144,17 @@ def quantize_token(
     """
     code = code_of(cache_quant_type, fp8_format)
     x = np.asarray(x).astype(np.float32)
-    if cache_quant_type not in DYNAMIC_TYPES:
-        return quantize(x, static_scales(scales, *x.shape[-2:]), code), None
-    stored = written_scales(x, cache_quant_type, scales.dtype)
-    codes = quantize(x, dynamic_scales(stored, cache_quant_type), code)
+    stored = None
+    if cache_quant_type in DYNAMIC_TYPES:
+        stored = written_scales(x, cache_quant_type, scales.dtype)
+        multiplier = dynamic_scales(stored, cache_quant_type)
+    else:
+        multiplier = static_scales(scales, *x.shape[-2:])
+    if feedback is None:
+        codes = quantize(x, multiplier, code)
+    else:
+        with np.errstate(all="ignore"):
+            codes = codes_with_feedback(x * (np.float32(1) / multiplier), feedback, code)
     return pack_nibbles(codes) if code in NIBBLES else codes, stored
 
 
@@ -161,6 +175,7 @@ def write_cache_kv(
     batch_id_per_token: Array | None = None,
     k_rotation: str = "none",
     k_center: Array | None = None,
+    k_feedback: Array | None = None,
 ) -> None:
     """Write new tokens into a paged cache; see :func:`fastattn.functional.write_cache_kv`.
 
@@ -172,8 +187,8 @@ def write_cache_kv(
     if k_rotation != "none" or k_center is not None:
         key = transform_key(key, k_rotation, k_center)
     sides = (
-        (key, key_cache, cache_k_scales, key_offsets("fastattn", _row(key_cache))),
-        (value, value_cache, cache_v_scales, value_offsets(value_layout, _row(value_cache))),
+        (key, key_cache, cache_k_scales, key_offsets("fastattn", _row(key_cache)), k_feedback),
+        (value, value_cache, cache_v_scales, value_offsets(value_layout, _row(value_cache)), None),
     )
     found = []  # token, block and slot of every write
     for token, b, position in new_tokens(
@@ -183,12 +198,14 @@ def write_cache_kv(
         if block is not None:
             found.append((token, block, position % BLOCK_SIZE))
     tokens = [token for token, _, _ in found]
-    for x, cache, scales, offsets in sides:
+    for x, cache, scales, offsets, feedback in sides:
         flat = cache.reshape(num_blocks, kv_heads, offsets.size)
         token_scales = None
         if quantised:
             assert scales is not None
-            written, token_scales = quantize_token(x[tokens], scales, cache_quant_type, fp8_format)
+            written, token_scales = quantize_token(
+                x[tokens], scales, cache_quant_type, fp8_format, feedback
+            )
             flat = flat.view(np.uint8)
         else:
             with np.errstate(over="ignore", invalid="ignore"):

@@ -205,6 +205,7 @@ def rope_write_cache_kv(
     batch_id_per_token: Array | None = None,
     k_rotation: str = "none",
     k_center: Array | None = None,
+    k_feedback: Array | None = None,
     q_rotation: str = "none",
 ) -> tuple[Array, Array | None]:
     """Rotate, normalise and write; see :func:`fastattn.functional.rope_write_cache_kv`.
@@ -255,6 +256,7 @@ def rope_write_cache_kv(
         batch_id_per_token=batch_id_per_token,
         k_rotation=k_rotation,
         k_center=k_center,
+        k_feedback=k_feedback,
     )
     if q_rotation != "none":
         q = round_to(rotate_keys(q, q_rotation), qkv.dtype).astype(qkv.dtype)

@@ -16,6 +16,7 @@
 #include "cuda/cache/shared/group_scales.cuh"
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/key_transform.cuh"
+#include "cuda/cache/shared/quantize_lane.cuh"
 #include "cuda/cache/shared/seq_window.cuh"
 #include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"

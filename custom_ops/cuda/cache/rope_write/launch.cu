@@ -15,10 +15,11 @@ cudaError_t Launch(const TransformStepParams& p, const char* dtype_name, cudaStr
     return std::tuple{Wanted{dtype_name, p.rope.dtype},
                       Wanted{"scales of the cache", FormatOf(cache.type).scales},
                       Wanted{"cache dtype", cache.dtype},
-                      Wanted{"k_rotation or k_center", transforms}};
+                      Wanted{"k_rotation, k_center or k_feedback", transforms}};
   };
   // Keys of some types are mostly transformed: those that are not have no kernels of their own.
-  const bool transforms = p.transform.Any() || !IsCompiled(StepInstances{}, wanted(false));
+  const bool transforms = p.transform.Any() || p.transform.feedback != nullptr ||
+                          !IsCompiled(StepInstances{}, wanted(false));
   cudaError_t status = cudaErrorInvalidValue;
   dispatch(StepInstances{}, wanted(transforms), [&](auto... arguments) {
     status = LaunchStepVariant<decltype(arguments)::value...>(p, stream);

@@ -6,6 +6,7 @@
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/cache/shared/head_transform.cuh"
 #include "cuda/cache/shared/key_transform.cuh"
+#include "cuda/cache/shared/quantize_lane.cuh"
 #include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/cache/shared/value_tile.cuh"

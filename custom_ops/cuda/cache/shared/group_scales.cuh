@@ -172,16 +172,17 @@ __device__ __forceinline__ void QuantizeGroups(const uint32_t (&words)[Lane::kWo
 }
 
 // Codes of 4 bits of a lane's K or V, and their scales. All lanes of the warp take part.
-template <typename Traits, typename Lane, bool kPairs = false>
+template <typename Traits, typename Lane, bool kPairs = false, typename Feedback = NoFeedback>
 __device__ __forceinline__ void QuantizeFourBits(const uint32_t (&words)[Lane::kWords],
                                                  const PagedCache& cache, void* scales, int lane,
                                                  int64_t first_scale, bool store,
-                                                 uint32_t (&nibbles)[kNibbleWords<Lane>]) {
+                                                 uint32_t (&nibbles)[kNibbleWords<Lane>],
+                                                 const Feedback& feedback = {}) {
   if constexpr (Traits::Side::kGrouped) {
     QuantizeGroups<Lane, typename Traits::Side, kPairs>(words, scales, lane, first_scale, store,
                                                         nibbles);
   } else {
-    QuantizeNibbles<Lane>(words, cache, scales, lane, first_scale, store, nibbles);
+    QuantizeNibbles<Lane>(words, cache, scales, lane, first_scale, store, nibbles, feedback);
   }
 }
 

@@ -337,49 +337,6 @@ struct Inverse {
 __device__ __forceinline__ float InverseOf(float scale) { return Reciprocal(scale); }
 __device__ __forceinline__ float InverseOf(Inverse inverse) { return inverse.value; }
 
-// Codes of a lane's K or V, `words` being the values as the input's type holds them. A dynamic
-// scale goes to scales[scale_index] if `store`. All lanes of the warp take part.
-template <typename Traits, typename Lane, typename Map = HalvesMap<Lane>, typename HeadScaleOf>
-__device__ __forceinline__ void QuantizeLane(const uint32_t (&words)[Lane::kWords],
-                                             const PagedCache& cache, void* scales,
-                                             ScaleScheme granularity, HeadScaleOf head_scale,
-                                             int head, int lane, int64_t scale_index, bool store,
-                                             uint32_t (&codes)[Lane::kCodeWords]) {
-  float x[Lane::kValues];
-  if constexpr (Traits::Side::kDynamic) {
-    const uint32_t amax = LaneAmaxBits<Lane>(words);
-    float scale = FastDynamicScale(amax, kCacheAmaxFloor, kCodeMax<Traits::kCode>);
-    if (cache.scale_dtype == DType::kBFloat16) {
-      const uint16_t rounded = FloatToBFloat16(scale);
-      if (store && lane == 0) static_cast<uint16_t*>(scales)[scale_index] = rounded;
-      scale = BFloat16ToFloat(rounded);  // the reader's scale, so that the codes fit it
-    } else if (store && lane == 0) {
-      static_cast<float*>(scales)[scale_index] = scale;
-    }
-    UnpackWords<Lane>(words, x);
-    Scale(x, ReciprocalOfNormal(scale));
-    if (Traits::kCode != DType::kInt8 || amax < 0x7F800000u) {
-      EncodeLane<Lane, Traits::kCode, true>(x, codes);
-    } else {
-      EncodeLane<Lane, Traits::kCode, false>(x, codes);
-    }
-  } else {
-    UnpackWords<Lane>(words, x);
-    if (Traits::kCode == DType::kInt8 && granularity == ScaleScheme::kChannel) {
-#pragma unroll
-      for (int i = 0; i < Lane::kValues; ++i) {
-        if (i % 4 == 0) asm volatile("" ::: "memory");  // few scales at a time: registers
-        if (Lane::kActive != Lane::kLanes && Map::Channel(lane, i) >= Lane::kHeadDim) continue;
-        const int index = ChannelScaleIndex(head, Map::Channel(lane, i), Lane::kHeadDim);
-        x[i] = Mul(x[i], Reciprocal(LoadScale(scales, cache.scale_dtype, index)));
-      }
-    } else {
-      Scale(x, InverseOf(head_scale));
-    }
-    EncodeLane<Lane, Traits::kCode, false>(x, codes);
-  }
-}
-
 // Q of one head, `words` its rounded values. All lanes of the warp take part.
 template <typename Lane>
 __device__ __forceinline__ void StoreQuery(const uint32_t (&words)[Lane::kWords],

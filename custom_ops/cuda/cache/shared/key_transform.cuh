@@ -67,12 +67,13 @@ __device__ __forceinline__ void StoreKey(const uint32_t (&words)[Lane::kWords], 
     float x[Lane::kValues];
     UnpackWords<Lane>(words, x);
     TransformKey<Lane>(p.transform, head, lane, x);
+    const HeadFeedback feedback = {p.transform.FeedbackOf(head, Lane::kHeadDim)};
     uint32_t bits[Lane::kValues];
 #pragma unroll
     for (int i = 0; i < Lane::kValues; ++i) bits[i] = FloatBits(x[i]);
     StoreTokenMajor<Traits, FloatLane<Lane>>(bits, cache, cache.key, cache.k_scales,
                                              cache.k_granularity, head_scale, head, lane, row,
-                                             scale_index, store);
+                                             scale_index, store, feedback);
   } else {
     StoreTokenMajor<Traits, Lane>(words, cache, cache.key, cache.k_scales, cache.k_granularity,
                                   head_scale, head, lane, row, scale_index, store);

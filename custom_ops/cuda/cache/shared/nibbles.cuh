@@ -6,6 +6,7 @@
 
 #include "common/exact.h"
 #include "common/int4.h"
+#include "cuda/cache/shared/feedback_lanes.cuh"
 #include "cuda/cache/shared/head_lanes.cuh"
 
 namespace fastattn::cuda {
@@ -64,11 +65,12 @@ __device__ __forceinline__ bool HoldsNegative(const uint32_t (&words)[Lane::kWor
 
 // Codes of a lane's K or V, `words` being the values as the input's type holds them. The scale goes
 // to scales[scale_index] if `store`. All lanes of the warp take part.
-template <typename Lane>
+template <typename Lane, typename Feedback = NoFeedback>
 __device__ __forceinline__ void QuantizeNibbles(const uint32_t (&words)[Lane::kWords],
                                                 const PagedCache& cache, void* scales, int lane,
                                                 int64_t scale_index, bool store,
-                                                uint32_t (&nibbles)[kNibbleWords<Lane>]) {
+                                                uint32_t (&nibbles)[kNibbleWords<Lane>],
+                                                const Feedback& feedback = {}) {
   float x[Lane::kValues];
   const uint32_t amax = LaneAmaxBits<Lane>(words);
   UnpackWords<Lane>(words, x);
@@ -84,7 +86,14 @@ __device__ __forceinline__ void QuantizeNibbles(const uint32_t (&words)[Lane::kW
     static_cast<float*>(scales)[scale_index] = scale;
   }
   Scale(x, ReciprocalOfNormal(scale));
-  if (amax < 0x7F800000u) {
+  bool bounded = amax < 0x7F800000u;
+  if constexpr (Feedback::kAny) {
+    if (feedback.matrix != nullptr) {
+      ApplyFeedback<DType::kInt4, Lane>(feedback, lane, x);
+      bounded = false;
+    }
+  }
+  if (bounded) {
 #pragma unroll
     for (int i = 0; i < kNibbleWords<Lane>; ++i) nibbles[i] = NibblesOf<true>(x + 8 * i);
   } else {

@@ -10,6 +10,7 @@
 #include "common/dispatch.h"
 #include "common/head_dims.h"
 #include "cuda/cache/shared/head_transform.cuh"
+#include "cuda/cache/shared/quantize_lane.cuh"
 #include "cuda/cache/shared/step_ring.cuh"
 #include "cuda/cache/shared/store_token.cuh"
 #include "cuda/cache/shared/stream_grid.cuh"
