@@ -1,4 +1,4 @@
-"""Rotations and centres of a server's layers, from a file that an environment variable names."""
+"""Transforms of K of a server's layers, from a file that an environment variable names."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Calibrated:
         path = env.calibration()
         return None if path is None else cls(path)
 
-    def of(self, layer: Any, quant_type: str, place: Any) -> tuple[str | None, Any]:
-        """(rotation, centre on `place` or None) of a layer.
+    def of(self, layer: Any, quant_type: str, place: Any) -> tuple[str | None, Any, Any]:
+        """(rotation, centre or None, feedback or None) of a layer, tensors on `place`.
 
         Raises
         ------
@@ -55,15 +55,17 @@ class Calibrated:
                 f"{self.path}: layer {layer.layer_id} was calibrated for type "
                 f"{found.cache_quant_type}, and has {quant_type}"
             )
-        center = found.cache_k_center
-        on = None if center is None else paddle.to_tensor(center, place=place)
-        return found.cache_k_rotation, on
+        on = [
+            None if x is None else paddle.to_tensor(x, place=place)
+            for x in (found.cache_k_center, found.cache_k_feedback)
+        ]
+        return found.cache_k_rotation, on[0], on[1]
 
     def _of_static_type(
         self, layer: Any, found: LayerCalibration, quant_type: str
-    ) -> tuple[str, Any]:
+    ) -> tuple[str, Any, Any]:
         if found.cache_quant_type == quant_type == "none":
-            return "none", None
+            return "none", None, None
         raise ValueError(
             f"{self.path}: layer {layer.layer_id} has type {quant_type}, whose static scales come "
             "from the layer: give it all of a calibration by Calibration.apply"

@@ -27,6 +27,7 @@ _OFFSETS_ALONE = {"causal": False, "window_size": (-1, -1)}
 _READ = (
     "cache_fp8_format",
     "cache_k_center",
+    "cache_k_feedback",
     "cache_k_out_scale",
     "cache_k_rotation",
     "cache_k_zp",
@@ -52,7 +53,14 @@ _READ = (
 
 
 #: Tensors of a layer that ``rope_write_cache_kv`` takes, in its order.
-_WRITE_TENSORS = ("q_norm_weight", "k_norm_weight", "qkv_bias", "q_scale", "k_center")
+_WRITE_TENSORS = (
+    "q_norm_weight",
+    "k_norm_weight",
+    "qkv_bias",
+    "q_scale",
+    "k_center",
+    "k_feedback",
+)
 
 #: Tensors of a layer that ``paged_attention`` takes.
 _ATTEND_TENSORS = ("sinks", "out_scale", "k_center")

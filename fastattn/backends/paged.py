@@ -25,7 +25,7 @@ from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
-from fastattn.backends.scales import HeadShard, local_center
+from fastattn.backends.scales import HeadShard, local_heads
 from fastattn.backends.stale_starts import StaleStarts
 from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
 from fastattn.functional._attributes import ANY_LENGTH
@@ -444,13 +444,18 @@ class PagedAttentionBackend(AttentionBackend):
         """Transformation of K before it is quantised."""
         rotation = getattr(layer, "cache_k_rotation", None)
         center = getattr(layer, "cache_k_center", None)
-        if self._calibrated is not None and center is None and rotation in (None, "none"):
-            rotation, center = self._calibrated.of(layer, cache.quant_type, cache.key.place)
+        feedback = getattr(layer, "cache_k_feedback", None)
+        given = center is not None or feedback is not None or rotation not in (None, "none")
+        if self._calibrated is not None and not given:
+            found = self._calibrated.of(layer, cache.quant_type, cache.key.place)
+            rotation, center, feedback = found
+        heads, dim = self.kv_num_heads, self.head_dim
         if center is not None:
-            heads = self.kv_num_heads
-            center = local_center(center, kv_heads=heads, head_dim=self.head_dim, shard=shard)
+            center = local_heads("cache_k_center", center, [heads, dim], shard)
+        if feedback is not None:
+            feedback = local_heads("cache_k_feedback", feedback, [heads, dim, dim], shard)
         default = "hadamard" if codes_per_byte(cache.quant_type) == 2 else "none"
-        return {"k_rotation": rotation or default, "k_center": center}
+        return {"k_rotation": rotation or default, "k_center": center, "k_feedback": feedback}
 
     def _heads(self) -> tuple[int, int, int]:
         return self.num_heads, self.kv_num_heads, self.head_dim

@@ -106,31 +106,35 @@ def local_scales(
     )
 
 
-def local_center(center: Any, *, kv_heads: int, head_dim: int, shard: HeadShard) -> Any:
-    """Centre of this process's keys, float32 [KV, D].
+def local_heads(name: str, tensor: Any, shape: list[int], shard: HeadShard) -> Any:
+    """What this process's KV heads have of a layer's tensor, float32.
 
     Parameters
     ----------
-    center : Tensor, shape [heads, D]
-        ``layer.cache_k_center``, for this process's heads or for all heads of the model.
+    name : str
+        The layer's attribute.
+    tensor : Tensor, shape [heads, ...]
+        For this process's heads, or for all heads of the model.
+    shape : list of int
+        For this process's heads.
 
     Raises
     ------
     ValueError
         If the shape matches neither.
     """
-    if not center.stop_gradient and paddle.in_dynamic_mode():
-        center = center.detach()  # as for scales
-    if center.dtype != paddle.float32:
-        center = center.astype("float32")
-    shape = [int(size) for size in center.shape]
-    if shape == [kv_heads, head_dim]:
-        return center
-    model_heads = kv_heads if shard.num_heads is None else shard.num_heads
-    if shape == [model_heads, head_dim]:
+    if not tensor.stop_gradient and paddle.in_dynamic_mode():
+        tensor = tensor.detach()  # as for scales
+    if tensor.dtype != paddle.float32:
+        tensor = tensor.astype("float32")
+    got = [int(size) for size in tensor.shape]
+    if got == shape:
+        return tensor
+    kv_heads = shape[0]
+    whole = [kv_heads if shard.num_heads is None else shard.num_heads, *shape[1:]]
+    if got == whole:
         first = shard.first_head(kv_heads)
-        return center[first : first + kv_heads]
+        return tensor[first : first + kv_heads]
     raise ValueError(
-        f"layer.cache_k_center: expected shape [{kv_heads}, {head_dim}] or [{model_heads}, "
-        f"{head_dim}] (KV heads, channels), got {shape}"
+        f"layer.{name}: expected shape {shape} or {whole} (KV heads, channels), got {got}"
     )

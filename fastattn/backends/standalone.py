@@ -84,6 +84,8 @@ class AttentionLayer:
         ``block_wise_int4`` and ``block_wise_mxfp4``, and ``"none"`` for every other type.
     cache_k_center : Tensor, shape [KV, D], float32, optional
         The constant that is subtracted from K before it is stored.
+    cache_k_feedback : Tensor, shape [KV, D, D], float32, optional
+        Error feedback of the writer, for keys of this rotation.
     q_norm_weight, k_norm_weight : Tensor, optional
         RMSNorm of Q and K heads, after the rotation.
     qk_norm_before_rope : bool
@@ -101,6 +103,7 @@ class AttentionLayer:
     cache_v_out_scale: Any = None
     cache_k_rotation: str | None = None
     cache_k_center: Any = None
+    cache_k_feedback: Any = None
     use_neox_rotary_style: bool = False
     qkv_bias: Any = None
     q_norm_weight: Any = None

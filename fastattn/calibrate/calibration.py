@@ -39,6 +39,8 @@ class LayerCalibration:
         Relative error of attention outputs; None if there were no queries.
     errors : dict
         Relative error of every candidate that was tried.
+    cache_k_feedback : array of float32, shape [KV, D, D], or None
+        For keys of this rotation (:func:`fastattn.reference.feedback.feedback_of`).
     """
 
     cache_quant_type: str
@@ -48,6 +50,7 @@ class LayerCalibration:
     cache_k_center: Array | None = None
     error: float | None = None
     errors: dict[str, float] = field(default_factory=dict)
+    cache_k_feedback: Array | None = None
 
     @property
     def name(self) -> str:
@@ -57,6 +60,8 @@ class LayerCalibration:
             parts.append("center")
         if self.cache_k_rotation not in (None, "none"):
             parts.append(str(self.cache_k_rotation))
+        if self.cache_k_feedback is not None:
+            parts.append("feedback")
         return "+".join(parts)
 
 
@@ -107,10 +112,11 @@ class Calibration:
                     f"{path}: FastDeploy's file holds static scales; layer {number} has type "
                     f"{layer.cache_quant_type}"
                 )
-            if layer.cache_k_rotation == "hadamard" or layer.cache_k_center is not None:
+            others = layer.cache_k_center, layer.cache_k_feedback
+            if layer.cache_k_rotation == "hadamard" or any(x is not None for x in others):
                 raise CalibrationError(
-                    f"{path}: FastDeploy's file has no place for a rotation or a centre, which "
-                    f"layer {number} has"
+                    f"{path}: FastDeploy's file has no place for a rotation, a centre or a "
+                    f"feedback, which layer {number} has"
                 )
             found[number] = (layer.cache_quant_type, k_scales, v_scales)
         return found
@@ -146,7 +152,7 @@ class Calibration:
         return cls(layers)
 
     def apply(self, layer: Any, *, place: Any = None) -> None:
-        """Set a layer's type, scales, rotation and centre.
+        """Set a layer's type, its scales and the transforms of K.
 
         Parameters
         ----------

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastattn.calibrate.errors import CalibrationError
-from fastattn.functional._cache_types import CACHE_QUANT_TYPES, HEAD_DIMS, STATIC_TYPES
+from fastattn.functional._cache_types import (
+    CACHE_QUANT_TYPES,
+    FEEDBACK_TYPES,
+    HEAD_DIMS,
+    STATIC_TYPES,
+)
+from fastattn.reference.numerics import Array
 
 if TYPE_CHECKING:
     from fastattn.calibrate.calibration import LayerCalibration
@@ -22,7 +28,9 @@ ROTATIONS = (None, "none", "hadamard")
 SCALES = ("cache_k_out_scale", "cache_v_out_scale")
 
 #: Tensors of a layer, by the attribute that a backend reads.
-TENSORS = (*SCALES, "cache_k_center")
+TENSORS = (*SCALES, "cache_k_center", "cache_k_feedback")
+
+_SHAPES = {1: "[1], [KV] or [KV * D]", 2: "[KV, D]", 3: "[KV, D, D]"}
 
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,5})\Z")
 
@@ -70,9 +78,12 @@ def _check_layer(name: str, layer: LayerCalibration) -> None:
             has = "lacks" if tensor is None else "has"
             raise CalibrationError(f"{name} has type {kind} and {has} {what}")
         if tensor is not None:
-            _check_tensor(f"{name}: {what}", tensor, 1 if what in SCALES else 2)
+            rank = {"cache_k_center": 2, "cache_k_feedback": 3}.get(what, 1)
+            _check_tensor(f"{name}: {what}", tensor, rank)
     if center is not None:
-        _check_center(name, layer)
+        _check_heads(name, layer, "cache_k_center", center.shape)
+    if layer.cache_k_feedback is not None:
+        _check_feedback(name, layer, layer.cache_k_feedback)
     _check_errors(name, layer)
 
 
@@ -80,21 +91,39 @@ def _check_tensor(name: str, tensor: Any, rank: int) -> None:
     if not (isinstance(tensor, np.ndarray) and tensor.dtype == np.float32):
         raise CalibrationError(f"{name}: expected an array of float32")
     if tensor.ndim != rank or tensor.size == 0:
-        shape = "[1], [KV] or [KV * D]" if rank == 1 else "[KV, D]"
-        raise CalibrationError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
+        raise CalibrationError(f"{name}: expected shape {_SHAPES[rank]}, got {list(tensor.shape)}")
     if not np.isfinite(tensor).all():
         raise CalibrationError(f"{name}: not all numbers are finite")
     if rank == 1 and not (tensor > 0).all():
         raise CalibrationError(f"{name}: expected positive numbers")
 
 
-def _check_center(name: str, layer: LayerCalibration) -> None:
-    center, scales, kind = layer.cache_k_center, layer.cache_k_out_scale, layer.cache_quant_type
-    assert center is not None
-    heads, dim = center.shape
-    check_head_dim(f"{name}: cache_k_center", dim)
-    if scales is not None:
-        check_scales(f"{name}: cache_k_out_scale", scales.size, (heads, dim), kind)
+def _check_heads(name: str, layer: LayerCalibration, what: str, shape: tuple[int, ...]) -> None:
+    heads, dim = shape[:2]
+    check_head_dim(f"{name}: {what}", dim)
+    if layer.cache_k_out_scale is not None:
+        size = layer.cache_k_out_scale.size
+        check_scales(f"{name}: cache_k_out_scale", size, (heads, dim), layer.cache_quant_type)
+
+
+def _check_feedback(name: str, layer: LayerCalibration, feedback: Array) -> None:
+    heads, rows, dim = feedback.shape
+    if rows != dim:
+        raise CalibrationError(
+            f"{name}: cache_k_feedback: expected shape [KV, D, D], got {list(feedback.shape)}"
+        )
+    _check_heads(name, layer, "cache_k_feedback", (heads, dim))
+    center, scales = layer.cache_k_center, layer.cache_k_out_scale
+    if center is not None and center.shape != (heads, dim):
+        raise CalibrationError(
+            f"{name}: cache_k_feedback is of {heads} KV heads of {dim} channels, cache_k_center of "
+            f"{center.shape[0]} of {center.shape[1]}"
+        )
+    if layer.cache_quant_type not in FEEDBACK_TYPES or (scales is not None and scales.size > heads):
+        raise CalibrationError(
+            f"{name}: cache_k_feedback: expected a type with one scale for a head or token: "
+            f"{', '.join(FEEDBACK_TYPES)}"
+        )
 
 
 def _check_errors(name: str, layer: LayerCalibration) -> None:

@@ -12,16 +12,24 @@ from fastattn.calibrate.calibration import LayerCalibration
 from fastattn.calibrate.checks import check_head_dim, check_scales
 from fastattn.calibrate.errors import CalibrationError
 from fastattn.calibrate.samples import LayerSamples
-from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
+from fastattn.functional._cache_types import DYNAMIC_TYPES, FEEDBACK_TYPES, STATIC_TYPES
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.cache import code_of, dynamic_scales, static_scales, written_scales
+from fastattn.reference.feedback import codes_with_feedback, feedback_of
 from fastattn.reference.hadamard import restore_key, transform_key
 from fastattn.reference.numerics import QMAX, Array, from_codes, quantize
 
 GRANULARITIES = ("tensor", "head", "channel")
 
 #: Transforms of K in the order in which they are tried: the cheapest first.
-TRANSFORMS = ("none", "center", "hadamard", "center+hadamard")
+TRANSFORMS = (
+    "none",
+    "center",
+    "hadamard",
+    "center+hadamard",
+    "hadamard+feedback",
+    "center+hadamard+feedback",
+)
 
 #: Floor of an amax, so that a channel of zeros has a scale.
 _FLOOR = 1e-6
@@ -42,14 +50,45 @@ class Candidate:
     def centred(self) -> bool:
         return "center" in self.transform
 
+    @property
+    def feeds_back(self) -> bool:
+        return "feedback" in self.transform
+
 
 def candidates(types: Sequence[str], transforms: Sequence[str]) -> list[Candidate]:
     """Candidates in order of preference: by type, then by the transforms of K."""
     return [
         Candidate(kind, transform)
         for kind in types
-        for transform in (["none"] if kind == "none" else transforms)
+        for transform in transforms_of(kind, transforms)
     ]
+
+
+def transforms_of(cache_quant_type: str, transforms: Sequence[str]) -> list[str]:
+    """Those of some transforms that a type takes."""
+    if cache_quant_type == "none":
+        return ["none"]
+    takes = cache_quant_type in FEEDBACK_TYPES
+    return [name for name in transforms if takes or "feedback" not in name]
+
+
+def query_moment(samples: Sequence[LayerSamples]) -> Array:
+    """Second moment of the queries that meet a KV head's keys, float64 [KV, D, D].
+
+    Raises
+    ------
+    CalibrationError
+        If there are no queries.
+    """
+    _, heads, dim = samples[0].key.shape
+    total, count = np.zeros((heads, dim, dim)), 0
+    for own in samples:
+        if own.query is None:
+            raise CalibrationError("feedback needs queries (layers.N.query)")
+        q = np.asarray(own.query, np.float64).reshape(len(own.query), heads, -1, dim)
+        total += np.einsum("thgi,thgj->hij", q, q, optimize=True)
+        count += q.shape[0] * q.shape[2]
+    return total / max(count, 1)
 
 
 def centre_of(key: Array) -> Array:
@@ -67,7 +106,9 @@ def scales_of(x: Array, cache_quant_type: str, granularity: str) -> Array:
     return (np.maximum(largest, _FLOOR) / QMAX[code_of(cache_quant_type)]).astype(np.float32)
 
 
-def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
+def stored(
+    x: Array, cache_quant_type: str, scales: Array | None, feedback: Array | None = None
+) -> Array:
     """Values float64 [T, KV, D] after a round trip through a cache of this type."""
     x = np.asarray(x, np.float32)
     if cache_quant_type == "none":
@@ -78,7 +119,11 @@ def stored(x: Array, cache_quant_type: str, scales: Array | None) -> Array:
     else:
         assert scales is not None
         multiplier = static_scales(scales, *x.shape[1:])
-    return from_codes(quantize(x, multiplier, code), code).astype(np.float64) * multiplier
+    if feedback is None:
+        codes = quantize(x, multiplier, code)
+    else:
+        codes = codes_with_feedback(x * (np.float32(1) / multiplier), feedback, code)
+    return from_codes(codes, code).astype(np.float64) * multiplier
 
 
 def as_stored(layer: LayerCalibration, key: Array, value: Array) -> tuple[Array, Array]:
@@ -86,7 +131,8 @@ def as_stored(layer: LayerCalibration, key: Array, value: Array) -> tuple[Array,
     rotation, center = layer.cache_k_rotation or "none", layer.cache_k_center
     kind = layer.cache_quant_type
     written = transform_key(key, rotation, center)
-    k = restore_key(stored(written, kind, layer.cache_k_out_scale), rotation, center)
+    read = stored(written, kind, layer.cache_k_out_scale, layer.cache_k_feedback)
+    k = restore_key(read, rotation, center)
     return k, stored(value, kind, layer.cache_v_out_scale)
 
 
@@ -152,7 +198,10 @@ def try_candidate(
         )
         for name, given, x in (("K", k_scales, keys[0]), ("V", v_scales, values[0])):
             check_scales(name, given.size, x.shape[1:], kind)
-    found = LayerCalibration(kind, k_scales, v_scales, rotation, center)
+    feedback = feedback_of(query_moment(samples), rotation) if candidate.feeds_back else None
+    found = LayerCalibration(
+        kind, k_scales, v_scales, rotation, center, cache_k_feedback=feedback
+    )
     if rows is not None:
         stored_as = [as_stored(found, key, value) for key, value in zip(keys, values)]
         found.error = attention_error(samples, stored_as, rows)

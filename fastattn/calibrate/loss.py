@@ -15,7 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastattn.calibrate.calibration import Calibration, LayerCalibration
-from fastattn.calibrate.choose import Candidate, as_stored, sampled_rows, try_candidate
+from fastattn.calibrate.choose import (
+    Candidate,
+    as_stored,
+    sampled_rows,
+    transforms_of,
+    try_candidate,
+)
 from fastattn.calibrate.samples import LayerSamples
 from fastattn.evaluate.score import rows_at_a_time, score
 from fastattn.functional._cache_types import (
@@ -133,7 +139,7 @@ def best_of_types(
     for kind in types:
         tried = [
             try_candidate(samples, Candidate(kind, transform), granularity, rows)
-            for transform in (transforms if kind != "none" else ["none"])
+            for transform in transforms_of(kind, transforms)
         ]
         best = min(tried, key=lambda layer: layer.error or 0.0)
         best.errors = {layer.name: layer.error or 0.0 for layer in tried}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastattn.calibrate.calibration import Calibration, LayerCalibration
-from fastattn.calibrate.choose import TRANSFORMS, Candidate, try_candidate
+from fastattn.calibrate.choose import TRANSFORMS, Candidate, transforms_of, try_candidate
 from fastattn.calibrate.samples import LayerSamples
 from fastattn.functional._cache_types import CACHE_QUANT_TYPES, STATIC_TYPES, default_rotation
 from fastattn.models.config import ModelConfig
@@ -36,7 +36,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """``TYPE``, ``TYPE+center``, ``TYPE+hadamard``, ``TYPE+center+hadamard``."""
+        """``TYPE``, ``TYPE+center``, ``TYPE+hadamard``, ``TYPE+center+hadamard+feedback``, .."""
         parts = [self.cache_quant_type]
         parts += [self.transform] if self.transform != "none" else []
         parts += [_E4M3_QUERIES] if self.quantize_q else []
@@ -49,8 +49,9 @@ class Variant:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it takes scales or centres from samples."""
-        return self.cache_quant_type in STATIC_TYPES or "center" in self.transform
+        """Whether it takes scales, centres or a feedback from samples."""
+        words = self.transform.split("+")
+        return self.cache_quant_type in STATIC_TYPES or "center" in words or "feedback" in words
 
     def plans(self, config: ModelConfig, samples: Samples) -> list[LayerPlan]:
         """What every layer does; `samples` may be empty if nothing is taken from them."""
@@ -72,6 +73,7 @@ def as_plan(found: LayerCalibration) -> LayerPlan:
         found.cache_k_out_scale,
         found.cache_v_out_scale,
         found.cache_k_center,
+        found.cache_k_feedback,
     )
 
 
@@ -106,7 +108,7 @@ def parse(text: str) -> Variant:
     quantize_q = _E4M3_QUERIES in rest
     words = [word for word in rest if word != _E4M3_QUERIES]
     transform = "+".join(words) if words else default_rotation(kind)
-    if transform not in TRANSFORMS or (kind == "none" and transform != "none"):
+    if transform not in transforms_of(kind, TRANSFORMS):
         raise ValueError(f"{text!r}: expected TYPE or TYPE+{', TYPE+'.join(TRANSFORMS)}")
     if quantize_q and not kind.endswith("fp8"):
         raise ValueError(f"{text!r}: only e4m3 types take e4m3 queries")
@@ -129,7 +131,7 @@ def rows(names: str) -> list[Variant]:
         found = [
             Variant(kind, transform)
             for kind in CACHE_QUANT_TYPES
-            for transform in (TRANSFORMS if kind != "none" else ("none",))
+            for transform in transforms_of(kind, TRANSFORMS)
         ]
     else:
         found = [parse(name) for name in names.split(",") if name.strip()]

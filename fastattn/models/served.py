@@ -29,6 +29,7 @@ class LayerPlan:
     k_scales, v_scales : array of float32, optional
         Of static types.
     k_center : array of float32, shape [KV, D], optional
+    k_feedback : array of float32, shape [KV, D, D], optional
     """
 
     cache_quant_type: str = "none"
@@ -36,6 +37,7 @@ class LayerPlan:
     k_scales: Array | None = None
     v_scales: Array | None = None
     k_center: Array | None = None
+    k_feedback: Array | None = None
 
 
 class Session:
@@ -102,17 +104,20 @@ class Session:
         return self._tensor(table[:, None, :, None])
 
     def _cache(self, plan: LayerPlan, blocks: int) -> KVCache:
-        scales = [None if x is None else self._tensor(x) for x in (plan.k_scales, plan.v_scales)]
-        center = plan.k_center
+        given = (plan.k_scales, plan.v_scales, plan.k_center, plan.k_feedback)
+        k_scales, v_scales, center, feedback = (
+            None if x is None else self._tensor(x) for x in given
+        )
         return F.make_cache(
             blocks,
             self.config.kv_heads,
             self.config.head_dim,
             plan.cache_quant_type,
-            cache_k_scales=scales[0],
-            cache_v_scales=scales[1],
+            cache_k_scales=k_scales,
+            cache_v_scales=v_scales,
             k_rotation=plan.k_rotation,
-            k_center=None if center is None else self._tensor(center),
+            k_center=center,
+            k_feedback=feedback,
             place=self.place,
         )
 
@@ -184,7 +189,7 @@ class _Step:
             rms_norm_eps=config.norm_eps,
             use_neox_rotary_style=config.neox,
             qk_norm_before_rope=True,
-            **cache.arguments,
+            **cache.write_arguments,
         )
         window = config.window_of(layer)
         out = F.paged_attention(

@@ -29,14 +29,15 @@ FIELDS = [field.name for field in dataclasses.fields(LayerCalibration)]
 
 
 def calibration() -> Calibration:
-    """A layer with a centre, and one with static scales."""
+    """A layer with a centre and a feedback, and one with static scales."""
     rng = np.random.default_rng(5)
+    feedback = rng.normal(size=(KV, DIM, DIM)).astype(np.float32)
     center = rng.normal(size=(KV, DIM)).astype(np.float32)
     scales = [rng.uniform(0.01, 0.1, KV).astype(np.float32) for _ in "kv"]
     return Calibration(
         {
             0: LayerCalibration(
-                "block_wise_int4", None, None, "hadamard", center, 0.01, {"a": 0.01}
+                "block_wise_int4", None, None, "hadamard", center, 0.01, {"a": 0.01}, feedback
             ),
             3: LayerCalibration("cache_int8", *scales),
         }
