@@ -199,9 +199,7 @@ def try_candidate(
         for name, given, x in (("K", k_scales, keys[0]), ("V", v_scales, values[0])):
             check_scales(name, given.size, x.shape[1:], kind)
     feedback = feedback_of(query_moment(samples), rotation) if candidate.feeds_back else None
-    found = LayerCalibration(
-        kind, k_scales, v_scales, rotation, center, cache_k_feedback=feedback
-    )
+    found = LayerCalibration(kind, k_scales, v_scales, rotation, center, cache_k_feedback=feedback)
     if rows is not None:
         stored_as = [as_stored(found, key, value) for key, value in zip(keys, values)]
         found.error = attention_error(samples, stored_as, rows)

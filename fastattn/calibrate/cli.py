@@ -144,6 +144,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "config.json and safetensors",
     )
     parser.add_argument(
+        "--rotate-values",
+        action="store_true",
+        help="with --model: fold a Hadamard rotation of V into its weights first",
+    )
+    parser.add_argument(
         "--text",
         type=Path,
         action="append",

@@ -9,7 +9,7 @@ from fastattn.models import LanguageModel, exact
 from fastattn.reference.numerics import Array
 
 #: Queries that are kept of the end of each text.
-QUERIES = 256
+QUERIES = 1024
 
 Progress = Callable[[int], None]
 

@@ -32,6 +32,8 @@ def open_model(arguments: argparse.Namespace, console: Any) -> tuple[Any, Any]:
     try:
         with console.progress(f"loading {arguments.model}", 1) as update:
             model = models.load(arguments.model)
+            if arguments.rotate_values:
+                model = model.with_rotated_values()
             update(1, "")
         given = texts.from_files(arguments.text)
         return model, collect_samples(console, model, given, arguments.tokens)

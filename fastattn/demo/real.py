@@ -75,6 +75,7 @@ def run(args: argparse.Namespace, console: Any, model: LanguageModel) -> dict[st
         greedy=_GREEDY,
         needles=[],
         exact=False,
+        rotate_values=False,
         device=args.device,
         plot=None,
     )

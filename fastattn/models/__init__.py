@@ -14,6 +14,7 @@ from typing import Any
 from fastattn.models.config import ModelConfig, ModelError
 from fastattn.models.dense import Dense, PaddleDense
 from fastattn.models.find import KNOWN, find
+from fastattn.models.rotate_values import rotate_values
 from fastattn.models.tokenizer import Tokenizer
 from fastattn.models.weights import Weights
 
@@ -43,6 +44,11 @@ class LanguageModel:
 
     def __post_init__(self) -> None:
         self.dense = Dense(self.config, self.weights)
+
+    def with_rotated_values(self) -> LanguageModel:
+        """The same model, whose V is rotated (:mod:`fastattn.models.rotate_values`)."""
+        weights = rotate_values(self.weights, self.config)
+        return LanguageModel(self.name, self.path, self.config, weights, self.tokenizer)
 
     def on(self, place: Any) -> Dense:
         """The model's dense layers in Paddle, on a place."""

@@ -14,6 +14,7 @@ from fastattn.models.config import ModelError
 from fastattn.models.find import KNOWN
 from fastattn.models.hf_folder import llama3_factors
 from fastattn.models.served import LayerPlan, Session, greedy, same_plan
+from fastattn.reference.hadamard import hadamard_matrix
 from tests.support import tiny_models as tiny
 
 TOKENS = 150
@@ -101,6 +102,29 @@ def test_served_from_codes(files, expected, kind, plan, least, most):
     tokens, logits = expected[kind]
     (found,) = served(model, tokens, [130, 20], plan)
     assert least < distance(found, logits) < most
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_rotated_values(files, expected, kind):
+    """V is another one, and what the model says is the same."""
+    plain = models.load(str(files[kind][0]))
+    rotated = plain.with_rotated_values()
+    tokens, logits = expected[kind]
+    values = {}
+
+    def watch(model):
+        return lambda n, q, k, v: values.setdefault(model, []).append(v)
+
+    found = [
+        model.dense.logits(exact.forward(model.dense, tokens, watch(name)))
+        for name, model in (("plain", plain), ("rotated", rotated))
+    ]
+    assert max(distance(x, logits) for x in found) < 1e-4
+    matrix = hadamard_matrix(plain.config.head_dim)
+    for v, w in zip(values["plain"], values["rotated"]):
+        wanted = v.astype(np.float64) @ matrix
+        assert np.abs(w - wanted).max() < 1e-4 * np.abs(wanted).max()
+        assert np.abs(v - wanted).max() > 0.1 * np.abs(wanted).max()
 
 
 def test_a_wrong_model_is_far(files, expected):
