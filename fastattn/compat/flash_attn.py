@@ -227,16 +227,11 @@ def flash_attn_varlen_func(
     require_given(op, cu_seqlens_k=cu_seqlens_k, s_aux=s_aux, q_descale=q_descale, out=out)
     check_number(op, "dropout_p", dropout_p, 0, INSTEAD["dropout_p"])
     check_common(op, causal, softmax_scale)
+    if attention_chunk != 0 or cp_world_size != 1 or cp_rank != 0:
+        ranks = {"cp_rank": cp_rank or None, "cp_world_size": cp_world_size}
+        refuse_given(op, INSTEAD, attention_chunk=attention_chunk or None, **ranks)
     refuse_given(
-        op,
-        INSTEAD,
-        attention_chunk=attention_chunk or None,
-        cp_world_size=None if cp_world_size == 1 else cp_world_size,
-        cp_rank=cp_rank or None,
-        alibi_slopes=alibi_slopes,
-        qv=qv,
-        q_v=q_v,
-        cp_tot_seqused_k=cp_tot_seqused_k,
+        op, INSTEAD, alibi_slopes=alibi_slopes, qv=qv, q_v=q_v, cp_tot_seqused_k=cp_tot_seqused_k
     )
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
