@@ -48,7 +48,7 @@ def to_blocks(pages, tables, kind, cache_quant_type, layout="NHD"):
 
 
 def to_pages(blocks, pages, tables, kind, cache_quant_type, layout="NHD"):
-    """Write blocks of :func:`to_blocks` back into pages; those of no sequence stay as they are."""
+    """Write blocks of :func:`to_blocks` back into pages; pages of no sequence stay."""
     where = {"kind": kind, "cache_quant_type": cache_quant_type}
     tokens = bits(F.convert_cache_layout(blocks, **where, src="fastattn", dst="logical"))
     size = pages.shape[1 if layout == "NHD" else 2]
