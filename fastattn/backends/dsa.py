@@ -284,3 +284,17 @@ class DSAAttentionBackend(LatentAttentionBackend):
             sinks=getattr(layer, "sinks", None),
             softmax_scale=self.config.softmax_scale,
         )
+
+    def attend(
+        self, q: Any, slots: Any, compressed_kv: Any, k_pe: Any, layer: Any, forward_meta: Any
+    ) -> Any:
+        """Attention of one layer: :meth:`forward_mixed` without the arguments that it ignores.
+
+        Parameters
+        ----------
+        slots : Tensor, shape [T, topk], int32
+            Result of :meth:`select` for the layer; `v` of :meth:`forward_mixed`.
+        q, compressed_kv, k_pe, layer, forward_meta
+            As for :meth:`forward_mixed`.
+        """
+        return self.forward_mixed(q, None, slots, None, compressed_kv, k_pe, layer, forward_meta)

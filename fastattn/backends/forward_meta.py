@@ -280,7 +280,9 @@ class ForwardMeta:
             sequence.
         block_tables : array of int, shape [B, max_blocks]
             Physical block of each group of 64 tokens of a sequence (of each page, for a latent
-            cache); -1 for no block. Two sequences may share a block that both only read.
+            cache); -1 for no block. Any integer dtype; the tensors are int32. Two sequences may
+            share a block that both only read. Nothing has to be called to free a block: once no
+            table of a later step names it, another sequence may write it.
         caches : sequence of Tensor
             ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v, k_scales, v_scales}`` for the
             dynamic types.
@@ -296,12 +298,12 @@ class ForwardMeta:
             The backends then read it once for all sequences. By default (0) they read it once for
             each.
         place : optional
-            Place of the tensors. Default: CPU.
+            Place of the tensors. Default: the place of the first cache.
         num_blocks : int, optional
             Number of blocks of every cache. Default: the blocks of the smallest cache in `caches`.
         max_model_len : int, optional
-            Maximum number of tokens of a sequence. By default only the rows of `rotary_embs` limit
-            it.
+            Maximum number of tokens of a sequence, cached and new ones together. By default only
+            the rows of `rotary_embs` limit it.
         partial_tables : bool
             Whether -1 may replace a block that a sequence needs. This is a block of another rank,
             if the cache is spread over ranks, or a block before the window that no query sees.
@@ -320,7 +322,7 @@ class ForwardMeta:
             or the rows of `rotary_embs`.
         """
         op = "ForwardMeta.for_step"
-        place = paddle.CPUPlace() if place is None else place
+        place = _place_of(caches) if place is None else place
         lens = as_int32(op, "new", new, (-1,), "[B]")
         batch = len(lens)
         cached_lens = as_int32(op, "cached", cached, (batch,), f"[{batch}]")
@@ -371,6 +373,12 @@ class ForwardMeta:
         if plan is not None and meta.cascade_plan is plan:
             _record_plan(meta, plan)
         return meta
+
+
+def _place_of(caches: Sequence[Any]) -> Any:
+    """Place of a step's first cache; the CPU without one."""
+    first = next((cache for cache in caches if is_tensor(cache)), None)
+    return paddle.CPUPlace() if first is None else first.place
 
 
 def _block_tables(op: str, block_tables: Any, batch: int) -> NDArray[np.int32]:

@@ -126,6 +126,16 @@ class MLAAttentionBackend(LatentAttentionBackend):
         )
         return _views.view(out, [tokens, self.num_heads * LATENT_DIM])
 
+    def attend(self, q: Any, compressed_kv: Any, k_pe: Any, layer: Any, forward_meta: Any) -> Any:
+        """Attention of one layer: :meth:`forward_mixed` without the arguments that it ignores.
+
+        Parameters
+        ----------
+        q, compressed_kv, k_pe, layer, forward_meta
+            As for :meth:`forward_mixed`.
+        """
+        return self.forward_mixed(q, None, None, None, compressed_kv, k_pe, layer, forward_meta)
+
 
 def _absorbed_only() -> Any:
     """FastDeploy's ``max_len_tensor_cpu`` for a step without prefill: its entry 2 is not 0."""

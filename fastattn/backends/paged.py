@@ -77,7 +77,8 @@ class PagedAttentionBackend(AttentionBackend):
     fd_config : object
         A FastDeploy ``FDConfig``, or the result of :func:`fastattn.backends.make_config`.
     kv_num_heads, num_heads, head_dim : int
-        Numbers of heads of this process, and their size.
+        Numbers of heads of this process, and their size. A size that the build left out
+        (``FASTATTN_HEAD_DIMS``) is refused by the first step, not here.
     encoder_block_shape_q, decoder_block_shape_q : int
         Arguments of FastDeploy's backends. The operators choose their own tiles; but see
         `batch_invariant`.
@@ -225,6 +226,7 @@ class PagedAttentionBackend(AttentionBackend):
             Not used, because Q, K and V are fused in `qkv`.
         qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
             Not yet rotated, unless ``forward_meta.rope_already_applied`` is set. Not changed.
+            float32 is refused, on a CPU, too.
         compressed_kv, k_pe
             Arguments of MLA backends. Must be None.
         layer : object
@@ -281,6 +283,16 @@ class PagedAttentionBackend(AttentionBackend):
         plan = _cascade_plan(forward_meta, metadata)
         attended = self._attend(written[0], key, value, seqs, lengths, options, plan)
         return _views.flat(attended)
+
+    def attend(self, qkv: Any, layer: Any, forward_meta: Any) -> Any:
+        """Attention of one layer: :meth:`forward_mixed` without the arguments that it ignores.
+
+        Parameters
+        ----------
+        qkv, layer, forward_meta
+            As for :meth:`forward_mixed`.
+        """
+        return self.forward_mixed(None, None, None, qkv, None, None, layer, forward_meta)
 
     def _step(
         self, qkv: Any, layer: Any, forward_meta: Any, metadata: PagedAttentionMetadata

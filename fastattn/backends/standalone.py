@@ -17,7 +17,25 @@ def make_config(
     tensor_parallel_size: int = 1,
     tensor_parallel_rank: int = 0,
 ) -> SimpleNamespace:
-    """Make a configuration with the attributes of ``FDConfig`` that the backends read."""
+    """Make a configuration with the attributes of ``FDConfig`` that the backends read.
+
+    Parameters
+    ----------
+    max_model_len : int
+        Maximum number of tokens of a sequence, cached and new ones together. It bounds the launches
+        where the host has no lengths, and the caches do not grow with it. Sequences may not be
+        longer.
+    num_key_value_heads : int, optional
+        Of the whole model. Default: those that the backend is made with.
+    causal : bool
+    window_size : int
+        Number of keys that a query sees in every layer, its own included; 0 leaves it to
+        ``AttentionLayer.sliding_window``. The operators count without the query's own key: 512
+        here is their ``window_size=(511, -1)``.
+    partial_rotary_factor : float
+        Part of a head's channels that is rotated.
+    tensor_parallel_size, tensor_parallel_rank : int
+    """
     return SimpleNamespace(
         model_config=SimpleNamespace(
             max_model_len=max_model_len,
@@ -76,7 +94,14 @@ class AttentionLayer:
     Attributes
     ----------
     layer_id : int
+        The layer's caches are at ``2 * layer_id`` of ``ForwardMeta.caches`` (``4 * layer_id`` for
+        the dynamic types).
     cache_quant_type_str : str
+    use_neox_rotary_style : bool
+        Which channels RoPE pairs. False, the default, pairs neighbours (2i, 2i + 1), as Llama's own
+        code and GGUF files do; True pairs halves of the head (i, i + D / 2), as weights of the
+        ``transformers`` library need it.
+        :func:`fastattn.functional.use_neox_rotary_style` knows it by architecture and format.
     cache_k_out_scale, cache_v_out_scale : Tensor, optional
         Dequantisation multipliers of the static cache types.
     cache_k_rotation : {"none", "hadamard"}, optional
@@ -93,7 +118,8 @@ class AttentionLayer:
     fp8_output_scale : Tensor, shape [1], float32, optional
         The backend returns e4m3 codes of ``out / fp8_output_scale`` for the next GEMM.
     sliding_window : int
-        Number of keys that a query sees, including its own; 0 means all.
+        Number of keys that a query sees, including its own; 0 means all. 512 is the operators'
+        ``window_size=(511, -1)``.
     """
 
     layer_id: int

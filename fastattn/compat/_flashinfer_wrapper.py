@@ -80,9 +80,6 @@ class PagedWrapper:
     ) -> None:
         """Do nothing: operators allocate what they need."""
 
-    def end_forward(self) -> None:
-        """Do nothing."""
-
     def _plan(
         self,
         step: Step,
@@ -240,5 +237,10 @@ class PagedWrapper:
 
 
 def check_position(op: str, pos_encoding_mode: str) -> None:
-    if pos_encoding_mode != "NONE":
-        refuse(op, "pos_encoding_mode", f"{pos_encoding_mode}; rotate in rope_write_cache_kv")
+    """Refuse positions inside the attention, and say where they are applied."""
+    if pos_encoding_mode == "NONE":
+        return
+    why = "write fastattn.functional.rope_write_cache_kv, which rotates as it writes the cache"
+    if pos_encoding_mode == "ALIBI":
+        why = "no operator here adds a bias to the logits; keep FlashInfer for such layers"
+    refuse(op, "pos_encoding_mode", f"{pos_encoding_mode}; {why}")

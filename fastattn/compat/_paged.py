@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -23,11 +24,11 @@ def refuse(op: str, name: str, why: str) -> NoReturn:
     raise NotImplementedError(f"{op}: {name}: {why}")
 
 
-def refuse_given(op: str, **arguments: Any) -> None:
-    """Refuse each argument that is neither None nor False."""
+def refuse_given(op: str, instead: Mapping[str, str] | None = None, /, **arguments: Any) -> None:
+    """Refuse each argument that is neither None nor False; `instead` says what to write for it."""
     for name, value in arguments.items():
         if value is not None and value is not False:
-            refuse(op, name, "not supported")
+            refuse(op, name, (instead or {}).get(name, "not supported"))
 
 
 def require_tensors(op: str, **arguments: Any) -> None:
@@ -95,7 +96,8 @@ def check_page_size(op: str, name: str, page_size: int) -> None:
             op,
             name,
             f"pages of {page_size} tokens cannot be read in place, and no pool is copied; "
-            f"supported: multiples of {BLOCK_SIZE}",
+            f"supported: multiples of {BLOCK_SIZE}. Make the cache with pages of {BLOCK_SIZE}, or "
+            "copy it once: to_blocks of examples/convert_vllm_pages.py",
         )
 
 
@@ -152,7 +154,9 @@ def _packed_value(op: str, name: str, v: Tensor, sizes: tuple[int, int, int]) ->
             op,
             name,
             f"8-bit values of shape {list(v.shape)} cannot be read in place; expected "
-            "[num_blocks, KV, D, 64], which write_cache_kv writes and convert_cache_layout makes",
+            "[num_blocks, KV, D, 64], which write_cache_kv writes. Of [num_blocks, KV, 64, D] "
+            'write convert_cache_layout(v, kind="v", cache_quant_type="cache_fp8", src="logical", '
+            'dst="fastattn")',
         )
     raise ValueError(
         f"{op}: {name}: expected shape {[pages, kv_heads, head_dim, BLOCK_SIZE]} (8-bit values, "

@@ -45,7 +45,16 @@ def _check_clean_logits(op: str, value: Any) -> None:
 def _check_logits_dtype(op: str, dtype: Any) -> None:
     name = dtype if type(dtype) is str else dtype_name(dtype)
     if dtype is not None and name.lower() not in ("float32", "fp32"):
-        raise NotImplementedError(f"{op}: logits_dtype: expected float32, got {name}")
+        raise NotImplementedError(
+            f"{op}: logits_dtype: expected float32, got {name}; write {op}(..).astype({name!r})"
+        )
+
+
+def _check_weights(op: str, weights: Any) -> None:
+    if _ops.is_tensor(weights) and dtype_name(weights.dtype) == "bfloat16":
+        raise TypeError(
+            f'{op}: weights: expected dtype float32, got bfloat16; write weights.astype("float32")'
+        )
 
 
 def _pair(op: str, name: str, value: Any, what: str) -> tuple[Any, Any]:
@@ -108,7 +117,7 @@ def fp8_fp4_mqa_logits(
         If above 0, the number of columns of a compressed result, whose column j is key
         ``start + j``.
     logits_dtype : optional
-        Must be float32.
+        Must be float32; cast the result instead.
 
     Returns
     -------
@@ -139,6 +148,7 @@ def fp8_fp4_mqa_logits(
     keys, k_scales = _pair(op, "kv", kv, "keys and their scales")
     _check_clean_logits(op, clean_logits)
     _check_logits_dtype(op, logits_dtype)
+    _check_weights(op, weights)
     if type(max_seqlen_k) is not int:
         raise TypeError(f"{op}: max_seqlen_k: expected int, got {type(max_seqlen_k).__name__}")
     packed = q_scales is not None
@@ -218,6 +228,7 @@ def fp8_fp4_paged_mqa_logits(
     codes, q_scales = _pair(op, "q", q, "queries and their scales or None")
     _check_clean_logits(op, clean_logits)
     _check_logits_dtype(op, logits_dtype)
+    _check_weights(op, weights)
     _check_indices(op, indices, codes)
     packed = q_scales is not None
     return paged_mqa_logits(
@@ -271,7 +282,7 @@ def fp8_mqa_logits(
         If above 0, the number of columns of a compressed result, whose column j is key
         ``start + j``.
     logits_dtype : optional
-        Must be float32.
+        Must be float32; cast the result instead.
 
     Returns
     -------
@@ -301,6 +312,7 @@ def fp8_mqa_logits(
     keys, k_scales = _pair(op, "kv", kv, "keys and their scales")
     _check_clean_logits(op, clean_logits)
     _check_logits_dtype(op, logits_dtype)
+    _check_weights(op, weights)
     if type(max_seqlen_k) is not int:
         raise TypeError(f"{op}: max_seqlen_k: expected int, got {type(max_seqlen_k).__name__}")
     return mqa_logits(
@@ -356,7 +368,7 @@ def fp8_paged_mqa_logits(
     indices : Tensor, shape [B], int32, optional
         As for :func:`fp8_fp4_paged_mqa_logits`.
     logits_dtype : optional
-        Must be float32.
+        Must be float32; cast the result instead.
 
     Returns
     -------
@@ -386,6 +398,7 @@ def fp8_paged_mqa_logits(
     op = "fp8_paged_mqa_logits"
     _check_clean_logits(op, clean_logits)
     _check_logits_dtype(op, logits_dtype)
+    _check_weights(op, weights)
     _check_indices(op, indices, q)
     lengths = _contiguous(context_lens)
     return paged_mqa_logits(q, kv_cache, weights, lengths, block_table, max_context_len)

@@ -10,15 +10,21 @@ Paged caches ``[num_blocks, page_size, KV, D]`` are read in place.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 from paddle import Tensor
 
 from fastattn import _ops
-from fastattn._foreign import is_torch, not_a_tensor
 from fastattn._views import view
+from fastattn.compat._flash_attn_checks import INSTEAD, check_common, check_number, window_of
+from fastattn.compat._flash_attn_dense import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 from fastattn.compat._flash_attn_steps import (
     check_ahead,
     lengths_of_varlen,
@@ -39,39 +45,19 @@ from fastattn.compat._paged import (
 from fastattn.functional import flash_attention, paged_attention, write_cache_kv
 from fastattn.functional._marker import unified
 
-__all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+]
 
 _VARLEN = "flash_attn_varlen_func"
 _KVCACHE = "flash_attn_with_kvcache"
 _KV_DTYPES = {"float8_e5m2": "e5m2", "int8": "int8"}
-
-
-def _check_number(op: str, name: str, value: Any, expected: float, why: str) -> None:
-    if is_torch(value):
-        raise not_a_tensor(op, name, value)
-    if not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{op}: {name}: expected a number, got {type(value).__name__}; the packages' positions "
-            "differ from here on, so pass arguments by name"
-        )
-    if value != expected:
-        refuse(op, name, why)
-
-
-def _check_common(op: str, causal: Any, softmax_scale: Any) -> None:
-    """Refuse values that belong to another argument, which indicate mixed-up positions."""
-    for name, value in (("causal", causal), ("softmax_scale", softmax_scale)):
-        if is_torch(value):
-            raise not_a_tensor(op, name, value)
-    if not isinstance(causal, (bool, int)):
-        raise TypeError(
-            f"{op}: causal: expected bool, got {type(causal).__name__}; pass arguments by name"
-        )
-    if softmax_scale is not None and not isinstance(softmax_scale, numbers.Real):
-        raise TypeError(
-            f"{op}: softmax_scale: expected float, got {type(softmax_scale).__name__}; pass "
-            "arguments by name"
-        )
 
 
 def _cache_scale(op: str, name: str, descale: Any, cache: Tensor, blocks: Blocks) -> Any:
@@ -94,10 +80,6 @@ def _cache_scale(op: str, name: str, descale: Any, cache: Tensor, blocks: Blocks
             "[KV]",
         )
     return descale
-
-
-def _window(window_size: Any) -> Any:
-    return (-1, -1) if window_size is None else window_size
 
 
 @unified
@@ -243,12 +225,14 @@ def flash_attn_varlen_func(
         )
     require_tensors(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q)
     require_given(op, cu_seqlens_k=cu_seqlens_k, s_aux=s_aux, q_descale=q_descale, out=out)
-    _check_number(op, "dropout_p", dropout_p, 0, "dropout is for training")
-    _check_common(op, causal, softmax_scale)
+    check_number(op, "dropout_p", dropout_p, 0, INSTEAD["dropout_p"])
+    check_common(op, causal, softmax_scale)
     if attention_chunk != 0 or cp_world_size != 1 or cp_rank != 0:
-        name = "attention_chunk" if attention_chunk != 0 else "cp_world_size"
-        refuse(op, name, "not supported")
-    refuse_given(op, alibi_slopes=alibi_slopes, qv=qv, q_v=q_v, cp_tot_seqused_k=cp_tot_seqused_k)
+        ranks = {"cp_rank": cp_rank or None, "cp_world_size": cp_world_size}
+        refuse_given(op, INSTEAD, attention_chunk=attention_chunk or None, **ranks)
+    refuse_given(
+        op, INSTEAD, alibi_slopes=alibi_slopes, qv=qv, q_v=q_v, cp_tot_seqused_k=cp_tot_seqused_k
+    )
     options: dict[str, Any] = {
         "softmax_scale": softmax_scale,
         "softcap": softcap,
@@ -257,7 +241,7 @@ def flash_attn_varlen_func(
         "return_softmax_lse": return_softmax_lse or return_attn_probs,
         "out": out,
     }
-    masks: dict[str, Any] = {"causal": bool(causal), "window_size": _window(window_size)}
+    masks: dict[str, Any] = {"causal": bool(causal), "window_size": window_of(window_size)}
     if block_table is None:
         for name, value in (("seqused_q", seqused_q), ("seqused_k", seqused_k)):
             if value is not None:
@@ -422,9 +406,10 @@ def flash_attn_with_kvcache(
     op = _KVCACHE
     require_tensors(op, q=q, k_cache=k_cache, v_cache=v_cache)
     require_given(op, q_descale=q_descale, s_aux=s_aux, out=out, page_table=page_table)
-    _check_common(op, causal, softmax_scale)
+    check_common(op, causal, softmax_scale)
     refuse_given(
         op,
+        INSTEAD,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         cache_batch_idx=cache_batch_idx,
@@ -451,7 +436,7 @@ def flash_attn_with_kvcache(
     room = int(table.shape[1]) * BLOCK_SIZE
     fresh = _new_keys(op, k, v, batch)
     before, lengths = lengths_with_kvcache(
-        op, cache_seqlens, (batch, queries, fresh, room), bool(causal), _window(window_size), q
+        op, cache_seqlens, (batch, queries, fresh, room), bool(causal), window_of(window_size), q
     )
     cache: dict[str, Any] = {
         "cache_k_scales": _cache_scale(op, "k_descale", k_descale, k_cache, blocks),

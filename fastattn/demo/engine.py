@@ -221,7 +221,7 @@ class Engine(Server):
             x = self.model.embed(np.asarray(tokens, np.int64))
             for i, layer in enumerate(self.layers):
                 qkv = self._move(to_bfloat16(self.model.qkv(i, x)), self.place)
-                out = self.backend.forward_mixed(None, None, None, qkv, None, None, layer, meta)
+                out = self.backend.attend(qkv, layer, meta)
                 out = self._move(out, self.model.place).astype("float32")
                 x = self.model.finish(i, x, out)
             logits: Array = self.model.logits(x).numpy()

@@ -85,7 +85,8 @@ def flash_attention(
     causal : bool
         Mask the keys after a query's position.
     window_size : (int, int)
-        Number of keys before and after a query's position that stay visible; -1 means unlimited.
+        Number of keys before and after a query's position that stay visible; -1 means unlimited. A
+        window of 512 keys that counts the query's own is (511, -1).
     softcap : float
         Bound of the logits, ``cap * tanh(s / cap)``; 0 means none.
     sinks : Tensor, shape [H], float32 or bfloat16, optional
@@ -295,7 +296,8 @@ def paged_attention(
     causal : bool
         Mask the keys after a query's position.
     window_size : (int, int)
-        Number of keys before and after a query's position that stay visible; -1 means unlimited.
+        Number of keys before and after a query's position that stay visible; -1 means unlimited. A
+        window of 512 keys that counts the query's own is (511, -1).
     softcap : float
         Bound of the logits, ``cap * tanh(s / cap)``; 0 means none.
     sinks : Tensor, shape [H], float32 or bfloat16, optional

@@ -117,6 +117,7 @@ def rope_write_cache_kv(
         :math:`\epsilon` of the RMSNorm.
     use_neox_rotary_style : bool
         Rotate the channel pairs (i, i + R / 2); otherwise (2i, 2i + 1).
+        ``use_neox_rotary_style(architecture, file_format)`` says which a checkpoint needs.
     rotary_dim : int, optional
         Number of rotated channels, from the start of a head; even. Default: D.
     qk_norm_before_rope : bool

@@ -7,6 +7,7 @@ not for serving: everything but the attention runs in fp32.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,24 @@ def load(name: str) -> LanguageModel:
     Parameters
     ----------
     name : str
-        ``smollm2``, ``gemma3-270m``, a ``.gguf`` file, or a folder with ``config.json``.
+        ``smollm2``, ``gemma3-270m``, a ``.gguf`` file, or a folder with ``config.json``. ``toy`` is
+        the model of the demo, which comes with this package. ``auto`` is ``smollm2`` if its package
+        is installed, else ``toy``; the result's `name` says which.
 
     Raises
     ------
     ModelError
         If there is none, or it is one that this package does not run.
     """
+    if name == "auto":
+        with contextlib.suppress(ModelError):
+            return load("smollm2")
+        name = "toy"
+    if name == "toy":
+        from fastattn.demo.shipped import MODEL_FILE
+        from fastattn.models.toy import read_toy
+
+        return LanguageModel(name, MODEL_FILE, *read_toy())
     path = find(name)
     if path.is_dir():
         from fastattn.models.hf_folder import read_hf_folder

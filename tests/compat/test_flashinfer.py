@@ -12,6 +12,7 @@ import pytest
 from fastattn.compat import (
     _flashinfer_pages,
     _flashinfer_plan,
+    _flashinfer_single,
     _flashinfer_wrapper,
     flashinfer,
 )
@@ -451,7 +452,16 @@ def test_docstring_names_every_argument(function):
             assert name in text, name
 
 
-@pytest.mark.parametrize("module", [flashinfer, _flashinfer_pages, _flashinfer_plan])
+@pytest.mark.parametrize(
+    "module",
+    [
+        _flashinfer_pages,
+        _flashinfer_plan,
+        _flashinfer_single,
+        flashinfer.decode,
+        flashinfer.prefill,
+    ],
+)
 def test_examples(module):
     result = doctest.testmod(module)
     assert result.attempted and not result.failed

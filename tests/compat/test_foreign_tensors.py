@@ -90,6 +90,9 @@ def shims():
     yield flash_attn.flash_attn_varlen_func, (y, *codes, int32([0, 3]), None, 3, 5), {
         "seqused_k": int32([5]), "block_table": int32([[0]]), "k_descale": one, "v_descale": one,
     }  # fmt: skip
+    yield flash_attn.flash_attn_func, (x, x, x), {}
+    yield flashinfer.single_decode_with_kv_cache, (y[0], y, y), {}
+    yield flashinfer.single_prefill_with_kv_cache, (y, y, y), {}
     yield decode_wrapper, (u8(1), *pages, f16(2, 4, 64), pool, paddle.ones([4]), f16(2, 4, 64)), {}
     mask = paddle.ones([2 * 71 + 64], "bool")
     halves = pool[:, 0], pool[:, 1]

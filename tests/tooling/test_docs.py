@@ -17,7 +17,11 @@ FUNCTIONS = [
     *(getattr(F, name) for name in F.__all__),
     *(getattr(distributed, name) for name in distributed.__all__),
 ]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "examples").glob("*.md")),
+]
 
 
 def test_operators_page_is_up_to_date():
