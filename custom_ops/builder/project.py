@@ -187,6 +187,8 @@ class Build:
             each.name, each.runtime_library_dirs = name, []
             for arguments in (each.extra_link_args, *each.extra_compile_args.values()):
                 arguments[:] = [argument for argument in arguments if argument not in _UNWANTED]
+            if name.endswith("_host"):  # 2.6's library has a mutex's functions, and would be needed
+                each.extra_link_args.remove("-l:libpaddle.so")
             found.append(each)
         return found
 
