@@ -26,8 +26,7 @@ RUN python3 -m venv /opt/fastattn && \
       "setuptools>=77,<86" "ninja>=1.10"
 COPY . /src
 WORKDIR /src
-RUN FASTATTN_ARCHS="${FASTATTN_ARCHS}" /opt/fastattn/bin/python setup_ops.py \
-    build_ext "--cuda=${CUDA}" install
+RUN FASTATTN_ARCHS="${FASTATTN_ARCHS}" /opt/fastattn/bin/python setup_ops.py install "--cuda=${CUDA}"
 
 # The second stage has no compiler and no sources.
 FROM ${BASE}
