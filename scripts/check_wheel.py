@@ -47,7 +47,7 @@ _ALLOWED = re.compile(
 _LIBRARIES = re.compile(
     r"(lib(stdc\+\+|gcc_s|gomp|m|c|dl|rt|pthread)\.so\.\d+|ld-linux-[\w-]+\.so\.\d|libpaddle\.so)\Z"
 )
-#: Newest versions of symbols: those of Debian 12, Ubuntu 22.04 and RHEL 9 with GCC 11's libstdc++.
+#: Newest versions of symbols. Debian 12, Ubuntu 22.04 and RHEL 9 have them (the last, GCC 11's).
 NEWEST = {
     "GLIBC": (2, 34),
     "GLIBCXX": (3, 4, 29),
