@@ -78,7 +78,13 @@ def main() -> None:
     try:
         if builds:
             require_paddle()
-            toolchain.require_writable(ROOT)
+            if (path := toolchain.not_writable_in(ROOT)) is not None:
+                if not ("install" in sys.argv or (by_pip and "editable_wheel" not in sys.argv)):
+                    raise toolchain.not_writable(path, ROOT)
+                status = toolchain.build_elsewhere(ROOT, sys.argv[1:], by_pip)
+                if status != 0 or not by_pip:
+                    sys.exit(status)
+                return
         if missing and (borrowed or by_pip):
             needs = " and ".join(missing)
             raise BuildError(f"setup_ops.py needs {needs}:{install_line(missing)}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 from fastattn.cli import main
 
 
 def run() -> int:
     """Run the command line and return its exit status."""
+    # Paddle says this whenever it is imported; only a build compiles anything.
+    warnings.filterwarnings("ignore", "No ccache found", UserWarning)
     try:
         status = main()
         sys.stdout.flush()

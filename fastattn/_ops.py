@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import paddle
 
-from fastattn import _empty_inputs, env
+from fastattn import _empty_inputs, _gpu_fits, env
 from fastattn._attrs import typed_attrs
 from fastattn._foreign import not_a_tensor
 
@@ -91,6 +91,36 @@ def _check_build(path: Path) -> None:
             "Custom operators fit one Paddle version only: rebuild with "
             "`python setup_ops.py install` (or `pip install .`) under this Paddle."
         )
+
+
+def check_installation() -> None:
+    """Say in one line that the package was built for another Paddle, or for other GPUs.
+
+    ``fastattn.functional`` calls it when it is imported. Nothing is loaded. A library without a
+    record of its build beside it is not checked, and a missing one shows at the first call.
+
+    Raises
+    ------
+    ImportError
+        If the library was built for another Paddle.
+
+    Warns
+    -----
+    UserWarning
+        If the current device is a GPU that runs none of the library's kernels. The CPU's kernels
+        still work.
+    """
+    path = library_path()
+    _check_build(path)
+    device = paddle.device.get_device()
+    record = path.with_name("_build_info.py")
+    if not device.startswith("gpu") or not record.exists():
+        return
+    archs = runpy.run_path(str(record)).get("ARCHS")
+    facts = paddle.device.cuda.get_device_properties(int(device.partition(":")[2] or 0))
+    problem = _gpu_fits.problem(archs, (facts.major, facts.minor)) if archs else None
+    if problem is not None:
+        warnings.warn(f"{path}: {problem}", stacklevel=2)
 
 
 def _checked_library() -> Path:

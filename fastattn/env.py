@@ -27,10 +27,6 @@ variable                   meaning
                            process makes for a prefill server's signals; default 600, for this
                            user only. Read when the library is loaded.
 ``FASTATTN_BENCH_PEERS``   JSON with other libraries' times for ``bench`` (docs/benchmarks.md)
-
-Variables that FastDeploy sets for its own processes are read in the modules that use them:
-``fastattn/backends/kv_signals.py`` and ``peers.py``.
-=======
 =========================  ========================================================================
 
 FastDeploy's own, which it or its user sets for its processes. The backends read them.

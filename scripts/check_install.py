@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Try the three lines of "In short" in docs/install.md in fresh environments.
 
-    scripts/check_install.py [--all] [--only TEXT] [--list] [--work build/ci/install]
+    scripts/check_install.py [--all] [--only TEXT] [--list] [--pythons] [--work build/ci/install]
 
 A case is a Python, a Paddle and the versions of setuptools to try with them, one after the other.
 Each case has a copy of the sources in a folder whose path has spaces, and a virtual environment. By
@@ -252,8 +252,13 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="the whole matrix")
     parser.add_argument("--only", default="", help="cases whose line of --list has this in it")
     parser.add_argument("--list", action="store_true", help="only say which cases there are")
+    parser.add_argument("--pythons", action="store_true", help="only list one of each version")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "ci" / "install")
     arguments = parser.parse_args()
+    if arguments.pythons:
+        first = {python.version: python.path for python in reversed(find_pythons())}
+        print(*(first[version] for version in sorted(first)), sep="\n")
+        return
     cases = (matrix if arguments.all else covering)(find_pythons())
     cases = [case for case in cases if arguments.only in str(case)]
     failed = 0

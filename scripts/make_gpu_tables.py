@@ -65,6 +65,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quality smollm": quality.smollm2,
     "quality gemma": quality.gemma3,
     "quality needles": quality.needles,
+    "quality both": quality.both,
     "targets": targets.targets,
     "operators": memory.operators,
     "rope options": memory.rope_options,

@@ -43,6 +43,7 @@ def run(arguments: list[str], builds: bool = True, fill_tree: bool = True) -> No
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--cuda", choices=("auto", "on", "off", "virtual"), default="auto")
     parser.add_argument("--only", default="")
+    parser.add_argument("--modules", action="store_true")
     options, arguments = parser.parse_known_args(arguments)
     # The build prints its own progress. setuptools would add a line for every copied file.
     if not {"-v", "--verbose"}.intersection(arguments):
@@ -50,7 +51,7 @@ def run(arguments: list[str], builds: bool = True, fill_tree: bool = True) -> No
     if not builds:  # such as sdist: the sources fit every Paddle
         setuptools.setup(script_args=arguments, install_requires=requirements())
         return
-    build = Build(options.cuda, options.only)
+    build = Build(options.cuda, options.only, options.modules)
     library = str(build.objects / "lib")
     build.objects.mkdir(parents=True, exist_ok=True)
     with open(build.objects / "lock", "w", encoding="utf-8") as lock, suppress_known_deprecation():

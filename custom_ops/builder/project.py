@@ -83,9 +83,12 @@ class Build:
     `cuda` is "auto", "on", "off" or "virtual". "virtual" builds against a CPU build of Paddle, with
     kernels for the interpreter in tests/virtual_gpu; only kernels whose paths match `only` are
     compiled.
+
+    With `modules` the Python modules are built without the library, which fits any Python: a wheel
+    for several has its own modules for each.
     """
 
-    def __init__(self, cuda: str = "auto", only: str = "") -> None:
+    def __init__(self, cuda: str = "auto", only: str = "", modules: bool = False) -> None:
         try:
             head_dims = instances.head_dims()
         except ValueError as error:
@@ -97,7 +100,7 @@ class Build:
                 f"Paddle does not import for {sys.executable} (Paddle 2.6 needs numpy<2): "
                 f"{type(error).__name__}: {error}"
             ) from error
-        self.virtual = cuda == "virtual"
+        self.virtual, self.modules = cuda == "virtual", modules
         if only and not self.virtual:
             raise BuildError("--only: other builds than --cuda=virtual have all kernels")
         with_cuda = paddle.is_compiled_with_cuda() or self.virtual
@@ -161,7 +164,7 @@ class Build:
             folders = ("lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")  # or lib64
             link += [f"-L{self.cuda.home}/{folder}" for folder in folders]
             link += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
-        parts = [(LIBRARY, self.sources, self.flags, link)]
+        parts = [] if self.modules else [(LIBRARY, self.sources, self.flags, link)]
         if Path(sysconfig.get_paths()["include"], "Python.h").exists():
             cxx = ["-O2", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-I."]
             cxx.append(f'-DFASTATTN_ARCHS="{";".join(self.archs)}"')
@@ -169,6 +172,8 @@ class Build:
             # before Paddle's library, which has some of the same functions
             link = ["-ldl", "-lstdc++"]
             parts += [(name, [source], {"cxx": cxx}, link) for name, source in MODULES.items()]
+        elif self.modules:
+            raise BuildError(f"--modules: no Python.h for {sys.executable}")
         else:
             print("no Python.h: without fastattn._host and _direct a call costs more host time")
         found = []
@@ -182,6 +187,8 @@ class Build:
             each.name, each.runtime_library_dirs = name, []
             for arguments in (each.extra_link_args, *each.extra_compile_args.values()):
                 arguments[:] = [argument for argument in arguments if argument not in _UNWANTED]
+            if name.endswith("_host"):  # 2.6's library has a mutex's functions, and would be needed
+                each.extra_link_args.remove("-l:libpaddle.so")
             found.append(each)
         return found
 

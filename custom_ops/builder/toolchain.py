@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 #: Requirement for ninja if it is missing. Different versions of ninja cannot read each other's
@@ -58,14 +59,15 @@ def require_pip() -> None:
         )
 
 
-def require_writable(root: Path) -> None:
-    """Stop if the source tree is not writable, because every build writes to it."""
+def not_writable_in(root: Path) -> Path | None:
+    """First file or folder of the source tree that a build writes and this user may not write."""
     for name in ("build/objects", "fastattn.egg-info", "fastattn"):
         path = root / name
         while not path.exists():
             path = path.parent
         if not os.access(path, os.W_OK | os.X_OK):
-            raise not_writable(path, root)
+            return path
+    return None
 
 
 def not_writable(path: object, root: Path) -> BuildError:
@@ -76,6 +78,29 @@ def not_writable(path: object, root: Path) -> BuildError:
         f"fastattn.egg-info/ of the source tree. Build in a copy of your own: {copy} && chmod -R "
         "u+w fastattn-build && cd fastattn-build"
     )
+
+
+def copy_sources(root: Path, to: Path) -> None:
+    """Copy what a wheel is built from into a folder that can be written."""
+    skipped = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.py")
+    for name in ("custom_ops", "fastattn"):
+        # The modes of files are not copied; copytree always copies the modes of folders.
+        shutil.copytree(root / name, to / name, ignore=skipped, copy_function=shutil.copyfile)
+    for name in ("LICENSE", "README.md", "pyproject.toml", "setup_ops.py"):
+        shutil.copyfile(root / name, to / name)
+    for folder, _, _ in os.walk(to):
+        os.chmod(folder, 0o755)
+
+
+def build_elsewhere(root: Path, arguments: list[str], by_pip: bool) -> int:
+    """Run setup_ops.py in a temporary copy of the tree; return its exit status."""
+    print(f"{root} cannot be written: building in a copy in {tempfile.gettempdir()}", flush=True)
+    # pip's build environment is found as in this process: by the backend.
+    as_pip = "import sys; sys.path.insert(0, 'custom_ops'); from builder.backend import backend; "
+    script = ["-c", f"{as_pip}backend.run_setup()"] if by_pip else ["setup_ops.py"]
+    with tempfile.TemporaryDirectory(prefix="fastattn-") as folder:
+        copy_sources(root, Path(folder))
+        return subprocess.call([sys.executable, *script, *arguments], cwd=folder)
 
 
 def find_ninja() -> str | None:

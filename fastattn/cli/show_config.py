@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastattn import env
+from fastattn import _gpu_fits, env
 from fastattn.version import __version__
 
 LIBRARY_NAME = "_fastattn_ops.so"
@@ -159,14 +159,12 @@ def _gpu_dispatch(build: dict[str, Any], places: list[str], found: list[dict[str
     archs = build.get("archs") or []
     if not found:
         return f"CUDA kernel for {', '.join('sm_' + a for a in archs)} (no GPU found here)"
-    capability = found[0]["compute_capability"].replace(".", "")
+    major, _, minor = found[0]["compute_capability"].partition(".")
+    capability = int(major), int(minor or 0)
     for arch in archs:
-        if arch in (capability, capability + "a", capability + "f"):
+        if _gpu_fits.runs_on(arch, capability):
             return f"CUDA kernel for sm_{arch}"
-    return (
-        f"no kernel image: built for {', '.join('sm_' + a for a in archs)}, the GPU is "
-        f'sm_{capability}; rebuild with FASTATTN_ARCHS="{capability}"'
-    )
+    return str(_gpu_fits.problem(archs, capability))
 
 
 def dispatch_facts(

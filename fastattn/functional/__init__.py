@@ -1,5 +1,6 @@
 """The operators as typed Python functions that check their arguments."""
 
+from fastattn import _ops
 from fastattn.functional.attention import flash_attention, paged_attention
 from fastattn.functional.cache import (
     append_cache_kv_c8,
@@ -80,3 +81,5 @@ __all__ = [
     "window_indices",
     "write_cache_kv",
 ]
+
+_ops.check_installation()

@@ -78,6 +78,28 @@ def gemma3(results: Results) -> str:
     return _table(results, "gemma3-270m")
 
 
+def both(results: Results) -> str:
+    """Defaults of each type, and 4 bits at their best, on both models: for the README."""
+    head = ("K and V", "SmolLM2-135M, % more perplexity", "Gemma 3 270M, % more perplexity")
+    reports = [_read(results, name) for name in ("smollm2", "gemma3-270m")]
+    rows = [{row["name"]: row for row in report["rows"]} for report in reports if report]
+    if len(rows) < 2:
+        return grid(head, [[NONE] * len(head)])
+    lines = []
+    for name, row in rows[0].items():
+        best = name == "block_wise_int4+center+hadamard"
+        if (
+            (row["default"] or best)
+            and row["bytes_per_token"]
+            and name in rows[1]
+            and name != "none"
+        ):
+            found = [of_model[name] for of_model in rows]
+            losses = [f"{r['loss_percent']:+.2f}{_error(r['loss_error'])}" for r in found]
+            lines.append([_name({**row, "default": False}), *losses])
+    return grid(head, lines)
+
+
 def needles(results: Results) -> str:
     """Facts that SmolLM2-135M repeats after a long text."""
     report = _read(results, "smollm2-needles")

