@@ -23,7 +23,7 @@ from fastattn import _ops
 from fastattn.demo import cli, evaluate, report, shipped, text, train
 from fastattn.demo.model import Config, Model, initial_weights, weight_shapes
 from fastattn.functional._cache_types import CACHE_QUANT_TYPES
-from tests.support import ROOT, fresh
+from tests.support import ROOT
 
 RUN = text.LONGEST_SHARED_RUN
 
@@ -412,17 +412,18 @@ def test_progress_on_a_terminal_is_drawn_again_and_again(monkeypatch):
 def test_the_command_in_a_process_of_its_own(tmp_path):
     """No terminal, no network, warnings that are errors; nothing is left in the home folder."""
     code = (
-        "import runpy, socket, sys, warnings\n"
-        "warnings.filterwarnings('error', category=DeprecationWarning)\n"
+        "import runpy, socket, sys\n"
         "def refuse(*arguments): raise OSError('no network here')\n"
         "socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse\n"
         "sys.argv[1:] = ['demo', '--max-new-tokens', '3', '--cache-quant-type', 'cache_int8']\n"
         "runpy.run_module('fastattn', run_name='__main__')\n"
     )
-    env = {**os.environ, "HOME": str(tmp_path)}
+    env = {**os.environ, "HOME": str(tmp_path), "PYTHONWARNINGS": "error::DeprecationWarning"}
     env.pop("FASTATTN_CACHE", None)
     library = Path(_ops.__file__).parents[1]
-    done = fresh.run(code, env=env, cwd=library)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=library, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "loading ..." and lines[1].startswith("loading  100 %")
