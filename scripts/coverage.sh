@@ -26,7 +26,7 @@ branch = True
 source_pkgs = fastattn, benchmarks
 parallel = True
 data_file = $work/data/run
-patch = subprocess
+patch = subprocess, fork
 END
 
 cd "$work/tree"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -12,6 +9,7 @@ import paddle
 import pytest
 
 import fastattn.functional as F
+from tests.support import fresh
 from tests.support.tensors import int32, to_numpy
 
 
@@ -65,13 +63,7 @@ def test_a_large_bound_takes_no_memory():
         found, scores = paged(2**30, [5, 200])
         assert found.tolist() == paged(256, [5, 200])[0].tolist()
     """
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
+    process = fresh.run(textwrap.dedent(code))
     assert process.returncode == 0, process.stderr
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from fastattn import _ops, backends
 from fastattn.backends import fastdeploy as plugin
-from tests.support import ROOT
+from tests.support import ROOT, fresh
 from tests.support.fastdeploy import (
     BACKENDS,
     KINDS,
@@ -221,8 +221,7 @@ def test_every_process_loads_it_where_it_is_named(metadata, process, plugins):
     env["PYTHONPATH"] = os.pathsep.join(map(str, (STUB, metadata, ROOT)))
     if plugins is not None:
         env["FD_PLUGINS"] = plugins
-    command = [sys.executable, "-c", _PROCESSES[process]]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd="/")
+    done = fresh.run(_PROCESSES[process], env=env, cwd="/")
     assert done.returncode == 0, done.stderr
     ours = "fastattn.backends.fastdeploy FlashMaskAttentionBackend"
     theirs = f"{plugin.PACKAGE} FlashMaskAttentionBackend"

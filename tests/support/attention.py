@@ -18,6 +18,7 @@ from fastattn._formats import FORMATS
 from fastattn.functional._cache_types import TYPES
 from fastattn.reference import numerics
 from fastattn.reference.cache import code_of, dynamic_scales
+from tests.support import draws
 from tests.support.bounds import (
     assert_codes,
     assert_error_ratio,
@@ -107,14 +108,22 @@ FEW_KINDS = [
 
 def _values(rng, shape, mean: float = 0.0) -> np.ndarray:
     """Normal values whose tokens differ in size."""
+    return draws.kept(_draw_values, rng, tuple(shape), mean)
+
+
+def _draw_values(rng, shape, mean: float) -> np.ndarray:
     size = np.exp(rng.normal(0.0, 0.4, (*shape[:-1], 1)))
     return ((rng.normal(0.0, 1.0, shape) + mean) * size).astype(np.float32)
 
 
+def _draw_queries(rng, shape) -> np.ndarray:
+    q = rng.normal(0.0, 1.3, shape).astype(np.float32)
+    return q * np.exp(rng.normal(0.0, 0.4, (*shape[:-1], 1))).astype(np.float32)
+
+
 def _queries(rng, tokens: int, heads: int, dim: int, q_type: str):
     """Q and its descale; `q_type` is a float type, ``e4m3:tensor`` or ``e4m3:token_head``."""
-    q = rng.normal(0.0, 1.3, (tokens, heads, dim)).astype(np.float32)
-    q *= np.exp(rng.normal(0.0, 0.4, (tokens, heads, 1))).astype(np.float32)
+    q = draws.kept(_draw_queries, rng, (tokens, heads, dim))
     if q_type in NUMPY_TYPES:
         return q.astype(NUMPY_TYPES[q_type]), None
     if q_type == "e4m3:tensor":

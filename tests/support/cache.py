@@ -10,6 +10,7 @@ import fastattn.functional as F
 from fastattn._formats import FORMATS
 from fastattn.functional._cache_types import codes_per_byte, token_scales
 from fastattn.reference.layout import BLOCK_SIZE, cache_shape
+from tests.support import draws
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, to_numpy, to_paddle, value_dim
 
@@ -158,6 +159,10 @@ def make_step(
 def make_values(shape: tuple[int, ...], dtype, seed: int = 0) -> np.ndarray:
     """Normal values whose magnitude differs from row to row, so that no two scales agree."""
     rng = np.random.default_rng(seed)
+    return draws.kept(_draw_values, rng, tuple(shape), np.dtype(dtype))
+
+
+def _draw_values(rng, shape: tuple[int, ...], dtype) -> np.ndarray:
     rows = np.exp(rng.normal(size=(*shape[:-1], 1)))
     return (rng.normal(size=shape) * rows).astype(dtype)
 

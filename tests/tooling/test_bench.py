@@ -6,8 +6,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 
 import paddle
 import pytest
@@ -23,7 +21,7 @@ from benchmarks.core.rows import REGISTRY, Row, benchmarks
 from benchmarks.core.tables import WIDTH, markdown, table
 from fastattn.backends.kv_signals import queue_key
 from fastattn.cli import main
-from tests.support import ROOT
+from tests.support import ROOT, fresh
 
 pytest.importorskip("rich")
 
@@ -49,13 +47,8 @@ def test_without_the_source_tree_a_line_says_where_benchmarks_are(tmp_path, monk
 def test_the_source_trees_folder_comes_before_the_working_directorys(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").write_text("raise ImportError('of another project')")
-    done = subprocess.run(
-        [sys.executable, "-m", "fastattn", "bench", "--list"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": python_path()},
-    )
+    env = {**os.environ, "PYTHONPATH": python_path()}
+    done = fresh.run_module("fastattn", "bench", "--list", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert "paged_attention" in done.stdout.split()
 
@@ -155,7 +148,7 @@ def test_the_names_are_listed_without_registering_operators(tmp_path):
         "direct = _ops.helpers() is not None\n"
         "assert not direct or _ops.load.cache_info().currsize == 0\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh.run(code)
     assert done.returncode == 0, done.stderr
 
 

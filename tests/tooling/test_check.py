@@ -4,8 +4,6 @@ Each case of :data:`WRONG` is a call that the operator itself takes without a wo
 """
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import paddle
@@ -15,6 +13,7 @@ import fastattn.functional as F
 from fastattn import _check, _check_rules, _ops, env
 from fastattn.backends import AttentionLayer, FlashAttentionBackend, ForwardMeta, make_config
 from fastattn.reference import make_rotary_embs
+from tests.support import fresh
 from tests.support.calls import CALLS, make_call
 from tests.support.tensors import int32, to_paddle
 
@@ -496,9 +495,7 @@ assert _ops.step_function() is None or not hasattr(_ops.call, "checks")
 def run(value, code=CODE):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")}
     environment["FASTATTN_CHECK"] = value
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+    return fresh.run(code, env=environment)
 
 
 def test_the_variable():

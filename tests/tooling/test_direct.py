@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 import warnings
 
@@ -13,6 +11,7 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import _ops, _views
+from tests.support import fresh
 from tests.support.calls import CALLS, OPERATORS, make_call
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import to_numpy
@@ -43,9 +42,7 @@ def test_both_ways_give_the_same_bits(name, place, monkeypatch):
 
 
 def run(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
-    )
+    done = fresh.run(textwrap.dedent(code))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return done.stdout
 

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import stat
-import subprocess
-import sys
 
 import ml_dtypes
 import numpy as np
@@ -17,7 +15,7 @@ import pytest
 from fastattn import _ops, _views, env
 from fastattn.dump import files, record, seeds, tensors
 from fastattn.env import DumpSettings
-from tests.support import ROOT
+from tests.support import fresh
 from tests.support.tensors import to_numpy, to_paddle
 
 QUANTIZE = "import paddle, fastattn.functional as F\npaddle.set_device('cpu')\n"
@@ -28,13 +26,7 @@ def run(code, dump=None, **environ):
     environment = {k: v for k, v in os.environ.items() if k not in others}
     if dump is not None:
         environment["FASTATTN_DUMP"] = str(dump)
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**environment, **environ},
-    )
+    return fresh.run(code, env={**environment, **environ})
 
 
 def recorder(folder, **settings):

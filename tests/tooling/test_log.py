@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import fresh
 
 CALLS = """
 import numpy as np, paddle
@@ -28,13 +26,7 @@ def run(code, level=None, **environ):
     environment = {k: v for k, v in os.environ.items() if k not in others}
     if level is not None:
         environment["FASTATTN_LOG"] = level
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**environment, **environ},
-    )
+    done = fresh.run(code, env={**environment, **environ})
     lines = [line for line in done.stderr.splitlines() if re.search(r" fastattn \d+ ", line)]
     return done, lines
 

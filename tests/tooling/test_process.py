@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fastattn.functional as F
+from tests.support import fresh
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import int32, to_numpy, to_paddle
 
@@ -58,7 +59,8 @@ def test_a_forked_process_may_call():
         _, status = os.waitpid(child, 0)
         assert same and status == 0, status
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+    done = fresh.run(textwrap.dedent(code), timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("load_first", [False, True], ids=["load_in_child", "load_in_parent"])
@@ -153,8 +155,6 @@ def test_errors_in_a_traced_program_do_not_end_the_process():
                 else:
                     raise AssertionError(name)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
-    )
+    done = fresh.run(textwrap.dedent(code), timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("refused: ") == len(TRACED_ERRORS), done.stdout

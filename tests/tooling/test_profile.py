@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, fresh
 
 #: Puts Paddle's functions of a GPU build in place of those that a CPU build lacks.
 NVTX = """
@@ -33,13 +31,7 @@ def run(code, value="1", cwd=ROOT, **environ):
     environment = {k: v for k, v in os.environ.items() if k not in others}
     if value is not None:
         environment["FASTATTN_PROFILE"] = value
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**environment, "PYTHONPATH": str(ROOT), **environ},
-    )
+    done = fresh.run(code, cwd=cwd, env={**environment, "PYTHONPATH": str(ROOT), **environ})
     assert done.returncode == 0, done.stderr
     return done
 

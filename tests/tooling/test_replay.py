@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import paddle
@@ -16,7 +14,7 @@ from fastattn import _ops, _views, cli
 from fastattn.dump import compare, files, model, record, replay, script, tensors
 from fastattn.env import DumpSettings
 from fastattn.reference import numerics
-from tests.support import ROOT, calls, operators
+from tests.support import calls, fresh, operators
 from tests.support.calls import CALLS, make_call
 from tests.support.tensors import BF16, int32, to_paddle
 
@@ -25,16 +23,10 @@ REPLAYED = [name for name in CALLS if name not in model.NOT_REPLAYED]
 MODELLED = [name for name in REPLAYED if name.partition(",")[0] in model.MODELS]
 
 
-def fresh(*arguments):
+def command(*arguments):
     """The command in a process of its own."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTATTN_")}
-    return subprocess.run(
-        [sys.executable, "-m", "fastattn", "replay", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
+    return fresh.run_module("fastattn", "replay", *map(str, arguments), env=environment)
 
 
 @pytest.fixture
@@ -69,7 +61,7 @@ def test_every_operator_in_a_fresh_process(dumping):
             operators.run(op, call.inputs, call.attrs)
     for name in REPLAYED:
         make_call(name, "cpu")()
-    done = fresh(dumping, "--json", "--no-time")
+    done = command(dumping, "--json", "--no-time")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, [row for row in rows if not row["fits"]]
     assert {row["op"] for row in rows} == {*_ops.operators()} - {*model.NOT_REPLAYED}
@@ -131,11 +123,11 @@ for poison in (False, True):
 
 def test_a_call_that_gave_nan_replays_in_a_fresh_process(tmp_path):
     environment = {**os.environ, "FASTATTN_DUMP": f"{tmp_path},nan"}
-    subprocess.run([sys.executable, "-c", NAN], check=True, cwd=ROOT, env=environment)
+    assert fresh.run(NAN, env=environment).returncode == 0
     (folder,) = files.calls_in(tmp_path)  # one of the two calls
     facts = files.read_facts(folder)
     assert facts["nan"] == {"v": 1, "result": 2 * 33}  # two heads of the queries 7 to 39
-    done = fresh(tmp_path, "--script")
+    done = command(tmp_path, "--script")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "NaN when dumped: v 1, result 66" in done.stdout
     assert "replay against dump: result: ok: the same bits" in done.stdout

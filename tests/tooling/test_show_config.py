@@ -15,11 +15,16 @@ import pytest
 from fastattn import _ops
 from fastattn.cli import main, show_config
 from fastattn.version import __version__
-from tests.support import ROOT
+from tests.support import ROOT, fresh
 
 
 def run(*arguments, **environ):
-    """Run the command in a process of its own."""
+    """Run the command in a process of its own, which need not import Paddle."""
+    return fresh.run_module("fastattn", *arguments, env={**os.environ, **environ})
+
+
+def run_alone(*arguments, **environ):
+    """Run the command in a Python that has imported nothing."""
     return subprocess.run(
         [sys.executable, "-m", "fastattn", *arguments],
         capture_output=True,
@@ -29,8 +34,8 @@ def run(*arguments, **environ):
     )
 
 
-def config(*arguments, **environ):
-    done = run("show-config", "--json", *arguments, **environ)
+def config(run=run, **environ):
+    done = run("show-config", "--json", **environ)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -83,14 +88,14 @@ def test_check_fails_on_a_broken_library(tmp_path):
 
 
 def test_no_paddle(tmp_path):
-    found = config(PYTHONPATH=blocked(tmp_path, "paddle"))
+    found = config(run_alone, PYTHONPATH=blocked(tmp_path, "paddle"))
     assert found["paddle"]["version"] is None
     assert "no paddle here" in found["paddle"]["error"]
     assert found["library"]["loads"] is False and "no paddle here" in found["library"]["error"]
 
 
 def test_no_numpy(tmp_path):
-    found = config(PYTHONPATH=blocked(tmp_path, "numpy"))
+    found = config(run_alone, PYTHONPATH=blocked(tmp_path, "numpy"))
     assert found["library"]["loads"] is False
 
 
