@@ -169,6 +169,25 @@ def rope_options(results: Results) -> str:
     return grid(["steps", *_OPTIONS.values()], lines) + "\n" + links(used)
 
 
+_KEY_STEPS = ("1 x 1", "16 x 1", "64 x 1", "256 x 1", "1 x 8192")
+_KEY_TYPES = ("block_wise_int4", "block_wise_int8", "block_wise_fp8", "cache_fp8")
+_KEY_TRANSFORMS = ("K as it is", "centred and rotated", "centred, rotated, with feedback")
+
+
+def key_transforms(results: Results) -> str:
+    """Times of rope_write_cache_kv by what is done to K."""
+    lines, used = [], []
+    for quant in _KEY_TYPES:
+        for transform in _KEY_TRANSFORMS:
+            rows = [
+                results.get("rope_write_cache_kv", f"{quant}, batch {step} new, {transform}")
+                for step in _KEY_STEPS
+            ]
+            lines.append([f"`{quant}`, {transform}", *(cell(row and row.us, 1) for row in rows)])
+            used += rows
+    return grid(["us; sequences x new tokens", *_KEY_STEPS], lines) + "\n" + links(used)
+
+
 def cache_writers(results: Results) -> str:
     """Both writers against vLLM's kernels."""
     tokens, lines, used = (1, 16, 128, 1024, 4096, 16384), [], []

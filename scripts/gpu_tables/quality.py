@@ -78,6 +78,21 @@ def gemma3(results: Results) -> str:
     return _table(results, "gemma3-270m")
 
 
+def smollm2_feedback(results: Results) -> str:
+    """Rows of SmolLM2-135M whose V is rotated by the weights."""
+    return _table(results, "smollm2-feedback")
+
+
+def gemma3_feedback(results: Results) -> str:
+    """The same of Gemma 3 270M."""
+    return _table(results, "gemma3-270m-feedback")
+
+
+def smollm2_gpu(results: Results) -> str:
+    """Rows of SmolLM2-135M with caches and attention on an H100."""
+    return _table(results, "smollm2-h100")
+
+
 def both(results: Results) -> str:
     """Defaults of each type, and 4 bits at their best, on both models: for the README."""
     head = ("K and V", "SmolLM2-135M, % more perplexity", "Gemma 3 270M, % more perplexity")

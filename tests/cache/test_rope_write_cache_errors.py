@@ -220,6 +220,7 @@ RAW_INPUTS = (
     "qkv_bias",
     "q_scale",
     "k_center",
+    "k_feedback",
     "cache_k_scales",
     "cache_v_scales",
     "batch_id_per_token",
