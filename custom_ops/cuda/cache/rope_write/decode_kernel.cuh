@@ -339,7 +339,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, Decod
 }
 
 // K, and V of type none.
-template <typename Traits, HeadKind kKind, bool kTogether>
+template <typename Traits, HeadKind kKind, bool kTogether, bool kFeedsBack>
 __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, DecodeSeq& seq,
                                                  const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
@@ -371,7 +371,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, 
   const int slot = place.position % kBlockSize;
   const CacheStrides& strides = kKey ? cache.key_strides : cache.value_strides;
   if constexpr (kKey && Traits::kTransformsKey) {
-    StoreKey<Traits, Lane>(
+    StoreKey<Traits, Lane, kFeedsBack>(
         values.words, p, cache, inverse, at.head, at.lane, strides.Row(block, at.head, slot),
         cache.k_scale_strides.Plane(block, at.head) + slot * Traits::kTokenScales,
         at.active && block >= 0);
@@ -485,8 +485,8 @@ constexpr int MostDecodeThreads(bool together) {
 }
 
 // Grid: groups of heads (of V, of K, of Q), and tokens. With kTogether a CTA has several tokens, a
-// warp each.
-template <typename Traits, bool kTogether>
+// warp each. Error feedback takes many registers, so steps with it have a kernel of their own.
+template <typename Traits, bool kTogether, bool kFeedsBack = false>
 __global__ void __launch_bounds__(MostDecodeThreads(kTogether))
     StepDecodeKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_token,
                      bool small_grid) {
@@ -517,12 +517,12 @@ __global__ void __launch_bounds__(MostDecodeThreads(kTogether))
     if constexpr (Traits::kQuantized) {
       DecodeValue<Value, kTogether>(p, seq, at);
     } else {
-      DecodeTokenMajor<Value, HeadKind::kValue, kTogether>(p, seq, at);
+      DecodeTokenMajor<Value, HeadKind::kValue, kTogether, false>(p, seq, at);
     }
   } else if (past) {
     return;
   } else if (group < value_groups + k_groups) {
-    DecodeTokenMajor<Traits, HeadKind::kKey, kTogether>(
+    DecodeTokenMajor<Traits, HeadKind::kKey, kTogether, kFeedsBack>(
         p, seq, HeadOfLane<Traits>(token, group - value_groups, kv_heads));
   } else if constexpr (Traits::kRope) {
     DecodeQuery<Traits, kTogether>(

@@ -26,6 +26,12 @@ cudaError_t LaunchDecode(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   const bool small = static_cast<int64_t>(groups) * seqs.num_tokens <= kSmallGrid;
   const int more = small && Traits::kQuantized ? (kValueShares - 1) * v_groups : 0;
   const float seqs_per_token = static_cast<float>(seqs.batch) / static_cast<float>(seqs.num_tokens);
+  if constexpr (kTakesFeedback<Traits>) {
+    if (p.transform.feedback != nullptr) {
+      return LaunchPdl(StepDecodeKernel<Traits, false, true>, dim3(groups + more, seqs.num_tokens),
+                       dim3(kDecodeThreads), stream, p, seqs_per_token, small);
+    }
+  }
   if constexpr (kTakesTogether<Traits>) {
     const int tokens = TokensTogether(seqs.num_tokens, seqs.batch);
     if (tokens > 1) {

@@ -174,7 +174,7 @@ __device__ __forceinline__ void StreamToken(const StepParamsOf<Traits>& p, const
       const bool store = here >= 0 && k_head < cache.num_kv_heads;
       const int head = store ? k_head : 0;
       const float scale = HeadScale<Traits>(cache, cache.k_scales, cache.k_granularity, head);
-      StoreKey<Traits, Lane>(
+      StoreKey<Traits, Lane, kTakesFeedback<Traits>>(
           rounded, p, cache, scale, head, lane, cache.key_strides.Row(here, k_head, at),
           cache.k_scale_strides.Plane(here, k_head) + at * Traits::kTokenScales, store);
     }

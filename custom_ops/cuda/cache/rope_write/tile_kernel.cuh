@@ -128,9 +128,9 @@ __device__ __forceinline__ void WriteTile(const StepParamsOf<Traits>& p, int hea
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int slot = i * kTokens + first_slot;
-      StoreKey<Traits, Lane>(words[i], p, cache, k_scale, head, lane,
-                             k_plane + slot * cache.key_strides.row,
-                             k_scales + slot * Traits::kTokenScales, owned[i]);
+      StoreKey<Traits, Lane, kTakesFeedback<Traits>>(
+          words[i], p, cache, k_scale, head, lane, k_plane + slot * cache.key_strides.row,
+          k_scales + slot * Traits::kTokenScales, owned[i]);
     }
   }
 }

@@ -48,9 +48,14 @@ __device__ __forceinline__ void TransformKey(const KeyTransform& key, int head, 
   }
 }
 
+// Whether a kernel can be compiled for error feedback.
+template <typename Traits>
+inline constexpr bool kTakesFeedback = Traits::kTransformsKey && !Traits::Side::kGrouped;
+
 // StoreTokenMajor of K, which is transformed first if the kernel is compiled for that. `p` is the
-// kernel's parameters. All lanes of the warp take part.
-template <typename Traits, typename Lane, typename Params, typename HeadScaleOf>
+// kernel's parameters. kFeedsBack: with error feedback, if there is one. All lanes of the warp take
+// part.
+template <typename Traits, typename Lane, bool kFeedsBack, typename Params, typename HeadScaleOf>
 __device__ __forceinline__ void StoreKey(const uint32_t (&words)[Lane::kWords], const Params& p,
                                          const PagedCache& cache, HeadScaleOf head_scale, int head,
                                          int lane, int64_t row, int64_t scale_index, bool store) {
@@ -67,7 +72,13 @@ __device__ __forceinline__ void StoreKey(const uint32_t (&words)[Lane::kWords], 
     float x[Lane::kValues];
     UnpackWords<Lane>(words, x);
     TransformKey<Lane>(p.transform, head, lane, x);
-    const HeadFeedback feedback = {p.transform.FeedbackOf(head, Lane::kHeadDim)};
+    const auto feedback = [&] {
+      if constexpr (kFeedsBack) {
+        return HeadFeedback{p.transform.FeedbackOf(head, Lane::kHeadDim)};
+      } else {
+        return NoFeedback{};
+      }
+    }();
     uint32_t bits[Lane::kValues];
 #pragma unroll
     for (int i = 0; i < Lane::kValues; ++i) bits[i] = FloatBits(x[i]);
