@@ -183,7 +183,9 @@ def key_transforms(results: Results) -> str:
                 results.get("rope_write_cache_kv", f"{quant}, batch {step} new, {transform}")
                 for step in _KEY_STEPS
             ]
-            lines.append([f"`{quant}`, {transform}", *(cell(row and row.us, 1) for row in rows)])
+            lines.append(
+                [f"`{quant}`, {transform}", *(cell(row and row.us, digits) for row in rows)]
+            )
             used += rows
     return grid(["us; sequences x new tokens", *_KEY_STEPS], lines) + "\n" + links(used)
 

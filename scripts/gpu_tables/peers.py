@@ -19,7 +19,7 @@ COPY, READ, EMPTY = "copy of as many bytes", "reading as many bytes", "empty ker
 #: Our own other ways, floors, and times of something else than the row: never a peer.
 _OWN = (
     COPY, READ, EMPTY, "exact lengths", "host", "vLLM, host", "its parts alone", "default",
-    "budget", "rotation alone", "one rank", "no signal", "e4m3 queries", "bf16 keys",
+    "budget", "rotation alone", "K as it is", "one rank", "no signal", "e4m3 queries", "bf16 keys",
     "merge, then quantize_fp8", "logits, then top-k", "itself, nothing registered",
     "Paddle's registry", "host, exact lengths",
 )  # fmt: skip

@@ -27,6 +27,10 @@ def _name(row: dict[str, Any]) -> str:
     return f"**{shown}**" if row["default"] and kind != "none" else shown
 
 
+def _loss(row: dict[str, Any]) -> str:
+    return f"{row['loss_percent']:+.2f}{_error(row['loss_error'])}"
+
+
 def _bits(report: dict[str, Any], row: dict[str, Any]) -> str:
     """Bits of a number of K or V, scales included."""
     _, kv_heads, dim = report["model"]["heads"]
@@ -59,7 +63,7 @@ def _table(results: Results, name: str) -> str:
         [
             _name(row),
             _bits(report, row),
-            f"{row['loss_percent']:+.2f}{_error(row['loss_error'])}",
+            _loss(row),
             f"{row['divergence']:.1e}",
             f"{row['top1_percent']:.1f}",
         ]
@@ -94,24 +98,25 @@ def smollm2_gpu(results: Results) -> str:
 
 
 def both(results: Results) -> str:
-    """Defaults of each type, and 4 bits at their best, on both models: for the README."""
+    """Defaults of each type, and 4 bits at their best, on both models: for the README.
+
+    The last row is of other reports, whose base has V rotated, too.
+    """
     head = ("K and V", "SmolLM2-135M, % more perplexity", "Gemma 3 270M, % more perplexity")
     reports = [_read(results, name) for name in ("smollm2", "gemma3-270m")]
     rows = [{row["name"]: row for row in report["rows"]} for report in reports if report]
     if len(rows) < 2:
         return grid(head, [[NONE] * len(head)])
-    lines = []
-    for name, row in rows[0].items():
-        best = name == "block_wise_int4+center+hadamard"
-        if (
-            (row["default"] or best)
-            and row["bytes_per_token"]
-            and name in rows[1]
-            and name != "none"
-        ):
-            found = [of_model[name] for of_model in rows]
-            losses = [f"{r['loss_percent']:+.2f}{_error(r['loss_error'])}" for r in found]
-            lines.append([_name({**row, "default": False}), *losses])
+    lines = [
+        [_name({**row, "default": False}), *(_loss(of_model[name]) for of_model in rows)]
+        for name, row in rows[0].items()
+        if row["default"] and row["bytes_per_token"] and name in rows[1] and name != "none"
+    ]
+    best = "block_wise_int4+center+hadamard+feedback"
+    others = [_read(results, f"{name}-feedback") for name in ("smollm2", "gemma3-270m")]
+    found = [row for report in others if report for row in report["rows"] if row["name"] == best]
+    if len(found) == 2:
+        lines.append([f"{_name(found[0])}, V rotated", *map(_loss, found)])
     return grid(head, lines)
 
 

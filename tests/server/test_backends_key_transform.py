@@ -32,9 +32,22 @@ def test_a_day_of_serving(place, kind, rotation, centred, sinks):
     server.step([69, 0, 1, 2], padding=1)
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("kind", [*TYPES, "block_wise_int4"])
+def test_error_feedback(place, kind, centred):
+    model = Model(kind, k_rotation="hadamard", centred=centred, fed_back=True, norm=True)
+    server = Server(FlashAttentionBackend, model, [140, 100, 70], place)
+    server.step([7, 65, 0])
+    server.step([63, 1, 64])
+    server.step([1, 1, 1], padding=3)
+
+
+@pytest.mark.parametrize("fed_back", [False, True])
 @pytest.mark.parametrize("kind", TYPES)
-def test_steps_without_python(taken, kind):  # noqa: F811
-    model = Model(kind, k_rotation="hadamard", centred=True, sinks=True, head_dim=128)
+def test_steps_without_python(taken, kind, fed_back):  # noqa: F811
+    model = Model(
+        kind, k_rotation="hadamard", centred=True, sinks=True, head_dim=128, fed_back=fed_back
+    )
     server = Server(AppendAttentionBackend, model, [90, 40])
     server.step([50, 20])
     server.step([1, 1])
@@ -87,7 +100,7 @@ def test_a_layer_that_changes_its_centre():
 
 
 def test_a_centre_of_all_ranks():
-    """A rank takes its own heads' rows; another dtype becomes float32."""
+    """A rank takes its own heads' rows, of a feedback too; another dtype becomes float32."""
     config = backends.make_config(
         max_model_len=512, num_key_value_heads=4, tensor_parallel_size=2, tensor_parallel_rank=1
     )
@@ -100,6 +113,14 @@ def test_a_centre_of_all_ranks():
     np.testing.assert_array_equal(own.numpy(), whole[2:])
     layer.cache_k_center = paddle.to_tensor(whole[2:]).astype("float16")
     assert backend._key_transform(layer, cache, shard)["k_center"].dtype == paddle.float32
+    matrices = np.arange(4 * 64 * 64).reshape(4, 64, 64).astype(np.float32)
+    layer.cache_k_feedback = paddle.to_tensor(matrices)
+    own = backend._key_transform(layer, cache, shard)["k_feedback"]
+    np.testing.assert_array_equal(own.numpy(), matrices[2:])
+    layer.cache_k_feedback = paddle.to_tensor(matrices[:3])
+    with pytest.raises(ValueError, match=r"layer.cache_k_feedback: expected shape \[2, 64, 64\]"):
+        backend._key_transform(layer, cache, shard)
+    layer.cache_k_feedback = None
     layer.cache_k_center = paddle.to_tensor(whole[:3])
     with pytest.raises(ValueError, match=r"layer.cache_k_center: expected shape \[2, 64\] or \[4"):
         backend._key_transform(layer, cache, shard)
@@ -115,10 +136,12 @@ def calibration_of(tmp_path, kind, model, **fields):
 @pytest.mark.parametrize("kind", ["block_wise_int8", "block_wise_fp8"])
 def test_a_file_that_the_environment_names(place, tmp_path, monkeypatch, kind):
     """Layers that a server made know nothing of it."""
-    model = Model(kind, k_rotation="hadamard", centred=True, sinks=True)
-    monkeypatch.setenv("FASTATTN_CALIBRATION", str(calibration_of(tmp_path, kind, model)))
+    model = Model(kind, k_rotation="hadamard", centred=True, sinks=True, fed_back=True)
+    path = calibration_of(tmp_path, kind, model, cache_k_feedback=model.k_feedback)
+    monkeypatch.setenv("FASTATTN_CALIBRATION", str(path))
     server = Server(FlashAttentionBackend, model, [90, 40], place)
     server.layers[0].cache_k_rotation, server.layers[0].cache_k_center = "none", None
+    server.layers[0].cache_k_feedback = None
     server.step([70, 3])
     server.step([1, 1])
 

@@ -12,6 +12,7 @@ import pytest
 
 from fastattn import _check, _ops, backends, reference
 from fastattn.reference.cache import code_of, dynamic_scales, quantize_token, static_scales
+from fastattn.reference.feedback import feedback_of
 from fastattn.reference.hadamard import hadamard, hadamard_matrix, transform_key
 from fastattn.reference.layout import BLOCK_SIZE, unpack_nibbles
 from fastattn.reference.numerics import NIBBLES, from_codes
@@ -61,6 +62,7 @@ class Model:
     q_quant: str = "none"
     k_rotation: str | None = None  # None: the default of the type
     centred: bool = False
+    fed_back: bool = False
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(7)
@@ -76,6 +78,10 @@ class Model:
         self.k_center = None
         if self.centred:
             self.k_center = rng.normal(size=(self.kv_heads, dim)).astype(np.float32)
+        self.k_feedback = None
+        if self.fed_back:
+            q = rng.normal(size=(200, self.kv_heads, dim)) + rng.normal(size=(self.kv_heads, dim))
+            self.k_feedback = feedback_of(np.einsum("thi,thj->hij", q, q), self.rotation)
         self.k_scales = self.v_scales = None
         if self.cache_quant_type in ("cache_int8", "cache_fp8"):
             qmax = {"int8": 127.0, "e4m3": 448.0, "e5m2": 57344.0}[self.code]
@@ -121,7 +127,8 @@ class Model:
             rotary_dim=self.rotary_dim,
             qkv_bias=self.qkv_bias,
         )
-        keys = self._stored(transform_key(k, self.rotation, self.k_center), self.k_scales)
+        written = transform_key(k, self.rotation, self.k_center)
+        keys = self._stored(written, self.k_scales, self.k_feedback)
         if self.rotation != "none":
             matrix = hadamard_matrix(self.head_dim)
             keys = keys @ matrix
@@ -130,11 +137,13 @@ class Model:
             keys = keys + self.k_center
         return q, keys, self._stored(v, self.v_scales)
 
-    def _stored(self, x: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    def _stored(
+        self, x: np.ndarray, scales: np.ndarray | None, feedback: np.ndarray | None = None
+    ) -> np.ndarray:
         if self.cache_quant_type == "none":
             return x.astype(np.float64)
         like = np.zeros(1, self.scale_dtype) if scales is None else scales
-        codes, dynamic = quantize_token(x, like, self.cache_quant_type, self.fp8_format)
+        codes, dynamic = quantize_token(x, like, self.cache_quant_type, self.fp8_format, feedback)
         if dynamic is None:
             multiplier = static_scales(scales, *x.shape[1:])
         else:
@@ -269,6 +278,7 @@ class Server:
             cache_v_out_scale=self.on(model.v_scales),
             cache_k_rotation=model.k_rotation,
             cache_k_center=self.on(model.k_center),
+            cache_k_feedback=self.on(model.k_feedback),
             use_neox_rotary_style=model.neox,
             qkv_bias=self.on(model.qkv_bias),
             q_norm_weight=self.on(model.q_norm_weight),
