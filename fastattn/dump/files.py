@@ -145,6 +145,12 @@ def _read_bytes(path: Path, expected: Any) -> bytes:
     return data
 
 
+def _names_in_header(data: bytes) -> list[str]:
+    """Names of the tensors of a valid safetensors file, in the order of its header."""
+    size = int.from_bytes(data[:8], "little")
+    return [name for name in json.loads(data[8 : 8 + size]) if name != "__metadata__"]
+
+
 def read_tensors(path: Path, expected: Any) -> dict[str, Stored]:
     """Tensors of a safetensors file whose SHA-256 is `expected`."""
     data = _read_bytes(path, expected)
@@ -152,8 +158,11 @@ def read_tensors(path: Path, expected: Any) -> dict[str, Stored]:
         found = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise DumpError(f"{path}: not a safetensors file: {error}") from None
+    # safetensors returns the tensors in an order of its own, a new one each time.
+    entries = dict(found)
     tensors = {}
-    for name, entry in found:
+    for name in _names_in_header(data):
+        entry = entries[name]
         if entry["dtype"] not in _NAMES:
             raise DumpError(f"{path}: {name}: dtype {entry['dtype']} is not one of a call")
         values = np.frombuffer(entry["data"], np.uint8)
