@@ -77,7 +77,7 @@ def _within(
 
 
 def _paged_attention(args: Arguments) -> None:
-    seqs = sequences(args, args.shape("q", 3)[0])
+    seqs = sequences(args, args.shape("q", 3)[0], head_tables=True)
     left = args.number("window_left")
     begin = np.maximum(seqs.cached - left, 0) if left >= 0 else np.zeros_like(seqs.cached)
     end = seqs.end.copy()
@@ -88,8 +88,24 @@ def _paged_attention(args: Arguments) -> None:
             mine = mine[mine[:, 0] < mine[:, 1]]
             begin[seq] = max(begin[seq], mine[:, 0].min(initial=2**31))
             end[seq] = min(end[seq], mine[:, 1].max(initial=0))
-    _needed(args, seqs.tables, begin, end, _BLOCK, args.shape("key_cache", 4)[0])
-    check_dynamic(args, seqs.tables, begin, end, _BLOCK)
+    blocks, kv_heads = args.shape("key_cache", 4)[:2]
+    if seqs.tables.ndim == 2 and not args.has("head_windows"):
+        _needed(args, seqs.tables, begin, end, _BLOCK, blocks)
+        check_dynamic(args, seqs.tables, begin, end, _BLOCK)
+        return
+    if seqs.tables.ndim == 3 and seqs.tables.shape[1] != kv_heads:
+        raise Malformed
+    windows = np.tile([-1, 0], (kv_heads, 1))
+    if args.has("head_windows"):
+        windows = args.ints("head_windows", 2).astype(np.int64)
+        if windows.shape != (kv_heads, 2):
+            raise Malformed
+    for head, (before, first) in enumerate(windows):
+        tables = seqs.table_of(head)
+        own = np.maximum(seqs.cached - before, 0) if before >= 0 else np.zeros_like(begin)
+        for start, stop in ((begin, np.minimum(end, first)), (np.maximum(begin, own), end)):
+            _needed(args, tables, start, stop, _BLOCK, blocks)
+            check_dynamic(args, tables, start, stop, _BLOCK, head)
 
 
 def _mla_attention(args: Arguments) -> None:
@@ -100,10 +116,12 @@ def _mla_attention(args: Arguments) -> None:
 
 def _write(args: Arguments) -> None:
     tokens = args.shape("qkv" if args.has("qkv") else "key", 2)[0]
-    seqs = sequences(args, tokens)
-    _needed(args, seqs.tables, seqs.cached, seqs.end, _BLOCK, args.shape("key_cache", 4)[0])
+    seqs = sequences(args, tokens, head_tables=True)
     where = f"{args.op}: block_tables"
-    check_writers(where, seqs.tables, seqs.cached, seqs.end, _BLOCK)
+    for head in range(seqs.tables.shape[1] if seqs.tables.ndim == 3 else 1):
+        tables = seqs.table_of(head)
+        _needed(args, tables, seqs.cached, seqs.end, _BLOCK, args.shape("key_cache", 4)[0])
+        check_writers(where, tables, seqs.cached, seqs.end, _BLOCK)
     if args.has("batch_id_per_token"):
         ids = args.ints("batch_id_per_token")
         for seq in np.flatnonzero(seqs.new).tolist():

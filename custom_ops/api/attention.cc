@@ -104,12 +104,13 @@ FASTATTN_OPERATOR(Outputs, kPaged, PagedAttention, PagedResults,
                    const Strided<OptionalTensor>& cache_v_scales,
                    const Strided<OptionalTensor>& q_descale, const OptionalTensor& sinks,
                    const OptionalTensor& mask_offsets, const OptionalTensor& out_scale,
-                   OptionalTensor& out, const OptionalTensor& k_center, int64_t max_seqlen_q,
-                   int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
-                   int64_t window_right, float softcap, bool return_softmax_lse,
-                   const std::string& out_dtype, const std::string& cache_quant_type,
-                   const std::string& fp8_format, bool quantize_q, bool batch_invariant,
-                   const std::string& k_rotation)) {
+                   OptionalTensor& out, const OptionalTensor& k_center,
+                   const OptionalTensor& tree_mask, const OptionalTensor& head_windows,
+                   int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
+                   int64_t window_left, int64_t window_right, float softcap,
+                   bool return_softmax_lse, const std::string& out_dtype,
+                   const std::string& cache_quant_type, const std::string& fp8_format,
+                   bool quantize_q, bool batch_invariant, const std::string& k_rotation)) {
   AttentionParams p;
   p.batch_invariant = batch_invariant;
   ParseQuery(kPaged, q, &p);
@@ -125,7 +126,8 @@ FASTATTN_OPERATOR(Outputs, kPaged, PagedAttention, PagedResults,
          " as the cache has, got ", q.dtype());
   }
   p.seqs = ParseSeqs(kPaged, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
-                     nullptr, q.shape()[0], place);
+                     nullptr, q.shape()[0], place, p.num_kv_heads);
+  ParseHoles(Get(tree_mask), Get(head_windows), place, &p);
   const AttentionArgs args{q,
                            Get(q_descale),
                            Get(sinks),
@@ -154,7 +156,9 @@ FASTATTN_OPERATOR(Outputs, kPaged, PagedAttention, PagedResults,
                   {"cu_seqlens_q", &cu_seqlens_q},
                   {"seq_lens_decoder", &seq_lens_decoder},
                   {"seq_lens_this_time", &seq_lens_this_time},
-                  {"k_center", Get(k_center)}});
+                  {"k_center", Get(k_center)},
+                  {"tree_mask", Get(tree_mask)},
+                  {"head_windows", Get(head_windows)}});
   }
   return RunAttention(kPaged, args, place, &p);
 }

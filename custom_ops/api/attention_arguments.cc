@@ -211,6 +211,39 @@ void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
   }
 }
 
+void ParseHoles(const Tensor* tree_mask, const Tensor* head_windows, const phi::Place& place,
+                AttentionParams* p) {
+  if (tree_mask != nullptr) {
+    Arg(kPaged, "tree_mask", *tree_mask)
+        .On(place)
+        .Dtype({phi::DataType::BOOL, phi::DataType::UINT8, phi::DataType::INT8})
+        .Rank(3)
+        .Contiguous();
+    const Sizes shape = SizesOf(*tree_mask);
+    if (shape[0] < p->seqs.batch || shape[1] != shape[2]) {
+      Fail("ValueError", kPaged, "tree_mask", "expected shape [", p->seqs.batch,
+           ", N, N] (sequences or more, new tokens of each, twice), got ", ShapeText(shape));
+    }
+    for (int64_t size : shape) RequireFits(kPaged, "tree_mask", size);
+    p->tree.data = Data<uint8_t>(*tree_mask);
+    p->tree.size = static_cast<int>(shape[1]);
+  }
+  if (head_windows != nullptr) {
+    Arg(kPaged, "head_windows", *head_windows)
+        .On(place)
+        .Dtype({phi::DataType::INT32})
+        .Dims({p->num_kv_heads, 2})
+        .Contiguous();
+    p->head_windows = Data<int>(*head_windows);
+  }
+  if (p->batch_invariant && p->IsGeneral()) {
+    const char* given = tree_mask != nullptr      ? "tree_mask"
+                        : head_windows != nullptr ? "head_windows"
+                                                  : "a block table for each KV head";
+    Fail("NotImplementedError", kPaged, "batch_invariant", "not supported with ", given);
+  }
+}
+
 int WindowSide(const char* op, int64_t side) {
   if (side < -1) {
     Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);

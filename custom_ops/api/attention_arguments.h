@@ -49,6 +49,10 @@ void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                    const Tensor& cu_seqlens_k, const Tensor* k_descale, const Tensor* v_descale,
                    const std::string& kv_dtype, const phi::Place& place, AttentionParams* p);
 
+// The masks of paged_attention that are no interval of keys; p holds its sequences already.
+void ParseHoles(const Tensor* tree_mask, const Tensor* head_windows, const phi::Place& place,
+                AttentionParams* p);
+
 // A side of a window as the kernels have it: -1 where it is unlimited.
 int WindowSide(const char* op, int64_t side);
 

@@ -251,14 +251,18 @@ void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
 
 SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
-                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place) {
-  Arg(op, "block_tables", block_tables)
-      .On(place)
-      .Dtype({phi::DataType::INT32})
-      .Rank(2)
-      .Contiguous();
-  const int64_t slots = block_tables.shape()[0];
-  for (int64_t size : block_tables.shape()) RequireFits(op, "block_tables", size);
+                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place,
+                  int64_t table_heads) {
+  const Arg given(op, "block_tables", block_tables);
+  const bool head_tables = table_heads > 0 && block_tables.dims().size() == 3;
+  given.On(place).Dtype({phi::DataType::INT32}).Rank(head_tables ? 3 : 2).Contiguous();
+  const Sizes tables = SizesOf(block_tables);
+  const int64_t slots = tables[0];
+  for (int64_t size : tables) RequireFits(op, "block_tables", size);
+  if (head_tables && tables[1] != table_heads) {
+    Fail("ValueError", op, "block_tables", "expected shape [sequences, ", table_heads,
+         " (KV heads), max_blocks], got ", ShapeText(tables));
+  }
   RequireFits(op, "num_tokens", num_tokens);
 
   // A server may pass the block tables and cached lengths of all its slots, of which the first run.
@@ -271,8 +275,9 @@ SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_s
   };
   SeqMeta seqs;
   seqs.batch = static_cast<int>(batch);
-  seqs.max_blocks = static_cast<int>(block_tables.shape()[1]);
+  seqs.max_blocks = static_cast<int>(tables[tables.size() - 1]);
   seqs.num_tokens = static_cast<int>(num_tokens);
+  seqs.head_tables = head_tables;
   seqs.block_tables = Data<int>(block_tables);
   seqs.cu_seqlens_q = lengths("cu_seqlens_q", cu_seqlens_q, batch + 1);
   seqs.seq_lens_decoder = lengths("seq_lens_decoder", seq_lens_decoder, slots);
@@ -281,6 +286,14 @@ SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_s
     seqs.batch_id_per_token = lengths("batch_id_per_token", *batch_id_per_token, num_tokens);
   }
   return seqs;
+}
+
+void RequireGridOfTokens(const char* op, const SeqMeta& seqs) {
+  constexpr int kMostTokens = 65535;  // a grid's second dimension
+  if (seqs.head_tables && seqs.num_tokens > kMostTokens) {
+    Fail("NotImplementedError", op, "block_tables", "a table for each KV head is supported for up ",
+         "to ", kMostTokens, " tokens on a GPU, got ", seqs.num_tokens);
+  }
 }
 
 int64_t HeadsContiguous(const char* op, const char* name, const Tensor& tensor) {

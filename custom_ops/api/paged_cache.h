@@ -77,10 +77,15 @@ const int* ParseLengths(const char* op, const char* name, const Tensor& tensor, 
 
 // Checks dtypes, places and sizes (not values: those live on the device) and fills a SeqMeta of the
 // B sequences of seq_lens_this_time. block_tables and seq_lens_decoder may both have more: slots
-// that do not run. The length tensors may be [B] or [B, 1].
+// that do not run. The length tensors may be [B] or [B, 1]. With `table_heads` the cache has as
+// many heads, and may have a table for each of them: [slots, table_heads, max_blocks].
 SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
-                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place);
+                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place,
+                  int64_t table_heads = 0);
+
+// Refuses more new tokens than a GPU's kernel for a block table for each KV head can take.
+void RequireGridOfTokens(const char* op, const SeqMeta& seqs);
 
 // Token stride of a tensor [tokens, KV, D] whose heads of one token must lie side by side.
 int64_t HeadsContiguous(const char* op, const char* name, const Tensor& tensor);

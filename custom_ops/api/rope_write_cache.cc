@@ -150,7 +150,7 @@ FASTATTN_OPERATOR(Outputs, kOp, RopeWriteCacheKv, RopeResults,
   Arg(kOp, "qkv", qkv).On(place);
   const int64_t num_tokens = qkv.shape()[0];
   p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
-                     Get(batch_id_per_token), num_tokens, place);
+                     Get(batch_id_per_token), num_tokens, place, p.cache.num_kv_heads);
   ParseRotary(kOp, Get(rotary_embs), use_neox_rotary_style, rotary_dim, place, p);
   const int head_dim = p.cache.head_dim;
   p.bias = ParseVector(kOp, "qkv_bias", Get(qkv_bias), qkv.shape()[1], place, p.bias_dtype);
@@ -190,6 +190,7 @@ FASTATTN_OPERATOR(Outputs, kOp, RopeWriteCacheKv, RopeResults,
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(qkv)) {
+    RequireGridOfTokens(kOp, p.seqs);
     LaunchOnGpu(kOp, qkv, [&](cudaStream_t stream) {
       TakeArrivals(qkv, stream, p);
       return cuda::LaunchRopeWriteCache(p, transform, stream);

@@ -64,7 +64,7 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
          ", got ", NameOf(p.dtype));
   }
   p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
-                     Get(batch_id_per_token), key.shape()[0], place);
+                     Get(batch_id_per_token), key.shape()[0], place, p.cache.num_kv_heads);
   RequireCacheApart(kOp, cache, p.cache.type,
                     {{"key", &key},
                      {"value", &value},
@@ -80,6 +80,7 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(anchor)) {
+    RequireGridOfTokens(kOp, p.seqs);
     LaunchOnGpu(kOp, anchor,
                 [&](cudaStream_t stream) { return cuda::LaunchWriteCache(p, transform, stream); });
     return;

@@ -12,6 +12,7 @@
 
 #include "common/dispatch.h"
 #include "common/head_dims.h"
+#include "common/holes.h"
 #include "common/normaliser.h"
 #include "common/numeric.h"
 #include "common/seq_lengths.h"
@@ -29,6 +30,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Keys of a split. The size is fixed, so that results do not depend on the number of threads.
 constexpr int64_t kSplitKeys = 2048;
+
+constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
 
 // So much of the plan's cost, times channels, is one nanosecond of work (see parallel.h).
 constexpr int64_t kCostPerWork = 16;
@@ -50,7 +53,6 @@ TileFunction ChooseTileFunction(const AttentionParams& p) {
 
 // Lengths of a sequence. The CPU counts positions in 64 bits and so needs no upper bound on them.
 AttentionSeq FindSeq(const AttentionParams& p, int batch_idx) {
-  constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
   const SeqMeta& seqs = p.seqs;
   const int* cu_q = seqs.cu_seqlens_q + batch_idx;
   const TokenRange<int64_t> queries = RaggedTokens<int64_t>(cu_q[0], cu_q[1], seqs.num_tokens);
@@ -100,17 +102,36 @@ void BoundKeys(const AttentionParams& p, const AttentionSeq& seq, AttentionTask*
   const int64_t last = (task->packed_begin + task->packed_count - 1) / group + offset;
   int64_t num_keys = seq.k_len;
   if (p.paged) num_keys = std::min(num_keys, int64_t{p.seqs.max_blocks} * kBlockSize);
-  task->key_begin = VisibleKeys(p, first, num_keys).begin;
+  KeyRange<int64_t> keys = VisibleKeys(p, first, num_keys);
+  TakeHeadWindow(p.WindowOf(task->kv_head), first, kUnlimited, &keys);
+  task->key_begin = keys.begin;
   task->key_end = std::max(task->key_begin, VisibleKeys(p, last, num_keys).end);
+}
+
+// Takes from the keys that a row of the tile sees those that its head's window hides, and finds the
+// holes among the rest.
+void FindHoles(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task, int r,
+               int64_t query, KeyRange<int64_t>* keys, TileBuffers* buffers) {
+  const int64_t new_begin = seq.k_len - seq.q_len;
+  const KeyRange<int64_t> gap =
+      TakeHeadWindow(p.WindowOf(task.kv_head), query + new_begin, kUnlimited, keys);
+  const bool has_tree = p.tree.data != nullptr && seq.q_len <= p.tree.size;
+  buffers->tree_begin = new_begin;
+  buffers->gap_begin[r] = gap.begin;
+  buffers->gap_end[r] = gap.end;
+  buffers->tree[r] = has_tree ? p.tree.Row(task.batch_idx, query) : nullptr;
+  buffers->holes |= has_tree || gap.begin < gap.end;
 }
 
 // Fills the keys of a task that each row of its tile sees.
 void FindVisible(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task,
                  TileBuffers* buffers) {
   const int64_t group = p.num_heads / p.num_kv_heads;
+  buffers->holes = false;
   for (int r = 0; r < task.packed_count; ++r) {
     const int64_t query = (task.packed_begin + r) / group;
     KeyRange<int64_t> keys = VisibleKeys(p, query + seq.k_len - seq.q_len, seq.k_len);
+    if (p.IsGeneral()) FindHoles(p, seq, task, r, query, &keys, buffers);
     keys = Intersect(keys, {task.key_begin, task.key_end});
     if (p.mask_offsets != nullptr) {
       const int* offsets = p.mask_offsets + 2 * (seq.q_begin + query);

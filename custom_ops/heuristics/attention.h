@@ -37,7 +37,7 @@ struct AttentionDecision {
 };
 
 inline PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionDevice& device) {
-  if (device.major != 9) return PrefillKernel::kNone;
+  if (device.major != 9 || p.IsGeneral()) return PrefillKernel::kNone;
   if (WgmmaFp8Supports(p)) return PrefillKernel::kWgmmaFp8;
   return WgmmaFp16Supports(p) ? PrefillKernel::kWgmmaFp16 : PrefillKernel::kNone;
 }
@@ -67,6 +67,7 @@ inline AttentionSizes SizesOfCall(const AttentionParams& p, const AttentionDevic
   sizes.max_cluster = device.major >= 9 ? 8 : 1;  // 8 is what every such device can do
   sizes.num_clusters = device.num_clusters;
   sizes.per_token_scales = p.paged && IsDynamic(p.cache.type);
+  if (p.IsGeneral()) sizes.least_columns = 16;
   return sizes;
 }
 
@@ -80,7 +81,8 @@ inline AttentionDecision DecideAttention(const AttentionParams& p, const Attenti
   if (decision.prefill == PrefillKernel::kWgmmaFp8) {
     decision.prefill_workspace = WgmmaFp8Workspace(p);
   }
-  if (const AttentionLaunch* whole = decision.plan.Whole(); whole != nullptr && device.major == 9) {
+  if (const AttentionLaunch* whole = decision.plan.Whole(); 
+      whole != nullptr && device.major == 9 && !p.IsGeneral()) {
     const int64_t min_tokens = CeilDiv<int64_t>(whole->min_pairs, p.num_heads / p.num_kv_heads);
     decision.dequantize =
         PlanDequantize(p, decision.prefill != PrefillKernel::kNone, min_tokens, device.dequantize);

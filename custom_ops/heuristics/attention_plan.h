@@ -43,6 +43,7 @@ struct AttentionSizes {
   // Clusters of 8 CTAs, two a multiprocessor, that run at the same time; 0: unknown.
   int64_t num_clusters = 0;
   bool per_token_scales = false;  // of K and V
+  int least_columns = 8;          // of a tile, for which there are kernels
 };
 
 struct AttentionLaunch {
@@ -124,7 +125,9 @@ inline int64_t PartialFloats(int64_t grid, int64_t columns, int64_t head_dim) {
   return grid * (kPartialHeader + kPartialsPerCta * columns * (head_dim + 2));
 }
 
-inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 : 64; }
+inline int ColumnsFor(const AttentionSizes& s, int64_t pairs) {
+  return std::max(s.least_columns, pairs <= 8 ? 8 : pairs <= 16 ? 16 : 64);
+}
 
 // Sequences that have new tokens, as far as the host knows. A step that a server captures in a CUDA
 // graph has lengths of as many sequences as the server can hold, most of them without tokens.
@@ -249,7 +252,7 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * group;
   if (pairs <= 64 || s.max_seqlen_q <= 8) {
-    plan.launches[plan.num_launches++] = SplitLaunch(s, ColumnsFor(pairs), kAllPairs);
+    plan.launches[plan.num_launches++] = SplitLaunch(s, ColumnsFor(s, pairs), kAllPairs);
   } else {
     // Keys are better split where a tile for each sequence and head leaves half of the GPU without
     // work.
@@ -263,7 +266,7 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
     }
     const bool mixed = MayHaveShortSeqs(s, long_seq);
     // Tiles of 16 pairs cost decoding sequences little, and short ones less than 64 pairs.
-    const int columns = ColumnsFor(mixed ? std::max<int64_t>(group, 16) : group);
+    const int columns = ColumnsFor(s, mixed ? std::max<int64_t>(group, 16) : group);
     const int64_t decoding = std::max<int64_t>(columns, group);
     plan.launches[plan.num_launches++] = SplitLaunch(s, columns, decoding);
     int64_t done = decoding;

@@ -164,7 +164,10 @@ class LayerFacts:
             ),
             q_quant=write["q_quant"],
             attend=attend,
-            attend_tensors=(attend["sinks"], None, attend["out_scale"], None, attend["k_center"]),
+            attend_tensors=(
+                *(attend["sinks"], None, attend["out_scale"], None, attend["k_center"]),
+                *(None, None),  # trees and windows of heads are not a plain step's
+            ),
             attend_attrs=_attend_attrs(attend, heads[2]),
             masked_attrs=_attend_attrs({**attend, **_OFFSETS_ALONE}, heads[2]),
             head_dim=heads[2],

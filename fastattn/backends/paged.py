@@ -27,7 +27,7 @@ from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
 from fastattn.backends.scales import HeadShard, local_heads
 from fastattn.backends.stale_starts import StaleStarts
-from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
+from fastattn.backends.step_masks import draft_trees, in_sot, layer_mask, mask_offsets
 from fastattn.functional._attributes import ANY_LENGTH
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
@@ -57,12 +57,18 @@ class PagedAttentionMetadata(AttentionMetadata):
     windowed : list of (Tensor, int, int, int, Tensor)
         Masks of layers with a window: the offsets and their version, the window, the layer that
         made the mask, and the mask.
+    drafts : Tensor or None
+        ``forward_meta.attn_mask``, the trees of a step with drafts.
+    trees : (Tensor, int, int, Tensor) or None
+        The same and its version, the layer that made the operator's mask of it, and that mask.
     """
 
     host_lengths: tuple[int, int] | None = None
     cascade_plan: Any = None
     mask: tuple[Any, Any] | None = None
     windowed: list[tuple[Any, int, int, int, Any]] = dataclass_field(default_factory=list)
+    drafts: Any = None
+    trees: tuple[Any, int, int, Any] | None = None
 
 
 class PagedAttentionBackend(AttentionBackend):
@@ -203,6 +209,7 @@ class PagedAttentionBackend(AttentionBackend):
         if self._stale_starts is not None and starts is not None:
             self._stale_starts.settle(starts)
         metadata = PagedAttentionMetadata(host_lengths(forward_meta), current_plan(forward_meta))
+        metadata.drafts = optional(forward_meta, "attn_mask")
         if self._signals is not None:
             self._signals.begin(forward_meta)
         return metadata
@@ -303,6 +310,8 @@ class PagedAttentionBackend(AttentionBackend):
             return None
         if self._signals is not None:  # signals are sent between the step's two operators
             return None
+        if metadata.drafts is not None:
+            return None
         run = _ops.step_function()
         if run is None:
             return None
@@ -357,6 +366,10 @@ class PagedAttentionBackend(AttentionBackend):
             mask = layer_mask(mask, forward_meta, metadata, facts.window, layer_id)
             options["mask_offsets"] = mask
             options.update(causal=False, window_size=(-1, -1))
+        if metadata.drafts is not None:
+            if facts.window:
+                self._refuse("forward_meta.attn_mask", " for a layer with a window")
+            options["tree_mask"] = draft_trees(forward_meta, metadata, layer_id)
         if q_descale is not None and options["out_scale"] is None:
             options["out_dtype"] = _dtype_name(qkv)
         return options
@@ -516,8 +529,19 @@ class PagedAttentionBackend(AttentionBackend):
         return rotates and self._has_window(layer)
 
     def _refuse_step(self, forward_meta: Any) -> None:
-        if optional(forward_meta, "attn_mask") is not None:
-            self._refuse("forward_meta.attn_mask", "; use attn_mask_offsets")
+        drafts = optional(forward_meta, "attn_mask")
+        if drafts is not None:
+            if self.batch_invariant:
+                self._refuse("forward_meta.attn_mask", " with batch_invariant")
+            for name in ("attn_mask_offsets", "tbo_microbatch_id"):
+                if optional(forward_meta, name) is not None:
+                    self._refuse(f"forward_meta.attn_mask beside {name}")
+            shape = list(getattr(drafts, "shape", []))
+            if len(shape) != 3 or shape[1] != shape[2]:
+                raise ValueError(
+                    f"{type(self).__name__}: forward_meta.attn_mask: expected shape [S, N, N], "
+                    f"got {shape}"
+                )
         if self.batch_invariant and optional(forward_meta, "cascade_plan") is not None:
             self._refuse(
                 "forward_meta.cascade_plan",
@@ -561,4 +585,5 @@ def _cascade_plan(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
 
 def _sees_all(mask: dict[str, Any]) -> bool:
     """Whether every query sees all keys of the prefix, as a cascade requires."""
-    return "mask_offsets" not in mask and mask["window_size"] == (-1, -1)
+    plain = "mask_offsets" not in mask and "tree_mask" not in mask
+    return plain and mask["window_size"] == (-1, -1)

@@ -31,6 +31,8 @@ def attention_mask(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     mask_offsets: Array | None = None,
+    tree_mask: Array | None = None,
+    head_window: tuple[int, int] = (-1, 0),
 ) -> Array:
     """Keys that each query of one sequence sees.
 
@@ -45,6 +47,13 @@ def attention_mask(
         unlimited.
     mask_offsets : array of int, shape [num_queries, 2], optional
         Query i sees keys ``[start, end)`` at most.
+    tree_mask : array, shape [N, N], optional
+        The queries' own keys are the last ``num_queries`` ones. Query i sees the j-th of them only
+        if ``tree_mask[i, j]`` is not 0. Earlier keys are not concerned. Nothing is masked if
+        ``num_queries > N``.
+    head_window : (left, first)
+        What one KV head's queries see: the last `left` keys before a position and the position's
+        own, and the first `first` keys of the sequence. A negative `left` is unlimited.
 
     Returns
     -------
@@ -63,6 +72,12 @@ def attention_mask(
     if mask_offsets is not None:
         start, end = np.asarray(mask_offsets).T
         visible &= (key >= start[:, None]) & (key < end[:, None])
+    if tree_mask is not None and num_queries <= len(tree_mask):
+        own = np.asarray(tree_mask)[:num_queries, :num_queries] != 0
+        visible[:, num_keys - num_queries :] &= own
+    left, first = head_window
+    if left >= 0:
+        visible &= (key >= position - left) | (key < first)
     return visible
 
 
@@ -357,12 +372,24 @@ def paged_attention(
     quantize_q: bool = False,
     k_rotation: str = "none",
     k_center: Array | None = None,
+    tree_mask: Array | None = None,
+    head_windows: Array | None = None,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
     """Attention of new tokens over a paged cache; see :func:`fastattn.functional.paged_attention`.
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
     tokens and ``seq_lens_decoder[b] + n`` keys, which are read from the bytes of the cache.
+
+    Parameters
+    ----------
+    block_tables : array of int, shape [B, max_blocks] or [B, KV, max_blocks]
+        With three dimensions each KV head has blocks of its own: the key at position p of head h
+        lies in slot ``p % 64`` of head h of block ``block_tables[b, h, p // 64]``.
+    tree_mask : array, shape [B, N, N], optional
+        That of each sequence; see :func:`attention_mask`.
+    head_windows : array of int, shape [KV, 2], optional
+        The `head_window` of each KV head.
 
     Returns
     -------
@@ -385,6 +412,8 @@ def paged_attention(
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
     out = np.zeros((tokens, heads, _head_dim(value_cache, cache_quant_type)))
     lse = np.full((heads, tokens), -np.inf)
+    headwise = head_windows is not None or np.ndim(block_tables) == 3
+    kv_heads = key_cache.shape[1]
     for b in range(len(block_tables)):
         first = int(cu_seqlens_q[b])
         span = min(int(cu_seqlens_q[b + 1]), tokens) - first
@@ -393,32 +422,46 @@ def paged_attention(
             continue
         at = slice(first, first + new)
         num_keys = max(int(seq_lens_decoder[b]), 0) + new
-        k, v, assigned = gather_seq(
-            key_cache,
-            value_cache,
-            block_tables[b],
-            num_keys,
-            cache_k_scales=cache_k_scales,
-            cache_v_scales=cache_v_scales,
-            cache_quant_type=cache_quant_type,
-            fp8_format=fp8_format,
-        )
-        visible = attention_mask(
-            new,
-            num_keys,
-            causal=causal,
-            window_size=window_size,
-            mask_offsets=None if mask_offsets is None else mask_offsets[at],
-        )
-        out[at], lse[:, at] = dense_attention(
-            queries[at],
-            k,
-            v,
-            visible & assigned,
-            softmax_scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            shifts=None if k_center is None else shifts[at],
-            precision=precision,
-        )
+        # Each KV head alone where heads differ in what they see, else all of them together.
+        for kv_head in range(kv_heads) if headwise else [slice(None)]:
+            heads_of = _query_heads(kv_head, heads // kv_heads)
+            table = np.asarray(block_tables[b])
+            k, v, assigned = gather_seq(
+                key_cache,
+                value_cache,
+                table[kv_head] if table.ndim == 2 else table,
+                num_keys,
+                cache_k_scales=cache_k_scales,
+                cache_v_scales=cache_v_scales,
+                cache_quant_type=cache_quant_type,
+                fp8_format=fp8_format,
+            )
+            visible = attention_mask(
+                new,
+                num_keys,
+                causal=causal,
+                window_size=window_size,
+                mask_offsets=None if mask_offsets is None else mask_offsets[at],
+                tree_mask=None if tree_mask is None else tree_mask[b],
+                head_window=(-1, 0) if head_windows is None else tuple(head_windows[kv_head]),
+            )
+            own = slice(kv_head, kv_head + 1) if headwise else slice(None)
+            out[at, heads_of], lse[heads_of, at] = dense_attention(
+                queries[at, heads_of],
+                k[:, own],
+                v[:, own],
+                visible & assigned,
+                softmax_scale=scale,
+                softcap=softcap,
+                sinks=None if sinks is None else sinks[heads_of],
+                shifts=None if k_center is None else shifts[at, heads_of],
+                precision=precision,
+            )
     return _store(out, out_scale), lse
+
+
+def _query_heads(kv_head: int | slice, group: int) -> slice:
+    """The query heads that read a KV head; all of them for a slice."""
+    if isinstance(kv_head, slice):
+        return slice(None)
+    return slice(kv_head * group, (kv_head + 1) * group)

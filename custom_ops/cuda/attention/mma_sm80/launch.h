@@ -33,6 +33,11 @@ template <DType kElement, int kHeadDim, bool kPaged, Scales kScales, int kColumn
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream);
 
+// The same over a paged cache where p.IsGeneral(). Its work tiles have 16 columns or 64.
+template <DType kElement, int kHeadDim, Scales kScales, int kColumns>
+cudaError_t LaunchGeneralVariant(const AttentionParams& p, const AttentionTask& task, int grid,
+                                 cudaStream_t stream);
+
 // Merges the partial results that a split launch left.
 cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& task, int columns,
                                 cudaStream_t stream);

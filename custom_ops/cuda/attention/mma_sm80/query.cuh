@@ -7,6 +7,7 @@
 #include "common/normaliser.h"
 #include "common/numeric.h"
 #include "cuda/attention/mma_sm80/nibbles.cuh"
+#include "cuda/attention/mma_sm80/column_holes.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/shared/scales.cuh"
@@ -184,13 +185,15 @@ __device__ __forceinline__ float LargestOf(const float (&x)[4]) {
 
 template <typename Traits>
 __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const AttentionTask& task,
-                                             const Segment& segment, int c, float key_scale) {
+                                             const Segment& segment, int c, float key_scale,
+                                             ColumnHoles* holes) {
   const Column column =
       ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + c);
   ColumnInfo info;
   info.keys = {0, 0};
   info.score_factor = 0.0f;
   info.out = -1;
+  if constexpr (Traits::kGeneral) *holes = {};
   if (!column.valid) return info;
   info.score_factor = ScoreFactor<Traits>(p, segment.batch_idx, column.token, segment.head,
                                           column.head, key_scale) *
@@ -202,6 +205,10 @@ __device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const Att
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
     info.keys = Intersect(info.keys, {__ldg(offsets), __ldg(offsets + 1)});
     info.keys.end = max(info.keys.end, 0);
+  }
+  if constexpr (Traits::kGeneral) {
+    *holes = TakeHoles(p, segment.shape, segment.batch_idx, segment.head,
+                       column.token - segment.shape.q_begin, &info.keys);
   }
   info.out = (static_cast<int64_t>(column.token) * p.num_heads + column.head) * Traits::kValueDim;
   return info;
@@ -275,7 +282,12 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
     if (pass > 0) loads->StartBatch(p, task, segment, pass);
     // Meanwhile, what the columns see and their scales.
     if (pass == 0 && threadIdx.x < Traits::kColumns) {
-      const ColumnInfo info = InfoOf<Traits>(p, task, segment, threadIdx.x, loads->key_scale);
+      ColumnHoles holes;
+      const ColumnInfo info =
+          InfoOf<Traits>(p, task, segment, threadIdx.x, loads->key_scale, &holes);
+      if constexpr (Traits::kGeneral) {
+        reinterpret_cast<ColumnHoles*>(shared + Traits::kHolesOffset)[threadIdx.x] = holes;
+      }
       ColumnInfo& target = infos[threadIdx.x];
       target.keys = info.keys;
       target.score_factor = info.score_factor;

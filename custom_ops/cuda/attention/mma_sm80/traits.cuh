@@ -42,10 +42,12 @@ constexpr int MergeDims(int most, int dim) {
 }
 
 // kWide: twice the warps in a CTA, for calls whose clusters have a multiprocessor for each CTA.
+// kGeneral: columns may have holes in what they see, and heads block tables (column_holes.cuh).
 template <DType kElement_, int kHeadDim_, bool kPaged_, Scales kScales_, int kColumns_,
-          bool kWide_ = false>
+          bool kWide_ = false, bool kGeneral_ = false>
 struct AttentionTraits {
   static constexpr bool kWide = kWide_;
+  static constexpr bool kGeneral = kGeneral_;
   static constexpr int kThreads = kAttentionThreads * (kWide ? 2 : 1);
   static constexpr int kCtasPerSm = kWide ? 1 : kAttentionCtasPerSm;
   static constexpr DType kElement = kElement_;
@@ -159,7 +161,9 @@ struct AttentionTraits {
   static constexpr int kStateBytes = kPipelines * kColumns * 8;  // maximum, sum
   static constexpr int kColumnOffset = kStateOffset + kStateBytes;
   static constexpr int kColumnBytes = kColumns * 32;  // ColumnInfo
-  static constexpr int kScanOffset = kColumnOffset + kColumnBytes;
+  static constexpr int kHolesOffset = kColumnOffset + kColumnBytes;
+  static constexpr int kHolesBytes = kGeneral ? kColumns * 32 : 0;  // ColumnHoles
+  static constexpr int kScanOffset = kHolesOffset + kHolesBytes;
   static constexpr int kScanBytes = kThreads / 32 * 8;
   static constexpr int kShareOffset = kScanOffset + kScanBytes;
   static constexpr int kShareBytes = 48;  // Schedule
