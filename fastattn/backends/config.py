@@ -58,6 +58,10 @@ class BackendConfig:
         Whether each layer has the window of `window_size`; empty means that all have it.
     window_tables : bool
         Whether layers with a window rotate by ``forward_meta.swa_rotary_embs``.
+    window_heads : float
+        Part of the heads, the last ones, that have a layer's window; 0 means that all have it.
+    first_tokens : int
+        Number of tokens at the start of a sequence that stay visible beside a window.
     rotary_dim : int or None
         Number of rotated channels of a head; None means all.
     kv_heads : int or None
@@ -78,6 +82,8 @@ class BackendConfig:
     window_size: int
     window_layers: tuple[bool, ...]
     window_tables: bool
+    window_heads: float
+    first_tokens: int
     rotary_dim: int | None
     kv_heads: int | None
     layer_kv_heads: tuple[int, ...]
@@ -107,6 +113,8 @@ class BackendConfig:
             window_size=count_of(fd_config, backend, "model_config.window_size", 0, 0),
             window_layers=window_layers,
             window_tables=bool(read(fd_config, "model_config.swa_rope_theta", 0)),
+            window_heads=_window_heads(fd_config, backend),
+            first_tokens=count_of(fd_config, backend, "model_config.sink_size", 0, 0),
             rotary_dim=_rotary_dim(fd_config, head_dim),
             kv_heads=read(fd_config, "model_config.num_key_value_heads"),
             layer_kv_heads=_layer_kv_heads(fd_config, window_layers),
@@ -189,6 +197,18 @@ def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
     return tuple(bool(entry) for entry in pattern)
 
 
+def _window_heads(fd_config: Any, backend: str) -> float:
+    """``model_config.head_wise_swa_ratio``, a number from 0 to 1."""
+    value = read(fd_config, "model_config.head_wise_swa_ratio", 0) or 0
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise ValueError(
+            f"{backend}: fd_config.model_config.head_wise_swa_ratio: expected a number from 0 to "
+            f"1, got {value!r}"
+        )
+    return float(value)
+
+
 def _layer_kv_heads(fd_config: Any, window_layers: tuple[bool, ...]) -> tuple[int, ...]:
     """Number of KV heads of each layer, as FastDeploy's runner finds it; empty: all are alike."""
     listed = read(fd_config, "model_config.num_key_value_heads_list")
@@ -254,11 +274,6 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
         cache_type_of(cache_kind(fd_config))
     except NotImplementedError as error:
         raise NotImplementedError(f"{backend}: quant_config.{error}") from None
-    for name in ("head_wise_swa_ratio", "sink_size"):
-        value = read(fd_config, f"model_config.{name}", 0)
-        if value:
-            same = "sliding windows are the same for every head"
-            refuse(backend, f"model_config.{name}", value, same)
     refuse_server_options(fd_config, backend)
 
 

@@ -290,7 +290,7 @@ class ForwardMeta:
             See :func:`fastattn.functional.rope_write_cache_kv`.
         prefill : sequence of bool, optional
             Whether each sequence is in prefill. Default: sequences with more than one new token
-            are.
+            are, or with `attn_mask` those without cached ones.
         num_tokens : int, optional
             Number of tokens of ``qkv``, if more than ``sum(new)``; the rest is padding.
         shared_prefix_tokens : int
@@ -330,7 +330,9 @@ class ForwardMeta:
         for name, lengths in (("cached", cached_lens), ("new", lens)):
             if (lengths < 0).any():
                 raise ValueError(f"{op}: {name}: expected at least 0, got {lengths.min()}")
-        flags = lens > 1 if prefill is None else np.asarray(prefill, bool)
+        # A tree of drafts has several tokens, too.
+        usual = cached_lens == 0 if fields.get("attn_mask") is not None else lens > 1
+        flags = usual if prefill is None else np.asarray(prefill, bool)
         if flags.shape != (batch,):
             raise ValueError(f"{op}: prefill: expected shape [{batch}], got {list(flags.shape)}")
         encoder = np.where(flags, lens, 0).astype(np.int32)

@@ -63,7 +63,7 @@ _WRITE_TENSORS = (
 )
 
 #: Tensors of a layer that ``paged_attention`` takes.
-_ATTEND_TENSORS = ("sinks", "out_scale", "k_center")
+_ATTEND_TENSORS = ("sinks", "out_scale", "k_center", "head_windows")
 
 #: Attributes in which ``paddle.nn.Layer`` keeps tensors.
 _HOLDERS = ("_parameters", "_buffers")
@@ -166,7 +166,7 @@ class LayerFacts:
             attend=attend,
             attend_tensors=(
                 *(attend["sinks"], None, attend["out_scale"], None, attend["k_center"]),
-                *(None, None),  # trees and windows of heads are not a plain step's
+                *(None, attend.get("head_windows")),  # a step with trees is not a plain one
             ),
             attend_attrs=_attend_attrs(attend, heads[2]),
             masked_attrs=_attend_attrs({**attend, **_OFFSETS_ALONE}, heads[2]),

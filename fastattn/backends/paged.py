@@ -21,6 +21,7 @@ from fastattn.backends.forward_meta import (
     optional,
     sequences,
 )
+from fastattn.backends.head_windows import head_windows
 from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
@@ -317,6 +318,8 @@ class PagedAttentionBackend(AttentionBackend):
             return None
         mask = mask_offsets(forward_meta, metadata)
         if mask is not None:
+            if "head_windows" in facts.attend:  # which is refused
+                return None
             mask = layer_mask(mask, forward_meta, metadata, facts.window, layer.layer_id)
         plan = facts.step_plan
         if mask is not None:
@@ -363,11 +366,15 @@ class PagedAttentionBackend(AttentionBackend):
         }
         mask = mask_offsets(forward_meta, metadata)
         if mask is not None:
+            if "head_windows" in facts.attend:
+                self._refuse(
+                    "forward_meta.attn_mask_offsets", " for a layer with windows of some heads"
+                )
             mask = layer_mask(mask, forward_meta, metadata, facts.window, layer_id)
             options["mask_offsets"] = mask
             options.update(causal=False, window_size=(-1, -1))
         if metadata.drafts is not None:
-            if facts.window:
+            if facts.window or "head_windows" in facts.attend:
                 self._refuse("forward_meta.attn_mask", " for a layer with a window")
             options["tree_mask"] = draft_trees(forward_meta, metadata, layer_id)
         if q_descale is not None and options["out_scale"] is None:
@@ -416,7 +423,8 @@ class PagedAttentionBackend(AttentionBackend):
         return tokens, self._most_keys(seqs[0])
 
     def _most_keys(self, block_tables: Any) -> int:
-        return min(self.config.max_model_len, _size(block_tables, 1) * BLOCK_SIZE)
+        last = len(block_tables.shape) - 1  # a KV head may have a table of its own
+        return min(self.config.max_model_len, _size(block_tables, last) * BLOCK_SIZE)
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
         """Arguments of the layer's operators, reused if the layer is unchanged."""
@@ -450,6 +458,14 @@ class PagedAttentionBackend(AttentionBackend):
             "k_rotation": transform["k_rotation"] if shifts else "none",
             "k_center": transform["k_center"] if shifts else None,
         }
+        window = self._window_of(layer)
+        windows = head_windows(
+            self.config, window, self._heads(), self.batch_invariant, self._refuse
+        )
+        if windows:
+            place = caches[2 * layer.layer_id].place
+            attend["window_size"] = (-1, -1)
+            attend["head_windows"] = paddle.to_tensor(windows, "int32", place=place)
         facts = LayerFacts.of(layer, caches, cache, shard, self._heads(), write, attend)
         self._known_layers.put(layer, facts)
         return facts
@@ -585,5 +601,5 @@ def _cascade_plan(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
 
 def _sees_all(mask: dict[str, Any]) -> bool:
     """Whether every query sees all keys of the prefix, as a cascade requires."""
-    plain = "mask_offsets" not in mask and "tree_mask" not in mask
+    plain = not {"mask_offsets", "tree_mask", "head_windows"}.intersection(mask)
     return plain and mask["window_size"] == (-1, -1)

@@ -423,8 +423,10 @@ def paged_attention(
         at = slice(first, first + new)
         num_keys = max(int(seq_lens_decoder[b]), 0) + new
         # Each KV head alone where heads differ in what they see, else all of them together.
-        for kv_head in range(kv_heads) if headwise else [slice(None)]:
-            heads_of = _query_heads(kv_head, heads // kv_heads)
+        count = kv_heads if headwise else 1
+        for kv_head in range(count):
+            own = slice(kv_head, kv_head + 1) if headwise else slice(None)
+            heads_of = slice(kv_head * (heads // count), (kv_head + 1) * (heads // count))
             table = np.asarray(block_tables[b])
             k, v, assigned = gather_seq(
                 key_cache,
@@ -445,7 +447,6 @@ def paged_attention(
                 tree_mask=None if tree_mask is None else tree_mask[b],
                 head_window=(-1, 0) if head_windows is None else tuple(head_windows[kv_head]),
             )
-            own = slice(kv_head, kv_head + 1) if headwise else slice(None)
             out[at, heads_of], lse[heads_of, at] = dense_attention(
                 queries[at, heads_of],
                 k[:, own],
@@ -458,10 +459,3 @@ def paged_attention(
                 precision=precision,
             )
     return _store(out, out_scale), lse
-
-
-def _query_heads(kv_head: int | slice, group: int) -> slice:
-    """The query heads that read a KV head; all of them for a slice."""
-    if isinstance(kv_head, slice):
-        return slice(None)
-    return slice(kv_head * group, (kv_head + 1) * group)

@@ -156,8 +156,14 @@ def options() -> Iterator[Case]:
         "sliding_window of a layer": lambda: _day(architectures.GPT_OSS, None, NEOX),
         "window_size of the model": lambda: _day({"window_size": 24}, None, NEOX),
         "window_attn_skip_freq, a list": _window_of_some_layers,
-        "head_wise_swa_ratio": lambda: _day({"head_wise_swa_ratio": 0.5, "window_size": 24}),
-        "sink_size": lambda: _day({"sink_size": 4, "window_size": 24}),
+        "head_wise_swa_ratio": lambda: _day(
+            {"head_wise_swa_ratio": 0.5, "window_size": 24}, None, NEOX
+        ),
+        "sink_size": lambda: _day({"sink_size": 4, "window_size": 24}, None, NEOX),
+        "head_wise_swa_ratio and sink_size": lambda: _day(
+            {"head_wise_swa_ratio": 0.5, "sink_size": 4, "window_size": 24}, "int8", NEOX
+        ),
+        "attn_mask, trees of drafts": _trees,
         "not causal": lambda: _not_causal(),
         "partial rotary, ERNIE": lambda: _day(half),
         "partial rotary, GLM": lambda: _day(
@@ -350,6 +356,29 @@ def _offsets(split: bool) -> float:
     for index in range(len(server.layers)):
         out = _by_parts(server, index, new, _split(server, meta) if split else [meta])
         worst = max(worst, server.check(index, out, new, ends))
+    return tolerable(worst)
+
+
+def _trees() -> float:
+    """A step whose new tokens are branches of drafts: each sees one of the two before it."""
+    server = Serving(make_config({}, "int8"), "int8", **NEOX)
+    server.step(*STEPS["prefill"])
+    new = [5, 1, 7, 4]
+    size = 8
+    seen = np.eye(size, dtype=bool)
+    for token in range(1, size):
+        seen[token] |= seen[max(token - 2, 0)]
+    seen[:, 0] = True
+    trees = np.repeat(seen[None], len(new), axis=0)
+    meta = server.prepare(new, [False] * len(new))
+    meta.attn_mask = paddle.to_tensor(~trees)
+    for backend in server.runner.attn_backends:
+        backend.init_attention_metadata(meta)
+    worst = 0.0
+    for index, layer in enumerate(server.layers):
+        with paddle.no_grad():
+            out = layer(qkv=server.fused(index, new), forward_meta=meta)
+        worst = max(worst, server.check(index, out, new, trees=trees))
     return tolerable(worst)
 
 

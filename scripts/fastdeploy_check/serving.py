@@ -185,6 +185,8 @@ def model_of(layer: Any, config: Any, table: np.ndarray, kind: str | None) -> La
         array(getattr(layer, "sinks", None)),
         window,
         getattr(config.model_config, "causal", True),
+        getattr(config.model_config, "head_wise_swa_ratio", 0.0),
+        getattr(config.model_config, "sink_size", 0),
     )
 
 
@@ -289,10 +291,15 @@ class Serving:
         return paddle.to_tensor(np.concatenate(parts).astype(np.float32)).astype("bfloat16")
 
     def check(
-        self, layer: int, out: Any, new: list[int], ends: list[np.ndarray] | None = None
+        self,
+        layer: int,
+        out: Any,
+        new: list[int],
+        ends: list[np.ndarray] | None = None,
+        trees: np.ndarray | None = None,
     ) -> float:
         """Largest error of a sequence of the step. `ends`: number of keys that each of its tokens
-        sees.
+        sees. `trees`: which new tokens of each slot see each other.
         """
         worst, start, values = 0.0, 0, array(out)
         for slot, n in enumerate(new):
@@ -305,7 +312,8 @@ class Serving:
             seen = None if ends is None else ends[slot]
             if self.masked:
                 seen = self._image_ends(slot, n)
-            exact = self.models[layer].attend(rounded, self.cached[slot], ends=seen)
+            tree = None if trees is None else trees[slot, :n, :n]
+            exact = self.models[layer].attend(rounded, self.cached[slot], ends=seen, tree=tree)
             worst = max(worst, relative_error(values[start : start + n], exact))
             start += n
         if len(values) != start:

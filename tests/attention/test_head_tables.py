@@ -201,7 +201,12 @@ def test_a_window_of_nothing(place):
     [
         ("head_windows", np.zeros((3, 2), np.int32), ValueError, r"head_windows: expected shape"),
         ("head_windows", np.zeros((2, 2), np.int64), TypeError, "head_windows: expected dtype"),
-        ("block_tables", np.zeros((6, 3, 20), np.int32), ValueError, r"\[sequences, 2 \(KV heads\)"),
+        (
+            "block_tables",
+            np.zeros((6, 3, 20), np.int32),
+            ValueError,
+            r"\[sequences, 2 \(KV heads\)",
+        ),
         ("block_tables", np.zeros((6, 1, 2, 3), np.int32), ValueError, "block_tables: expected 2"),
     ],
 )

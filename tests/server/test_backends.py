@@ -431,8 +431,6 @@ def test_shapes_of_other_types_are_refused(name):
     ("part", "name", "value"),
     [
         ("parallel_config", "pd_disaggregation_mode", "per_layer"),
-        ("model_config", "head_wise_swa_ratio", 0.5),
-        ("model_config", "sink_size", 4),
         ("cache_config", "block_size", 32),
     ],
 )
@@ -469,10 +467,8 @@ def test_layers_are_refused_by_name(name, value):
         server.run([5])
 
 
-def test_mla_and_dense_masks_are_refused():
+def test_mla_and_lengths_of_pre_caches_are_refused():
     server = Server(FlashAttentionBackend, Model(), [5])
-    with pytest.raises(NotImplementedError, match=r"forward_meta\.attn_mask"):
-        server.run([5], attn_mask=some_tensor([1]))
     with pytest.raises(NotImplementedError, match=r"forward_meta\.pre_caches_length"):
         server.run([5], pre_caches_length=3)
     meta = server.make_meta([5])

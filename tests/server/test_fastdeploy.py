@@ -234,8 +234,6 @@ def test_every_process_loads_it_where_it_is_named(metadata, process, plugins):
 @pytest.mark.parametrize(
     ("path", "value", "text"),
     [
-        ("model_config.head_wise_swa_ratio", 0.5, "same for every head"),
-        ("model_config.sink_size", 4, "same for every head"),
         ("cache_config.block_size", 32, "supported: 64"),
         ("graph_opt_config.graph_opt_level", 1, "supported: 0"),
         ("quant_config.kv_cache_quant_type", "int4_zp", "supported: none, int8, float8_e4m3fn"),
@@ -491,7 +489,7 @@ def test_a_step_of_stopped_seqs(registered, place):
     worker.step([0, 0], padding=4)
 
 
-@pytest.mark.parametrize("fields", [{"attn_mask": 1}, {"pre_caches_length": 3}])
+@pytest.mark.parametrize("fields", [{"pre_caches_length": 3}])
 def test_a_step_with_something_else_is_refused(registered, fields):
     worker = Worker(make_model(None), None, [9])
     with pytest.raises(NotImplementedError, match=next(iter(fields))):

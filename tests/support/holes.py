@@ -23,7 +23,9 @@ def random_tree(rng, size: int) -> np.ndarray:
 
 def tree_masks(rng, new, size: int, padding: bool = True) -> np.ndarray:
     """Trees [B, size, size] of sequences of `new` tokens; what lies past a tree is random."""
-    masks = rng.random((len(new), size, size)) < 0.5 if padding else np.zeros((len(new), size, size))
+    masks = (
+        rng.random((len(new), size, size)) < 0.5 if padding else np.zeros((len(new), size, size))
+    )
     masks = masks.astype(bool)
     for mask, count in zip(masks, new):
         if 0 < count <= size:

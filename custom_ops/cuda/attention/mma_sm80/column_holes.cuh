@@ -1,5 +1,5 @@
-// What the columns of a call see that has holes: trees of drafts, and windows of KV heads beside the
-// first keys of a sequence (common/holes.h). Only kernels with Traits::kGeneral look here.
+// What the columns of a call see that has holes: trees of drafts, and windows of KV heads beside
+// the first keys of a sequence (common/holes.h). Only kernels with Traits::kGeneral look here.
 //
 // A column sees the keys of its ColumnInfo without those in its gap, and of the new keys those
 // whose entry in its row of the tree is not 0. Both are kept beside the ColumnInfo, at the same
