@@ -36,6 +36,7 @@ def decide_attention(
     compute_major: int = 9,
     num_sms: int = 132,
     batch_invariant: bool = False,
+    general: bool = False,
 ) -> tuple[str, int, list[dict[str, int]]]: ...
 def invariant_splits(kv_tiles: int, columns: int, num_kv_heads: int) -> tuple[int, int]: ...
 def plan_indexer_topk(

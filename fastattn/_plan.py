@@ -66,6 +66,7 @@ class AttentionCall(NamedTuple):
     max_seqlen_k: int
     window_left: int = -1
     batch_invariant: bool = False
+    general: bool = False  # with a tree mask, or windows or block tables of KV heads
 
 
 @functools.lru_cache(maxsize=1)
@@ -135,6 +136,9 @@ def attention_call(
         attrs["max_seqlen_k"],
         attrs["window_left"],
         bool(attrs.get("batch_invariant")),
+        "tree_mask" in tensors
+        or "head_windows" in tensors
+        or len(tensors.get("block_tables", ("", []))[1]) == 3,
     )
 
 
@@ -166,12 +170,13 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
         ``workspace``: bytes. ``dequantize``: room for 16-bit K and V of long sequences; empty where
         codes are attended as they are.
     """
-    facts: Any = call[1:-2]
+    facts: Any = call[1:11]
     prefill, floats, launches = host().decide_attention(
         *facts,
         compute_major=device.major,
         num_sms=device.processors,
         batch_invariant=call.batch_invariant,
+        general=call.general,
     )
     mib, operations = env.dequantized()
     room = host().dequantize_plan(
@@ -181,6 +186,7 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
         batch_invariant=call.batch_invariant,
         memory=int(min(mib, 2**20) * 2**20),
         operations=operations,
+        general=call.general,
     )
     room = {name: value for name, value in room.items() if room["blocks"]}
     return {

@@ -168,10 +168,11 @@ AttentionParams CallOf(const std::string& q_dtype, const std::string& k_dtype,
 std::tuple<std::string, int64_t, Launches> Decide(
     const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
     int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
-    int max_seqlen_k, int compute_major, int num_sms, bool batch_invariant) {
+    int max_seqlen_k, int compute_major, int num_sms, bool batch_invariant, bool general) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.batch_invariant = batch_invariant;
+  p.seqs.head_tables = general;  // stands for all that IsGeneral() looks at
   const AttentionDecision decision = DecideAttention(p, {compute_major, num_sms});
   const char* const kernels[] = {"mma_sm80", "wgmma_fp8", "wgmma_fp16"};
   return {kernels[static_cast<int>(decision.prefill)], decision.workspace,
@@ -183,11 +184,12 @@ std::map<std::string, int64_t> DequantizePlanOf(
     const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
     int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
     int max_seqlen_k, int compute_major, int window_left, bool batch_invariant, int64_t memory,
-    double operations) {
+    double operations, bool general) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.window_left = window_left;
   p.batch_invariant = batch_invariant;
+  p.seqs.head_tables = general;
   const DequantizePlan plan =
       DecideAttention(p, {compute_major, 132, 0, {memory, operations}}).dequantize;
   return {{"blocks", plan.blocks},
@@ -222,14 +224,14 @@ PYBIND11_MODULE(_host, m) {
   m.def("decide_attention", &api::Decide, arg("q_dtype"), arg("k_dtype"), arg("cache_type"),
         arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"), arg("head_dim"),
         arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9, arg("num_sms") = 132,
-        arg("batch_invariant") = false,
+        arg("batch_invariant") = false, arg("general") = false,
         "Kernel of a call's whole tiles, floats of workspace, and launches on a GPU; cache_type "
-        "ragged: flash_attention.");
+        "ragged: flash_attention; general: with a tree mask, or windows or block tables of heads.");
   m.def("dequantize_plan", &api::DequantizePlanOf, arg("q_dtype"), arg("k_dtype"),
         arg("cache_type"), arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"),
         arg("head_dim"), arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9,
         arg("window_left") = -1, arg("batch_invariant") = false, arg("memory") = kDequantizedBytes,
-        arg("operations") = kDequantizedOperations,
+        arg("operations") = kDequantizedOperations, arg("general") = false,
         "Room for 16-bit keys and values of a call's long sequences over a cache of codes.");
   m.def(
       "invariant_splits",

@@ -101,9 +101,11 @@ def rope_write_cache_kv(
         With one more leading dimension, [S, 2, 1, max_seq, 1, columns] or [S, 2, max_seq, columns],
         there is one table per sequence (multimodal RoPE, FastDeploy's ``rope_3d``): sequence b uses
         table b. There may be more tables than sequences.
-    block_tables : Tensor, shape [B, max_blocks], int32
+    block_tables : Tensor, shape [B, max_blocks] or [B, KV, max_blocks], int32
         Physical block of each group of 64 tokens of a sequence. `block_tables` and
-        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run.
+        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run. With
+        three dimensions each KV head has a table of its own, as in :func:`paged_attention`. On a
+        GPU this is for up to 65535 tokens, and a prompt is written token by token.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         Index of the first token of each sequence in `qkv`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32

@@ -411,6 +411,39 @@ def test_rules_are_of_operators():
     assert set(_check_rules._RULES) <= set(_ops.operators())
 
 
+HEADS = {"block_tables": [[[4, 0, 9], [3, 6, 9]], [[1, -1, 9], [5, -1, 9]], [[-1] * 3] * 2]}
+
+
+def test_tables_of_heads():
+    """Each KV head has what its own queries see, and what they do not see it need not have."""
+    attend(HEADS), write(HEADS)
+    windows = int32([[-1, 0], [10, 3]])
+    attend({**SEQS}, head_windows=windows)
+    for changed, head in (([[-1, 0, 9], [3, 6, 9]], 0), ([[4, 0, 9], [-1, 6, 9]], 1)):
+        tables = [changed, *HEADS["block_tables"][1:]]
+        with pytest.raises(ValueError, match="block_tables: expected a block .*entry 0"):
+            attend({"block_tables": tables})
+        # 71 keys: a window of 10 keys ends in block 1, and its first tokens are in block 0.
+        for first in (0, 3):
+            call = {"head_windows": int32([[-1, 0], [5, first]])}
+            if head == 1 and first == 0:
+                attend({"block_tables": tables}, **call)
+                continue
+            with pytest.raises(ValueError, match="block_tables: expected a block .*entry 0"):
+                attend({"block_tables": tables}, **call)
+    twice = [[[4, 0, 9], [3, 6, 9]], [[1, -1, 9], [6, -1, 9]], [[-1] * 3] * 2]
+    with pytest.raises(ValueError, match="a block of its own .*got block 6"):
+        write({"block_tables": twice})
+
+
+def test_scales_of_heads():
+    broken = fp8("cache_k_scales", (3, 1, 5), 0.0)
+    with pytest.raises(ValueError, match="token 5 of sequence 0, KV head 1"):
+        attend(HEADS, **broken)
+    attend(HEADS, **broken, head_windows=int32([[-1, 0], [5, 3]]))
+    attend(HEADS, **fp8("cache_k_scales", (3, 0, 5), 0.0))  # block 3 is another head's
+
+
 def test_partial_tables():
     tables = {"block_tables": [[-1, 0], [-1, 0], [0, 0]]}
     with _check.partial_tables():
