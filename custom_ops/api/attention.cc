@@ -96,21 +96,19 @@ Results PagedResults(const Known& in) {
 
 }  // namespace
 
-FASTATTN_OPERATOR(Outputs, kPaged, PagedAttention, PagedResults,
-                  (const Strided<Tensor>& q, const Strided<Tensor>& key_cache,
-                   const Strided<Tensor>& value_cache, const Tensor& block_tables,
-                   const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
-                   const Tensor& seq_lens_this_time, const Strided<OptionalTensor>& cache_k_scales,
-                   const Strided<OptionalTensor>& cache_v_scales,
-                   const Strided<OptionalTensor>& q_descale, const OptionalTensor& sinks,
-                   const OptionalTensor& mask_offsets, const OptionalTensor& out_scale,
-                   OptionalTensor& out, const OptionalTensor& k_center,
-                   const OptionalTensor& tree_mask, const OptionalTensor& head_windows,
-                   int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
-                   int64_t window_left, int64_t window_right, float softcap,
-                   bool return_softmax_lse, const std::string& out_dtype,
-                   const std::string& cache_quant_type, const std::string& fp8_format,
-                   bool quantize_q, bool batch_invariant, const std::string& k_rotation)) {
+FASTATTN_OPERATOR(
+    Outputs, kPaged, PagedAttention, PagedResults,
+    (const Strided<Tensor>& q, const Strided<Tensor>& key_cache, const Strided<Tensor>& value_cache,
+     const Tensor& block_tables, const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
+     const Tensor& seq_lens_this_time, const Strided<OptionalTensor>& cache_k_scales,
+     const Strided<OptionalTensor>& cache_v_scales, const Strided<OptionalTensor>& q_descale,
+     const OptionalTensor& sinks, const OptionalTensor& mask_offsets,
+     const OptionalTensor& out_scale, OptionalTensor& out, const OptionalTensor& k_center,
+     const OptionalTensor& tree_mask, const OptionalTensor& head_windows, int64_t max_seqlen_q,
+     int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
+     int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
+     const std::string& cache_quant_type, const std::string& fp8_format, bool quantize_q,
+     bool batch_invariant, const std::string& k_rotation)) {
   AttentionParams p;
   p.batch_invariant = batch_invariant;
   ParseQuery(kPaged, q, &p);
@@ -118,7 +116,7 @@ FASTATTN_OPERATOR(Outputs, kPaged, PagedAttention, PagedResults,
   p.paged = true;
   p.cache = ParsePagedCache(kPaged,
                             {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
-                             cache_quant_type, fp8_format},
+                             cache_quant_type, fp8_format, CacheLayout::kFastattn, &block_tables},
                             place);
   CheckHeads(kPaged, "key_cache", p.cache.num_kv_heads, p.cache.head_dim, &p);
   if (p.cache.type == CacheType::kNone && p.q_dtype != p.cache.dtype) {

@@ -28,10 +28,10 @@ DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, Cach
   return codes;
 }
 
-// `head_dim`: that of K or of V, whose scales they are.
+// `head_dim`: that of K or of V, whose scales they are. `block_heads`: heads in a block.
 ScaleScheme ParseScales(const char* op, const char* name, const Tensor* scales,
-                        const PagedCache& cache, int64_t head_dim, const phi::Place& place,
-                        CacheStrides* strides) {
+                        const PagedCache& cache, int64_t head_dim, int64_t block_heads,
+                        const phi::Place& place, CacheStrides* strides) {
   // Paddle passes an empty optional tensor as an absent one.
   if (scales == nullptr && IsDynamic(cache.type) && cache.num_blocks == 0) {
     return ScaleScheme::kToken;
@@ -45,14 +45,13 @@ ScaleScheme ParseScales(const char* op, const char* name, const Tensor* scales,
   const CacheFormat& known = FormatOf(cache.type);
   if (known.scheme == ScaleScheme::kGroup) {
     arg.Dtype({phi::DataType::UINT8})
-        .Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize,
-               head_dim / InfoOf(known.scales).group});
+        .Dims({cache.num_blocks, block_heads, kBlockSize, head_dim / InfoOf(known.scales).group});
     *strides = ParseCacheStrides(op, name, *scales, true);
     return ScaleScheme::kToken;
   }
   arg.Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
   if (IsDynamic(cache.type)) {
-    arg.Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize});
+    arg.Dims({cache.num_blocks, block_heads, kBlockSize});
     *strides = ParseCacheStrides(op, name, *scales);
     return ScaleScheme::kToken;
   }
@@ -70,6 +69,13 @@ ScaleScheme ParseScales(const char* op, const char* name, const Tensor* scales,
   }
   Fail("ValueError", op, name, "expected shape [1] or [", heads, "] (KV heads), got ",
        ShapeText(shape));
+}
+
+// KV heads of a cache whose blocks have `block_heads` of them.
+int64_t KvHeads(const CacheArgs& args, int64_t block_heads) {
+  if (block_heads != 1 || args.head_tables == nullptr) return block_heads;
+  const common::DDim& tables = args.head_tables->dims();
+  return tables.size() == 3 ? std::max<int64_t>(tables[1], 1) : 1;
 }
 
 }  // namespace
@@ -156,7 +162,9 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   }
   if (shape[1] == 0) Fail("ValueError", op, "key_cache", "expected at least 1 KV head, got 0");
   cache.num_blocks = static_cast<int>(shape[0]);
-  cache.num_kv_heads = static_cast<int>(shape[1]);
+  const int64_t heads = KvHeads(args, shape[1]);
+  RequireFits(op, "block_tables", heads);
+  cache.num_kv_heads = static_cast<int>(heads);
   cache.head_dim = static_cast<int>(head_dim);
 
   Arg value(op, "value_cache", args.value_cache);
@@ -185,9 +193,9 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
     cache.dtype = ParseCodeDtype(op, "key_cache", args.key_cache, cache.type, format);
     ParseCodeDtype(op, "value_cache", args.value_cache, cache.type, format);
     cache.k_granularity = ParseScales(op, "cache_k_scales", args.k_scales, cache, cache.head_dim,
-                                      place, &cache.k_scale_strides);
+                                      shape[1], place, &cache.k_scale_strides);
     cache.v_granularity = ParseScales(op, "cache_v_scales", args.v_scales, cache, cache.ValueDim(),
-                                      place, &cache.v_scale_strides);
+                                      shape[1], place, &cache.v_scale_strides);
     if (args.k_scales != nullptr && args.v_scales != nullptr) {
       Arg(op, "cache_v_scales", *args.v_scales).Dtype({args.k_scales->dtype()});
       cache.scale_dtype = ToDType(op, "cache_k_scales", args.k_scales->dtype());
@@ -198,6 +206,12 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   }
   cache.key = MutableAddress(args.key_cache);
   cache.value = MutableAddress(args.value_cache);
+  if (heads != shape[1]) {  // every head's plane of a block is the only one
+    for (CacheStrides* strides : {&cache.key_strides, &cache.value_strides, &cache.k_scale_strides,
+                                  &cache.v_scale_strides}) {
+      strides->head = 0;
+    }
+  }
   return cache;
 }
 

@@ -39,6 +39,9 @@ struct CacheArgs {
   const std::string& cache_quant_type;
   const std::string& fp8_format;
   CacheLayout layout = CacheLayout::kFastattn;
+  // block_tables where they may be [B, KV, max_blocks]: a cache of one head is then a pool of
+  // blocks that all of these KV heads share.
+  const Tensor* head_tables = nullptr;
 };
 
 // Strides of a cache [num_blocks, KV, rows, columns] or of dynamic scales [num_blocks, KV,

@@ -139,8 +139,8 @@ FASTATTN_OPERATOR(Outputs, kOp, RopeWriteCacheKv, RopeResults,
   const phi::Place place =
       key_cache.defined() && key_cache.initialized() ? key_cache.place() : qkv.place();
   RopeWriteCacheParams p;
-  const CacheArgs cache{key_cache,           value_cache,      Get(cache_k_scales),
-                        Get(cache_v_scales), cache_quant_type, fp8_format};
+  const CacheArgs cache{key_cache,        value_cache, Get(cache_k_scales),    Get(cache_v_scales),
+                        cache_quant_type, fp8_format,  CacheLayout::kFastattn, &block_tables};
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireEqualDims(kOp, p.cache);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);

@@ -46,8 +46,8 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
   const Tensor& anchor = key_cache.initialized() ? key_cache : key;  // empty ones have no place
   const phi::Place place = anchor.place();
   WriteCacheParams p;
-  const CacheArgs cache{key_cache,           value_cache,      Get(cache_k_scales),
-                        Get(cache_v_scales), cache_quant_type, fp8_format};
+  const CacheArgs cache{key_cache,        value_cache, Get(cache_k_scales),    Get(cache_v_scales),
+                        cache_quant_type, fp8_format,  CacheLayout::kFastattn, &block_tables};
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);

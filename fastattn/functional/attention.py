@@ -284,7 +284,8 @@ def paged_attention(
         Physical block of each group of 64 tokens of a sequence. `block_tables` and
         `seq_lens_decoder` may have more than B rows, for slots of a server that do not run. With
         three dimensions each KV head has blocks of its own: the key of head h at position p is in
-        slot ``p % 64`` of head h of block ``block_tables[b, h, p // 64]``.
+        slot ``p % 64`` of head h of block ``block_tables[b, h, p // 64]``. Caches [num_blocks, 1,
+        ...] of one head are then a pool whose blocks all KV heads share.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         Index of the first token of each sequence in `q`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32

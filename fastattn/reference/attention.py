@@ -8,6 +8,8 @@ error.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import ml_dtypes
 import numpy as np
 
@@ -348,6 +350,30 @@ def gather_seq(
     return gathered[0], gathered[1], np.repeat(known, BLOCK_SIZE)[:num_keys]
 
 
+class _Heads(NamedTuple):
+    """Heads that one attention over a sequence takes."""
+
+    query: slice
+    stored: slice  # of the cache
+    pooled: tuple[int, int] | None  # (KV head, their number) in a cache of one head for all
+
+
+def _heads_of(index: int, count: int, kv_heads: int, heads: int, stored: int) -> _Heads:
+    """Those of part `index` of `count`: of one KV head, or of all."""
+    group = heads // count
+    pooled = (index, kv_heads) if stored != kv_heads else None
+    own = slice(None) if count == 1 or pooled else slice(index, index + 1)
+    return _Heads(slice(index * group, (index + 1) * group), own, pooled)
+
+
+def _scales_of(scales: Array | None, of: _Heads, cache_quant_type: str) -> Array | None:
+    """Scales for :func:`gather_seq`: in a pool, a head's own of a static type."""
+    if scales is None or of.pooled is None or cache_quant_type in DYNAMIC_TYPES or len(scales) == 1:
+        return scales
+    head, kv_heads = of.pooled
+    return scales.reshape(kv_heads, -1)[head]
+
+
 def paged_attention(
     q: Array,
     key_cache: Array,
@@ -385,7 +411,8 @@ def paged_attention(
     ----------
     block_tables : array of int, shape [B, max_blocks] or [B, KV, max_blocks]
         With three dimensions each KV head has blocks of its own: the key at position p of head h
-        lies in slot ``p % 64`` of head h of block ``block_tables[b, h, p // 64]``.
+        lies in slot ``p % 64`` of head h of block ``block_tables[b, h, p // 64]``. In a cache of
+        one head, a pool that all heads share, that is the block's only head.
     tree_mask : array, shape [B, N, N], optional
         That of each sequence; see :func:`attention_mask`.
     head_windows : array of int, shape [KV, 2], optional
@@ -412,8 +439,13 @@ def paged_attention(
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
     out = np.zeros((tokens, heads, _head_dim(value_cache, cache_quant_type)))
     lse = np.full((heads, tokens), -np.inf)
-    headwise = head_windows is not None or np.ndim(block_tables) == 3
+    caches = key_cache, value_cache
+    scales = cache_k_scales, cache_v_scales
     kv_heads = key_cache.shape[1]
+    if np.ndim(block_tables) == 3:
+        kv_heads = np.shape(block_tables)[1]
+    # Each KV head alone where heads differ in what they see, else all of them together.
+    count = kv_heads if head_windows is not None or np.ndim(block_tables) == 3 else 1
     for b in range(len(block_tables)):
         first = int(cu_seqlens_q[b])
         span = min(int(cu_seqlens_q[b + 1]), tokens) - first
@@ -422,19 +454,15 @@ def paged_attention(
             continue
         at = slice(first, first + new)
         num_keys = max(int(seq_lens_decoder[b]), 0) + new
-        # Each KV head alone where heads differ in what they see, else all of them together.
-        count = kv_heads if headwise else 1
+        table = np.asarray(block_tables[b])
         for kv_head in range(count):
-            own = slice(kv_head, kv_head + 1) if headwise else slice(None)
-            heads_of = slice(kv_head * (heads // count), (kv_head + 1) * (heads // count))
-            table = np.asarray(block_tables[b])
+            of = _heads_of(kv_head, count, kv_heads, heads, key_cache.shape[1])
             k, v, assigned = gather_seq(
-                key_cache,
-                value_cache,
+                *caches,
                 table[kv_head] if table.ndim == 2 else table,
                 num_keys,
-                cache_k_scales=cache_k_scales,
-                cache_v_scales=cache_v_scales,
+                cache_k_scales=_scales_of(scales[0], of, cache_quant_type),
+                cache_v_scales=_scales_of(scales[1], of, cache_quant_type),
                 cache_quant_type=cache_quant_type,
                 fp8_format=fp8_format,
             )
@@ -447,15 +475,15 @@ def paged_attention(
                 tree_mask=None if tree_mask is None else tree_mask[b],
                 head_window=(-1, 0) if head_windows is None else tuple(head_windows[kv_head]),
             )
-            out[at, heads_of], lse[heads_of, at] = dense_attention(
-                queries[at, heads_of],
-                k[:, own],
-                v[:, own],
+            out[at, of.query], lse[of.query, at] = dense_attention(
+                queries[at, of.query],
+                k[:, of.stored],
+                v[:, of.stored],
                 visible & assigned,
                 softmax_scale=scale,
                 softcap=softcap,
-                sinks=None if sinks is None else sinks[heads_of],
-                shifts=None if k_center is None else shifts[at, heads_of],
+                sinks=None if sinks is None else sinks[of.query],
+                shifts=None if k_center is None else shifts[at, of.query],
                 precision=precision,
             )
     return _store(out, out_scale), lse

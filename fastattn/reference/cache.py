@@ -180,9 +180,11 @@ def write_cache_kv(
     """Write new tokens into a paged cache; see :func:`fastattn.functional.write_cache_kv`.
 
     The caches and dynamic scales, C-contiguous arrays, change in place. `block_tables` may be
-    [B, KV, max_blocks]: a table for each KV head.
+    [B, KV, max_blocks]: a table for each KV head. A cache of one head is then a pool that all heads
+    share.
     """
     num_blocks, kv_heads = key_cache.shape[:2]
+    pooled = key.shape[1] != kv_heads
     quantised = cache_quant_type != "none"
     value_layout = "fastattn" if quantised else "logical"
     if k_rotation != "none" or k_center is not None:
@@ -216,9 +218,10 @@ def write_cache_kv(
             with np.errstate(over="ignore", invalid="ignore"):
                 written = x[tokens].astype(cache.dtype)
         for i, (_, head, block, slot) in enumerate(found):
-            flat[block][head, offsets[slot]] = written[i][head]
+            stored = 0 if pooled else head
+            flat[block][stored, offsets[slot]] = written[i][head]
             if token_scales is not None and scales is not None:
-                scales[block, head, slot] = token_scales[i][head]
+                scales[block, stored, slot] = token_scales[i][head]
 
 
 def append_cache_kv_c8(

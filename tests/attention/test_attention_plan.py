@@ -310,9 +310,7 @@ def test_general_calls_have_kernels_of_16_and_64_columns(kind, new, major):
     """With a tree mask, or windows or tables of heads: the kernel that every GPU has."""
     key = "bfloat16" if kind == "none" else "float8_e4m3fn"
     call = ("bfloat16", key, kind, 4 * new, 4, 8, 4, 128, new, 8192)
-    prefill, workspace, launches = host.decide_attention(
-        *call, compute_major=major, general=True
-    )
+    prefill, workspace, launches = host.decide_attention(*call, compute_major=major, general=True)
     assert prefill == "mma_sm80" and launches
     assert {launch["columns"] for launch in launches} <= {16, 64}
     assert host.dequantize_plan(*call, compute_major=major, general=True)["blocks"] == 0

@@ -12,7 +12,14 @@ from fastattn import reference
 from tests.attention.test_masked_keys import GARBAGE, fill, query_types
 from tests.support.attention import CACHE_KINDS, FEW_KINDS, PLAIN, CacheKind, paged_problem
 from tests.support.compare import assert_same_bits
-from tests.support.holes import hide, slots_of, tree_masks, visible_of, with_tables_of_heads
+from tests.support.holes import (
+    hide,
+    slots_of,
+    tree_masks,
+    visible_of,
+    with_pool_of_heads,
+    with_tables_of_heads,
+)
 from tests.support.tensors import int32, to_paddle
 
 #: (cached, new) tokens: decode, drafts, chunks and prompts, and an idle sequence.
@@ -68,6 +75,23 @@ def test_tables_of_every_type(place, kind):
 
 
 @pytest.mark.few_on_cpu("windows", "kind")
+@pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
+def test_pools_of_every_type(place, kind):
+    """A cache of one head, whose blocks all heads share."""
+    options = {"head_windows": as_windows([(100, 4), (-1, 0)])}
+    problem = paged_problem(MIXED, kind=kind, **options)
+    hide(problem)
+    pool = with_pool_of_heads(problem)
+    assert pool.k.elements.shape[1] == 1
+    got, got_lse = pool.check(place)
+    want, want_lse = problem.run(place)
+    assert_same_bits(got, want)
+    assert_same_bits(got_lse, want_lse)
+    if kind.granularity == "tensor":
+        exact, _ = pool.reference()
+        np.testing.assert_array_equal(exact, problem.reference()[0])
+
+
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
 @pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
 def test_windows(place, kind, windows):

@@ -65,6 +65,28 @@ def test_write(place, cache_quant_type, fp8_format, head_dim, dtype):
     assert_same_cache(write(cache, key, value, step, place), model(cache, key, value, step))
 
 
+@pytest.mark.parametrize(("cache_quant_type", "fp8_format"), QUANTISED)
+def test_write_into_a_pool(place, cache_quant_type, fp8_format):
+    """A cache of one head, whose blocks all heads share."""
+    step, num_blocks = make_step(CACHED, NEW)
+    step = with_tables_of_heads(step, num_blocks, 3)
+    pool = 3 * num_blocks
+    known = (step.block_tables >= 0) & (step.block_tables < num_blocks)
+    heads = np.arange(3)[None, :, None]
+    tables = np.where(known, step.block_tables * 3 + heads, pool).astype(np.int32)
+    step = dataclasses.replace(step, block_tables=tables)
+    cache = make_cache(cache_quant_type, pool, 1, 64, fp8_format=fp8_format)
+    key, value = (make_values((step.num_tokens, 3, 64), BF16, seed) for seed in (1, 2))
+    written = write(cache, key, value, step, place)
+    assert_same_cache(written, model(cache, key, value, step))
+    if cache.k_scales is not None and cache.k_scales.size > 1:
+        for head in range(3):  # as by its own table alone
+            own = dataclasses.replace(step, block_tables=tables[:, head])
+            alone = model(cache, key[:, [head]], value[:, [head]], own)
+            planes = np.unique(tables[:, head][tables[:, head] < pool])
+            assert_same_bits(written.key[planes], alone.key[planes])
+
+
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16)], ids=str)
 def test_write_without_quantisation(place, dtype):
     step, num_blocks = make_step(CACHED, NEW)
@@ -103,7 +125,8 @@ def test_equal_tables_write_what_one_table_writes(place):
 
 
 @pytest.mark.parametrize(
-    ("shape", "text"), [((6, 3, 8), r"\[sequences, 2 \(KV heads\)"), ((6, 1, 2, 8), "expected 2 dim")]
+    ("shape", "text"),
+    [((6, 3, 8), r"\[sequences, 2 \(KV heads\)"), ((6, 1, 2, 8), "expected 2 dim")],
 )
 def test_wrong_tables(shape, text):
     case = make_case(CACHED, NEW)

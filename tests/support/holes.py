@@ -90,3 +90,24 @@ def with_tables_of_heads(problem: PagedProblem, seed: int = 0) -> PagedProblem:
         known = (mine >= 0) & (mine < num_blocks)
         mine[known] = order[mine[known]]
     return dataclasses.replace(other, block_tables=tables)
+
+
+def with_pool_of_heads(problem: PagedProblem, seed: int = 1) -> PagedProblem:
+    """The same keys and values in a pool of blocks of one head that all KV heads share."""
+    problem = problem if problem.block_tables.ndim == 3 else with_tables_of_heads(problem)
+    other = copy.deepcopy(problem)
+    num_blocks, kv_heads = problem.k.elements.shape[:2]
+    order = np.random.default_rng(seed).permutation(num_blocks * kv_heads)
+    tables = other.block_tables
+    for head in range(kv_heads):
+        mine = tables[:, head]
+        known = (mine >= 0) & (mine < num_blocks)
+        mine[known] = order[mine[known] * kv_heads + head]
+    for stored in (other.k, other.v):
+        for name in ("elements", "scales") if problem.kind.dynamic else ("elements",):
+            given = getattr(stored, name)
+            planes = given.reshape(num_blocks * kv_heads, 1, *given.shape[2:])
+            pool = np.empty_like(planes)
+            pool[order] = planes
+            setattr(stored, name, pool)
+    return other

@@ -421,7 +421,7 @@ def test_tables_of_heads():
     attend({**SEQS}, head_windows=windows)
     for changed, head in (([[-1, 0, 9], [3, 6, 9]], 0), ([[4, 0, 9], [-1, 6, 9]], 1)):
         tables = [changed, *HEADS["block_tables"][1:]]
-        with pytest.raises(ValueError, match="block_tables: expected a block .*entry 0"):
+        with pytest.raises(ValueError, match=r"block_tables: expected a block .*entry 0"):
             attend({"block_tables": tables})
         # 71 keys: a window of 10 keys ends in block 1, and its first tokens are in block 0.
         for first in (0, 3):
@@ -429,16 +429,31 @@ def test_tables_of_heads():
             if head == 1 and first == 0:
                 attend({"block_tables": tables}, **call)
                 continue
-            with pytest.raises(ValueError, match="block_tables: expected a block .*entry 0"):
+            with pytest.raises(ValueError, match=r"block_tables: expected a block .*entry 0"):
                 attend({"block_tables": tables}, **call)
     twice = [[[4, 0, 9], [3, 6, 9]], [[1, -1, 9], [6, -1, 9]], [[-1] * 3] * 2]
-    with pytest.raises(ValueError, match="a block of its own .*got block 6"):
+    with pytest.raises(ValueError, match=r"a block of its own .*got block 6"):
         write({"block_tables": twice})
+
+
+def test_a_pool_of_heads():
+    """A cache of one head, whose blocks all heads share."""
+    pool = {
+        name: paddle.zeros([BLOCKS, 1, 64, D], "bfloat16") for name in ("key_cache", "value_cache")
+    }
+    tables = [[[4, 0, 9], [3, 6, 9]], [[1, -1, 9], [5, -1, 9]], [[-1] * 3] * 2]
+    attend({"block_tables": tables}, **pool), write({"block_tables": tables}, **pool)
+    tables[1][1][0] = 6
+    with pytest.raises(ValueError, match=r"by sequence and KV head: .* got block 6"):
+        write({"block_tables": tables}, **pool)
+    tables[0][1][0] = -1
+    with pytest.raises(ValueError, match=r"tokens 0 to 63 of sequence 0, got -1"):
+        attend({"block_tables": tables}, **pool)
 
 
 def test_scales_of_heads():
     broken = fp8("cache_k_scales", (3, 1, 5), 0.0)
-    with pytest.raises(ValueError, match="token 5 of sequence 0, KV head 1"):
+    with pytest.raises(ValueError, match=r"token 5 of sequence 0, KV head 1"):
         attend(HEADS, **broken)
     attend(HEADS, **broken, head_windows=int32([[-1, 0], [5, 3]]))
     attend(HEADS, **fp8("cache_k_scales", (3, 0, 5), 0.0))  # block 3 is another head's
