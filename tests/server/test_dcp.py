@@ -358,6 +358,21 @@ def two_ranks(monkeypatch):
         ({"sinks": paddle.zeros([3])}, ValueError, r"sinks: expected shape \[4\], got \[3\]"),
         ({"sinks": paddle.zeros([4], "float64")}, TypeError, "sinks: expected dtype float32 or bf"),
         ({"window_size": 3}, TypeError, "window_size"),
+        (
+            {"tree_mask": paddle.ones([1, 2, 2], "bool")},
+            NotImplementedError,
+            "tree_mask is not supported with several ranks",
+        ),
+        (
+            {"head_windows": paddle.zeros([2, 2], "int32")},
+            NotImplementedError,
+            "head_windows is not supported with several ranks",
+        ),
+        (
+            {"block_tables": paddle.zeros([1, 2, 2], "int32")},
+            NotImplementedError,
+            "a block table for each KV head is not supported with several ranks",
+        ),
     ],
 )
 def test_errors_among_ranks(monkeypatch, changes, error, text):
