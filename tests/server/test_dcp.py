@@ -368,17 +368,21 @@ def two_ranks(monkeypatch):
             NotImplementedError,
             "head_windows is not supported with several ranks",
         ),
-        (
-            {"block_tables": paddle.zeros([1, 2, 2], "int32")},
-            NotImplementedError,
-            "a block table for each KV head is not supported with several ranks",
-        ),
     ],
 )
 def test_errors_among_ranks(monkeypatch, changes, error, text):
     two_ranks(monkeypatch)
     with pytest.raises(error, match=text):
         call(**changes)
+
+
+def test_a_table_for_each_head_among_ranks(monkeypatch):
+    two_ranks(monkeypatch)
+    x = paddle.zeros([2, 4, 64], "bfloat16")
+    caches = [paddle.zeros([4, 2, 64, 64], "bfloat16") for _ in range(2)]
+    seqs = paddle.zeros([1, 2, 2], "int32"), int32([0, 2]), int32([0]), int32([2])
+    with pytest.raises(NotImplementedError, match="a block table for each KV head is not supp"):
+        distributed.paged_attention_dcp(x, *caches, *seqs, 2, 2)
 
 
 @pytest.mark.parametrize(
