@@ -380,7 +380,7 @@ def test_a_table_for_each_head_among_ranks(monkeypatch):
     two_ranks(monkeypatch)
     x = paddle.zeros([2, 4, 64], "bfloat16")
     caches = [paddle.zeros([4, 2, 64, 64], "bfloat16") for _ in range(2)]
-    seqs = paddle.zeros([1, 2, 2], "int32"), int32([0, 2]), int32([0]), int32([2])
+    seqs = [paddle.to_tensor(x, "int32") for x in ([[[0] * 2] * 2], [0, 2], [0], [2])]
     with pytest.raises(NotImplementedError, match="a block table for each KV head is not supp"):
         distributed.paged_attention_dcp(x, *caches, *seqs, 2, 2)
 
