@@ -96,8 +96,8 @@ class TileKernel {
     if (b_.tree[r] != nullptr && b_.tree_begin < common_end_) common_end_ = b_.tree_begin;
   }
 
-  // Keeps the keys of every row's gap. Chunks there are left out as if their block were not assigned,
-  // which it need not be, so that results do not depend on that.
+  // Keeps the keys of every row's gap. Chunks there are left out as if their block were not
+  // assigned, which it need not be, so that results do not depend on that.
   void NarrowGap(int r) {
     gap_begin_ = b_.gap_begin[r] > gap_begin_ ? b_.gap_begin[r] : gap_begin_;
     gap_end_ = b_.gap_end[r] < gap_end_ ? b_.gap_end[r] : gap_end_;

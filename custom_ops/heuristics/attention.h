@@ -81,7 +81,7 @@ inline AttentionDecision DecideAttention(const AttentionParams& p, const Attenti
   if (decision.prefill == PrefillKernel::kWgmmaFp8) {
     decision.prefill_workspace = WgmmaFp8Workspace(p);
   }
-  if (const AttentionLaunch* whole = decision.plan.Whole(); 
+  if (const AttentionLaunch* whole = decision.plan.Whole();
       whole != nullptr && device.major == 9 && !p.IsGeneral()) {
     const int64_t min_tokens = CeilDiv<int64_t>(whole->min_pairs, p.num_heads / p.num_kv_heads);
     decision.dequantize =

@@ -427,7 +427,7 @@ def paged_attention(
     """
     tokens, heads, head_dim = q.shape
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    shifts = np.zeros((tokens, heads))
+    shifts = None
     if k_center is not None:
         given = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
         centers = np.repeat(np.asarray(k_center, np.float64), heads // len(k_center), axis=0)
@@ -439,13 +439,10 @@ def paged_attention(
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
     out = np.zeros((tokens, heads, _head_dim(value_cache, cache_quant_type)))
     lse = np.full((heads, tokens), -np.inf)
-    caches = key_cache, value_cache
-    scales = cache_k_scales, cache_v_scales
-    kv_heads = key_cache.shape[1]
-    if np.ndim(block_tables) == 3:
-        kv_heads = np.shape(block_tables)[1]
+    own_tables = np.ndim(block_tables) == 3
+    kv_heads = np.shape(block_tables)[1] if own_tables else key_cache.shape[1]
     # Each KV head alone where heads differ in what they see, else all of them together.
-    count = kv_heads if head_windows is not None or np.ndim(block_tables) == 3 else 1
+    count = kv_heads if head_windows is not None or own_tables else 1
     for b in range(len(block_tables)):
         first = int(cu_seqlens_q[b])
         span = min(int(cu_seqlens_q[b + 1]), tokens) - first
@@ -454,15 +451,16 @@ def paged_attention(
             continue
         at = slice(first, first + new)
         num_keys = max(int(seq_lens_decoder[b]), 0) + new
-        table = np.asarray(block_tables[b])
+        table = block_tables[b]
         for kv_head in range(count):
             of = _heads_of(kv_head, count, kv_heads, heads, key_cache.shape[1])
             k, v, assigned = gather_seq(
-                *caches,
-                table[kv_head] if table.ndim == 2 else table,
+                key_cache,
+                value_cache,
+                table[kv_head] if own_tables else table,
                 num_keys,
-                cache_k_scales=_scales_of(scales[0], of, cache_quant_type),
-                cache_v_scales=_scales_of(scales[1], of, cache_quant_type),
+                cache_k_scales=_scales_of(cache_k_scales, of, cache_quant_type),
+                cache_v_scales=_scales_of(cache_v_scales, of, cache_quant_type),
                 cache_quant_type=cache_quant_type,
                 fp8_format=fp8_format,
             )
@@ -483,7 +481,7 @@ def paged_attention(
                 softmax_scale=scale,
                 softcap=softcap,
                 sinks=None if sinks is None else sinks[of.query],
-                shifts=None if k_center is None else shifts[at, of.query],
+                shifts=None if shifts is None else shifts[at, of.query],
                 precision=precision,
             )
     return _store(out, out_scale), lse

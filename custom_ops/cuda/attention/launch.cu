@@ -29,9 +29,8 @@ Launcher FindGeneral(const AttentionParams& p, int columns) {
                           Wanted{"head_dim", p.head_dim},
                           Wanted{"scales of the cache", ScalesOf(p)}, Wanted{"columns", columns}};
   Launcher found = nullptr;
-  dispatch(GeneralInstances{}, wanted, [&](auto... arguments) {
-    found = LaunchGeneralVariant<decltype(arguments)::value...>;
-  });
+  dispatch(GeneralInstances{}, wanted,
+           [&](auto... arguments) { found = LaunchGeneralVariant<decltype(arguments)::value...>; });
   return found;
 }
 

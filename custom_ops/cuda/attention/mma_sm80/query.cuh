@@ -6,8 +6,8 @@
 
 #include "common/normaliser.h"
 #include "common/numeric.h"
-#include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/column_holes.cuh"
+#include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/shared/scales.cuh"

@@ -363,8 +363,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, 
   BeginDecode<kTogether>();
   WarpPlace place = seq.Find([&] { values.Load(rope, at.lane), scale.Load(); });
   if constexpr (Traits::kRope) values.MakeWait(early, place.position);
-  const int loaded_block =
-      LoadBlock<kHeadTables>(seq.seqs, place, at.head, cache.num_kv_heads);
+  const int loaded_block = LoadBlock<kHeadTables>(seq.seqs, place, at.head, cache.num_kv_heads);
   Inverse inverse = {1.0f};
   if constexpr (Traits::kRope) {
     if (place.batch_idx >= 0) {
@@ -426,8 +425,7 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
     }
     scale.Load();
   });
-  const int loaded_block =
-      LoadBlock<kHeadTables>(seq.seqs, place, at.head, cache.num_kv_heads);
+  const int loaded_block = LoadBlock<kHeadTables>(seq.seqs, place, at.head, cache.num_kv_heads);
   uint32_t words[Lane::kWords];
 #pragma unroll
   for (int i = 0; i < Lane::kWords; ++i) {
@@ -494,8 +492,8 @@ constexpr int MostDecodeThreads(bool together) {
 }
 
 // Grid: groups of heads (of V, of K, of Q), and tokens. With kTogether a CTA has several tokens, a
-// warp each. Error feedback takes many registers, so steps with it have a kernel of their own, and so
-// have those with a block table for each KV head, which no other kernel takes.
+// warp each. Error feedback takes many registers, so steps with it have a kernel of their own, and
+// so have those with a block table for each KV head, which no other kernel takes.
 template <typename Traits, bool kTogether, bool kFeedsBack = false, bool kHeadTables = false>
 __global__ void __launch_bounds__(MostDecodeThreads(kTogether))
     StepDecodeKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_token,

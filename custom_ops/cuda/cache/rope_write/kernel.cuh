@@ -103,8 +103,8 @@ cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream)
     // qkv is never fp32, and its heads are of one size.
     if constexpr (kIn != DType::kFloat32 && HeadDims::Has(kHeadDim)) {
       if (p.rope.num_heads > 0 && p.rope.seqs.head_tables) {
-        using Traits =
-            StepTraits<kIn, kScales, kCode, kHeadDim, RopeOptions<true, true, true>, kTransformsKey>;
+        using Traits = StepTraits<kIn, kScales, kCode, kHeadDim, RopeOptions<true, true, true>,
+                                  kTransformsKey>;
         status = LaunchHeadTables<Traits>(p, stream);
         return;
       }
