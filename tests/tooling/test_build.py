@@ -439,6 +439,8 @@ def test_a_build_may_be_limited_to_some_head_dims(monkeypatch):
     compiled = {name for name in instances.sources() if "attention/mma_sm80/bf16_" in name}
     assert {int(re.search(r"bf16_(\d+)", name)[1]) for name in compiled} == {64, 192}
     assert any("mla/attention" in name for name in instances.sources())  # of no such dimension
+    for extension in project.Build("off").extensions():
+        assert "-DFASTATTN_HEAD_DIM_BITS=68" in extension.extra_compile_args["cxx"], extension.name
     for names in ("96,256", "64,80", "wide"):
         monkeypatch.setenv("FASTATTN_HEAD_DIMS", names)
         with pytest.raises(ValueError, match="FASTATTN_HEAD_DIMS: expected some of 64, 96, 128"):
