@@ -62,8 +62,8 @@ def hide(tokenizer: Tokenizer, text: str, length: int, seed: int = 0) -> Needles
     room = length - longest - sum(map(len, facts))
     if room < 1:
         raise ValueError(
-            f"needles: {length} tokens have no room for {len(facts)} facts and a question; expected "
-            f"at least {length - room + 1}"
+            f"needles: {length} tokens have no room for {len(facts)} facts and a question; "
+            f"expected at least {length - room + 1}"
         )
     hay = tokenizer.encode(text)
     if len(hay) < room:

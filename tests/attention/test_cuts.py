@@ -122,5 +122,5 @@ def test_another_order_of_the_keys_is_seen():
     np.testing.assert_allclose(got, wanted, atol=1e-5)
     served = Served(wanted, to_numpy(whole_lse), [])
     check(served, served, "itself")
-    with pytest.raises(AssertionError, match="out: .* elements differ"):
+    with pytest.raises(AssertionError, match=r"out: \d+ of \d+ elements differ"):
         check(served._replace(out=got), served, "another order")

@@ -138,8 +138,8 @@ class _Server:
         caches = (self.cache.key_cache, self.cache.value_cache)
         F.write_cache_kv(k, v, *caches, **seqs, **self.cache.write_arguments)
         longest = {"max_seqlen_q": max(counts), "max_seqlen_k": max(p + n for p, n, _ in batch)}
-        given = {**self.cache.arguments, **self.options}
-        out, lse = F.paged_attention(q, *caches, **seqs, **longest, **given, return_softmax_lse=True)
+        given = {**self.cache.arguments, **self.options, **longest, "return_softmax_lse": True}
+        out, lse = F.paged_attention(q, *caches, **seqs, **given)
         mine_rows = slice(first, first + new)
         return to_numpy(out)[mine_rows], to_numpy(lse)[:, mine_rows]
 
