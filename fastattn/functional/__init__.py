@@ -1,6 +1,6 @@
 """The operators as typed Python functions that check their arguments."""
 
-from fastattn import _ops
+from fastattn import _ops, _programs
 from fastattn.functional.attention import flash_attention, paged_attention
 from fastattn.functional.cache import (
     append_cache_kv_c8,
@@ -83,3 +83,4 @@ __all__ = [
 ]
 
 _ops.check_installation()
+_programs.register_before_loading()
