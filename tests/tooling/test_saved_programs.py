@@ -22,7 +22,8 @@ _PREDICT = """
 import numpy as np, paddle
 import fastattn.functional
 from paddle import inference
-predictor = inference.create_predictor(inference.Config({path!r} + ".json", {path!r} + ".pdiparams"))
+files = [{path!r} + end for end in (".json", ".pdiparams")]
+predictor = inference.create_predictor(inference.Config(*files))
 x = predictor.get_input_handle(predictor.get_input_names()[0])
 x.copy_from_cpu(np.full((3, 64), 6.0, np.float32))
 predictor.run()
