@@ -1,4 +1,4 @@
-#include "cuda/compat/kv_signal/launch.h"
+#include "cuda/host_calls/launch.h"
 
 #include <atomic>
 #include <map>
