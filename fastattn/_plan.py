@@ -21,8 +21,8 @@ ATTENTION = ("paged_attention", "flash_attention")
 
 #: Those that choose among several kernels in C++ where nothing can ask: page that tells the rule.
 _ELSEWHERE = {
-    "mla_attention": "docs/kernels/mla_dense.md",
-    "mla_sparse_attention": "docs/kernels/mla_sparse.md",
+    "mla_attention": "docs/kernels/mla_attention.md",
+    "mla_sparse_attention": "docs/kernels/mla_sparse_attention.md",
     "mqa_logits": "docs/kernels/mqa_logits.md",
     "paged_mqa_logits": "docs/kernels/mqa_logits.md",
     "indexer_topk": "docs/kernels/mqa_logits.md",
@@ -146,12 +146,12 @@ def _kernels(
     kernels = ["dequantize_kv"] if dequantizes else []
     if prefills and not (dequantizes and ragged):
         kernels.append(prefill)
-    if dequantizes and "wgmma_fp16" not in kernels:
-        kernels.append("wgmma_fp16")
+    if dequantizes and "wgmma_q16" not in kernels:
+        kernels.append("wgmma_q16")
     whole_is_done = prefills or (dequantizes and ragged)
     if any(launch["split"] or not whole_is_done for launch in launches):
         kernels.append("mma_sm80")
-    if any(x["split"] and x["shares"] > 1 and not x["joins"] for x in launches):
+    if any(x["split"] and x["shares"] > 1 and not x["merges_in_kernel"] for x in launches):
         kernels.append("merge of partial results")
     return kernels
 

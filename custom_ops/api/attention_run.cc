@@ -21,7 +21,7 @@
 #include "cuda/attention/launch.h"
 #include "cuda/attention/quantize_q/launch.h"
 #include "cuda/attention/query_transform/launch.h"
-#include "cuda/compat/kv_signal/launch.h"
+#include "cuda/host_calls/launch.h"
 #include "heuristics/attention.h"
 #include "heuristics/refused_bytes.h"
 #endif

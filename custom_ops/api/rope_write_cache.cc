@@ -88,11 +88,11 @@ void TakeArrivals(const Tensor& qkv, cudaStream_t stream, RopeWriteCacheParams& 
   CheckCuda(kOp, cuda::GetDeviceFacts(device, &facts));
   if (facts.major < 9) return;  // no clusters, so that a kernel merges in any case
   const AttentionPlan plan = PlanAhead(p, *step, device, facts);
-  const bool joins = plan.Joins();
-  if (!joins && plan.workspace == 0) return;
+  const bool merges = plan.MergesInKernel();
+  if (!merges && plan.workspace == 0) return;
   const int64_t count = NumArrivals(int64_t{kAttentionCtasPerSm} * facts.processors);
   LendBuffer(qkv, stream, count, step);
-  if (!joins) {
+  if (!merges) {
     step->num_counters = 0;  // nothing sets them to 0
     return;
   }

@@ -1,5 +1,5 @@
 // What a layer's step of a backend lends to its attention: counters, which its rope_write_cache_kv
-// sets to 0 so that the CTAs of paged_attention join their partial results without a kernel of its
+// sets to 0 so that the CTAs of paged_attention merge their partial results without a kernel of its
 // own for that, and the workspace that the partial results lie in. An operator that is called alone
 // has no counters: nobody could set them to 0 without a kernel more.
 #pragma once

@@ -1,4 +1,4 @@
-// Attention on the CPU: cuts the step into tiles of packed GQA rows and splits of the keys, runs
+// Attention on the CPU: cuts the step into tiles of packed rows and splits of the keys, runs
 // these on all threads through the kernel of the best instruction set, merges the partial results
 // and writes the output.
 //
@@ -75,7 +75,7 @@ AttentionSeq FindSeq(const AttentionParams& p, int batch_idx) {
   return seq;
 }
 
-// A tile of packed GQA rows of one sequence and KV head. Its tasks are the splits of its keys, or
+// A tile of packed rows of one sequence and KV head. Its tasks are the splits of its keys, or
 // one task has all of them, where there is work enough without; its result is their sum.
 struct OutputTile {
   int first_task = 0;
@@ -166,7 +166,7 @@ Plan MakePlan(const AttentionParams& p) {
       }
     }
   }
-  // Reading a key costs about as much as using it for four packed GQA rows.
+  // Reading a key costs about as much as using it for four packed rows.
   const auto cost = [&](int i) {
     return (plan.tasks[i].packed_count + 4) * (plan.tasks[i].key_end - plan.tasks[i].key_begin);
   };
@@ -213,7 +213,7 @@ class ValueScales {
   float scale_ = 1.0f;
 };
 
-// Epilogue of one packed GQA row: joins the sink, normalises and writes. `maximum` is a base-2
+// Epilogue of one packed row: adds the sink, normalises and writes. `maximum` is a base-2
 // logarithm.
 template <DType kOut>
 void WriteRow(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task, int r,

@@ -1,4 +1,4 @@
-// Attention of one tile of packed GQA rows over one range of keys. No include guard and no include:
+// Attention of one tile of packed rows over one range of keys. No include guard and no include:
 // attention_baseline.cc, attention_avx2.cc and attention_avx512.cc each compile this text for their
 // instruction set, in a namespace of their own, so that no inline function of one set can be merged
 // by the linker with that of another. For the same reason nothing here instantiates a function
