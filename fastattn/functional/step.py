@@ -231,7 +231,138 @@ def attention_step(
     out_dtype: str = "auto",
     batch_invariant: bool = False,
 ) -> Any:
-    r"""X."""
+    r"""Write a layer's new tokens into the paged cache, then attend to the whole cache.
+
+    The results are those of :func:`rope_write_cache_kv` followed by :func:`paged_attention`, in one
+    call: its host time is less, and on a GPU the writer prepares the attention where that saves a
+    kernel. It serves prefill, chunked prefill, decoding and inactive sequences in any order. The
+    input is what the projection of Q, K and V gives, and the output is what the output projection
+    takes.
+
+    Parameters
+    ----------
+    qkv : Tensor, shape [T, (H + 2 KV) * D], bfloat16 or float16
+        Query heads, then key heads, then value heads. The first dimension may have any stride. Not
+        changed. D is 64, 96, 128 or 256.
+    key_cache, value_cache : Tensor
+        Written in place. Shapes, dtypes and strides as for :func:`paged_attention`; the dtype of
+        `qkv` for type ``"none"``.
+    rotary_embs : Tensor, shape [2, 1, max_seq, 1, R / 2] or [..., R], float32, optional
+        Cosines, then sines, of R = `rotary_dim` channels, as for :func:`rope_write_cache_kv`. None
+        means no rotation.
+    block_tables : Tensor, shape [B, max_blocks], int32
+        Physical block of each group of 64 tokens of a sequence. `block_tables` and
+        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run.
+    cu_seqlens_q : Tensor, shape [B + 1], int32
+        Index of the first token of each sequence in `qkv`.
+    seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
+        Number of tokens cached before this step, and of new tokens (0 for an inactive sequence).
+    max_seqlen_q, max_seqlen_k : int
+        Upper bounds of the new tokens and of the keys of a sequence. They mask nothing.
+    num_heads, num_kv_heads : int
+        Numbers H of query heads and KV of KV heads.
+    q_norm_weight, k_norm_weight : Tensor, shape [D], float32, bfloat16 or float16, optional
+        Weights of an RMSNorm over each head of Q and of K.
+    rms_norm_eps : float
+    use_neox_rotary_style : bool
+    rotary_dim : int, optional
+    qk_norm_before_rope : bool
+    qkv_bias : Tensor, shape [(H + 2 KV) * D], float32, bfloat16 or float16, optional
+        These five as for :func:`rope_write_cache_kv`.
+    q_quant : {"none", "per_tensor", "per_token_head"}
+        Attend with e4m3 queries: with the given `q_scale`, or with a scale ``max(amax, 1e-6) /
+        448`` for each token and head. Long sequences over e4m3 caches then run on the FP8 tensor
+        cores of a Hopper GPU. The output keeps the dtype of `qkv`.
+    q_scale : Tensor, shape [1], float32, optional
+        Dequantisation multiplier for ``"per_tensor"``.
+    cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8, optional
+        As for :func:`paged_attention`; dynamic types write those of the new tokens.
+    cache_quant_type : str
+        ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
+    fp8_format : {"e4m3", "e5m2"}
+        Format of the codes of ``cache_fp8``.
+    batch_id_per_token : Tensor, shape [T], int32, optional
+        Sequence of each token. A token whose id is out of range (such as -1, the padding of a CUDA
+        graph) is not written, and its query is 0.
+    k_rotation : {"none", "hadamard"}
+        Rotation of K before it is quantised. Q is rotated alike: there is no option for it.
+        :func:`make_cache` gives each type's value.
+    k_center : Tensor, shape [KV, D], float32, optional
+        A constant that is subtracted from K before it is quantised. LSE and sinks count the scores
+        of the original K; with them, e4m3 queries are not supported, and with `sinks`, no `out`.
+        `softcap` is never supported.
+    k_feedback : Tensor, shape [KV, D, D], float32, optional
+        As for :func:`write_cache_kv`.
+    softmax_scale : float, optional
+        Default: ``D ** -0.5``.
+    causal : bool
+        Mask the keys after a query's position.
+    window_size : (int, int)
+        Number of keys before and after a query's position that stay visible; -1 means unlimited.
+    softcap : float
+        Bound of the logits, ``cap * tanh(s / cap)``; 0 means none.
+    sinks : Tensor, shape [H], float32 or bfloat16, optional
+        A logit for each head. It counts in the denominator and in the LSE, but has no value.
+    mask_offsets : Tensor, shape [T, 2], int32, optional
+        Query t sees at most keys ``[start, end)`` of its sequence. The other masks apply as well.
+    out_scale : Tensor, shape [1], float32, optional
+        Return the output as e4m3 codes of ``out * (1 / out_scale)``.
+    return_softmax_lse : bool
+        Also return the LSE, the logarithm of the softmax's denominator.
+    out : Tensor, shape [T, H * D], optional
+        Written in place and returned. It shares no memory with another argument. Tokens that belong
+        to no sequence (padding) keep their contents in a given `out`, and are 0 in a new one.
+    out_dtype : {"auto", "float32", "float16", "bfloat16"}
+        Dtype of the output: by default that of `qkv`; else float32, for partial results.
+    batch_invariant : bool
+        As for :func:`paged_attention`.
+
+    Returns
+    -------
+    out : Tensor, shape [T, H * D]
+        The dtype of `qkv`, or uint8 (e4m3 codes) if `out_scale` is given.
+    softmax_lse : Tensor, shape [H, T], float32
+        Natural logarithm, -inf for tokens of no sequence. Only with `return_softmax_lse`.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of the listed dtypes, or a required argument is not a tensor.
+    ValueError
+        If shapes, places or options do not match, scales are missing or superfluous, or tensors
+        that are written share memory with others.
+    NotImplementedError
+        If `cache_quant_type` or the head dimension is not supported, or another argument does not
+        go with `k_rotation`, `k_center` or `k_feedback`.
+
+    Notes
+    -----
+    Every argument is checked before the cache is written.
+
+    The bits are those of the two operators. On a GPU there is one exception: where partial results
+    of split keys are joined without a kernel of their own, they are added in another order. That
+    happens in short steps of few sequences whose `max_seqlen_k` is large, and never with
+    `batch_invariant`.
+
+    See Also
+    --------
+    rope_write_cache_kv, paged_attention : the two halves.
+    fastattn.reference.attention_step : the same in NumPy.
+
+    Examples
+    --------
+    >>> import paddle
+    >>> from fastattn.functional import attention_step
+    >>> int32 = lambda x: paddle.to_tensor(x, dtype="int32")
+    >>> caches = [paddle.zeros([1, 1, 64, 64], "float16") for _ in range(2)]
+    >>> seqs = int32([[0]]), int32([0, 2]), int32([0]), int32([2])  # one of two new tokens
+    >>> q, k, v = paddle.ones([2, 64]), paddle.ones([2, 64]), 3 * paddle.ones([2, 64])
+    >>> qkv = paddle.concat([q, k, v], axis=1).cast("float16")
+    >>> out = attention_step(qkv, *caches, None, *seqs, 2, 2, num_heads=1, num_kv_heads=1)
+    >>> out[:, 0].numpy().tolist(), caches[1][0, 0, :3, 0].numpy().tolist()
+    ([3.0, 3.0], [3.0, 3.0, 0.0])
+    """
     options = step_options(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
