@@ -1,5 +1,5 @@
-// Calls of an operator of which most arguments stay the same, as those of a layer do in every step:
-// they are named, found and converted once.
+// Calls of an operator of which most arguments stay the same, as a layer's do from step to step:
+// these are named, found and converted once.
 #pragma once
 
 #include <algorithm>

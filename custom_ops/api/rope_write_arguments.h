@@ -12,7 +12,7 @@
 
 namespace fastattn::api {
 
-// Names and shapes are those of rope_write_cache_kv. A null tensor was not given.
+// With the names and shapes of rope_write_cache_kv. A null tensor was not given.
 struct RopeWriteArgs {
   CacheArgs cache;
   const Tensor* qkv = nullptr;
@@ -43,7 +43,7 @@ struct RopeWriteArgs {
 
 QQuant ParseQQuant(const char* op, const std::string& name);
 
-// Place of a step: that of the cache, as far as there is one.
+// Place of a step: where its cache is, if it has one.
 phi::Place PlaceOfStep(const char* op, const Tensor& qkv, const Tensor& key_cache);
 
 // Checks all arguments apart from shared memory, and fills `p`. Returns the transform of K, by

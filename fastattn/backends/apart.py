@@ -30,7 +30,7 @@ def _left_to_attention(options: dict[str, Any]) -> bool:
 
 @dataclass
 class StepTensors:
-    """A step's arguments of ``attention_step``; those of the layer are `options` of the methods.
+    """A step's arguments of ``attention_step``. The methods take the layer's as `options`.
 
     Attributes
     ----------

@@ -233,9 +233,9 @@ def attention_step(
 ) -> Any:
     r"""Write a layer's new tokens into the paged cache, then attend to the whole cache.
 
-    The results are those of :func:`rope_write_cache_kv` followed by :func:`paged_attention`, in one
-    call: its host time is less, and on a GPU the writer prepares the attention where that saves a
-    kernel. It serves prefill, chunked prefill, decoding and inactive sequences in any order. The
+    The results equal :func:`rope_write_cache_kv` followed by :func:`paged_attention`. One call
+    costs less host time, and on a GPU the writer prepares the attention where that saves a kernel.
+    It serves prefill, chunked prefill, decoding and inactive sequences in any order. The
     input is what the projection of Q, K and V gives, and the output is what the output projection
     takes.
 
@@ -276,7 +276,7 @@ def attention_step(
     q_scale : Tensor, shape [1], float32, optional
         Dequantisation multiplier for ``"per_tensor"``.
     cache_k_scales, cache_v_scales : Tensor, float32, bfloat16 or uint8, optional
-        As for :func:`paged_attention`; dynamic types write those of the new tokens.
+        As for :func:`paged_attention`. Dynamic types write the scales of the new tokens.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
         ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
@@ -314,7 +314,7 @@ def attention_step(
         Written in place and returned. It shares no memory with another argument. Tokens that belong
         to no sequence (padding) keep their contents in a given `out`, and are 0 in a new one.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
-        Dtype of the output: by default that of `qkv`; else float32, for partial results.
+        Dtype of the output: by default the dtype of `qkv`; float32 is for partial results.
     batch_invariant : bool
         As for :func:`paged_attention`.
 
@@ -340,9 +340,9 @@ def attention_step(
     -----
     Every argument is checked before the cache is written.
 
-    The bits are those of the two operators. On a GPU there is one exception: where partial results
-    of split keys are joined without a kernel of their own, they are added in another order. That
-    happens in short steps of few sequences whose `max_seqlen_k` is large, and never with
+    The results have the bits of the two operators. On a GPU there is one exception: where CTAs join
+    partial results of split keys without another kernel, they add them in another order. That
+    happens in short steps of few sequences with a large `max_seqlen_k`, and never with
     `batch_invariant`.
 
     See Also

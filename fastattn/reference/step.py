@@ -92,7 +92,7 @@ def attention_step(
     out : array, shape [T, H * D]
         fp64 (or fp32), not rounded; uint8 e4m3 codes if `out_scale` is given.
     softmax_lse : array, shape [H, T]
-        Only if it is asked for are its values those of keys with their centre.
+        Without `return_softmax_lse` it lacks the scores of the keys' centre.
     """
     seqs = block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time
     caches = key_cache, value_cache
