@@ -533,6 +533,12 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
         outputs = run(PREFIX + op, *inputs, *attrs)
     except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         reraise_of(sig, error)
+    if run is not paddle.base.core.eager._run_custom_op:
+        # No operator has a gradient. Otherwise results would want one where an input does, such as
+        # scales that are parameters, and Paddle refuses such a program in training mode.
+        for value in outputs:
+            if value is not None:
+                value.stop_gradient = True
     # An absent optional tensor gives an empty tensor in the list, or no entry (PIR).
     absent = [i for i, source in sig.inplace.items() if inputs[source] is None]
     if not absent:

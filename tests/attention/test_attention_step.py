@@ -397,6 +397,39 @@ def test_all_modes(place, dynamic):
         assert_same_bits(got, to_numpy(after[name]), name)
 
 
+def step_with_static_scales(qkv, key, value, k_scales, v_scales, blocks, cu, cached, new):
+    seqs = (blocks, cu, cached, new)
+    return F.attention_step(
+        qkv,
+        key,
+        value,
+        None,
+        *seqs,
+        66,
+        200,
+        num_heads=H,
+        num_kv_heads=KV,
+        cache_k_scales=k_scales,
+        cache_v_scales=v_scales,
+        cache_quant_type="cache_fp8",
+    )
+
+
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="asks every operator's gradient")
+def test_a_program_in_training_mode():
+    """Scales that are parameters want a gradient, and no operator has one."""
+    problem = make_problem(TYPES[2])
+    given = problem.on("cpu")
+    names = ("qkv", "key_cache", "value_cache", "cache_k_scales", "cache_v_scales")
+    tensors = [given[name] for name in names] + [int32(x) for x in problem.step.arrays]
+    tensors[3].stop_gradient = tensors[4].stop_gradient = False
+    program = paddle.jit.to_static(step_with_static_scales, full_graph=True)
+    with paddle.no_grad():
+        out = program(*tensors)
+    _, want = in_turn(problem, "cpu", rotary_embs=None)
+    assert_same_bits(to_numpy(out), to_numpy(want).reshape(out.shape))
+
+
 @pytest.mark.gpu
 def test_a_graph():
     """Replays write the caches and the output of whatever its inputs hold then."""
