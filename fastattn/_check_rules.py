@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._check_args import Arguments, Array, Malformed, Positions, page_tokens, sequences
+from fastattn._check_args import (
+    Arguments,
+    Array,
+    Malformed,
+    Positions,
+    Sequences,
+    page_tokens,
+    sequences,
+)
 from fastattn._check_scales import check_dynamic, check_static
 from fastattn._table_checks import check_needed, check_writers
 
@@ -76,8 +84,8 @@ def _within(
         args.refuse(name, f"{limits} of {place}", values[at])
 
 
-def _paged_attention(args: Arguments) -> None:
-    seqs = sequences(args, args.shape("q", 3)[0])
+def _seen(args: Arguments, seqs: Sequences) -> tuple[Positions, Positions]:
+    """Positions [begin, end) of the keys that a sequence's queries see, at most."""
     left = args.number("window_left")
     begin = np.maximum(seqs.cached - left, 0) if left >= 0 else np.zeros_like(seqs.cached)
     end = seqs.end.copy()
@@ -88,8 +96,23 @@ def _paged_attention(args: Arguments) -> None:
             mine = mine[mine[:, 0] < mine[:, 1]]
             begin[seq] = max(begin[seq], mine[:, 0].min(initial=2**31))
             end[seq] = min(end[seq], mine[:, 1].max(initial=0))
+    return begin, end
+
+
+def _paged_attention(args: Arguments) -> None:
+    seqs = sequences(args, args.shape("q", 3)[0])
+    begin, end = _seen(args, seqs)
     _needed(args, seqs.tables, begin, end, _BLOCK, args.shape("key_cache", 4)[0])
     check_dynamic(args, seqs.tables, begin, end, _BLOCK)
+
+
+def _attention_step(args: Arguments) -> None:
+    _write(args)
+    seqs = sequences(args, args.shape("qkv", 2)[0])
+    begin, end = _seen(args, seqs)
+    _needed(args, seqs.tables, begin, end, _BLOCK, args.shape("key_cache", 4)[0])
+    # The step itself writes the scales of its new tokens.
+    check_dynamic(args, seqs.tables, begin, np.minimum(end, seqs.cached), _BLOCK)
 
 
 def _mla_attention(args: Arguments) -> None:
@@ -378,6 +401,7 @@ def _combine(args: Arguments) -> None:
 
 _RULES: dict[str, Callable[[Arguments], None]] = {
     "append_cache_kv_c8": _append_cache,
+    "attention_step": _attention_step,
     "combine_topk_window": _combine,
     "compact_block_tables": _compact,
     "flash_attention": _flash,

@@ -17,7 +17,6 @@
 #include "heuristics/attention.h"
 #include "heuristics/indexer_topk.h"
 #include "heuristics/refused_bytes.h"
-#include "heuristics/step_lengths.h"
 
 namespace fastattn::api {
 
@@ -241,9 +240,7 @@ PYBIND11_MODULE(_host, m) {
       },
       arg("kv_tiles"), arg("tile_rows"), arg("num_kv_heads"),
       "KV tiles of a split, and splits, of a work tile of a batch-invariant call.");
-  m.def("new_tokens_of_longest", &NewTokensOfLongest, arg("tokens"), arg("seqs"),
-        arg("decode_tokens"), arg("prefills"),
-        "New tokens of a step's longest sequence, as far as a server's host can tell.");
+  m.attr("LONG_SEQ") = kLongSeq;
   m.def(
       "plan_indexer_topk",
       [](int64_t rows, int64_t columns, int64_t workspace_bytes, bool makes_lengths) {

@@ -83,7 +83,7 @@ def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     if tables is None or starts is None or cached is None or new is None:
         for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time"):
             field(forward_meta, name)  # names the missing field
-    if paddle.in_dynamic_mode() and is_tensor(new) and is_tensor(starts) and is_tensor(tables):
+    if paddle.in_dynamic_mode():
         new = _of_running(new, starts, tables)
     return tables, starts, cached, new
 
@@ -114,8 +114,9 @@ _LONG_SEQ = 64
 def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool) -> int:
     """Estimate the new tokens of a step's longest sequence from what the host knows.
 
-    ``fastattn._direct.step`` uses the same rule (custom_ops/heuristics/step_lengths.h). A wrong
-    estimate only costs time.
+    A wrong estimate only costs time. A step without prefill has no more tokens than its sequences
+    decode. That the server says so is not enough, because FastDeploy's draft models are never told
+    of prefill. In other steps it is mostly one chunk beside sequences that decode a token each.
 
     Parameters
     ----------
@@ -136,9 +137,11 @@ def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool)
 
 def _of_running(new: Any, starts: Any, tables: Any) -> Any:
     """New lengths of the sequences that have a start. Shapes are on the host, so nothing waits."""
-    slots, ends = new.shape[:1], starts.shape[:1]
-    if not ends or not 0 < ends[0] <= (slots or [0])[0] or tables.shape[:1] != slots:
+    slots, ends = getattr(new, "shape", None), getattr(starts, "shape", None)
+    if not slots or not ends or not 0 < ends[0] <= slots[0]:
         return new  # matches the starts, or is wrong: the operator reports that
+    if not is_tensor(new) or not is_tensor(tables) or tables.shape[:1] != slots[:1]:
+        return new
     return new[: ends[0] - 1]
 
 

@@ -12,6 +12,10 @@ from fastattn.backends.forward_meta import optional
 _MOST_WINDOWED = 4
 
 
+#: Whether SOT is translating; Paddle 2.6 has another SOT, which skips this package's frames.
+_simulates = getattr(paddle.base.dygraph.base, "in_sot_simulation_mode", bool)
+
+
 def mask_offsets(forward_meta: Any, metadata: Any) -> Any:
     """Offsets [T, 2] of the step that was passed to `forward`, or None.
 
@@ -64,5 +68,4 @@ def last_keys(mask: Any, window: int) -> Any:
 
 def in_sot() -> bool:
     """Whether Paddle 3 translates the caller by SOT, which also is dynamic mode."""
-    base = paddle.base.dygraph.base
-    return hasattr(base, "in_sot_simulation_mode") and bool(base.in_sot_simulation_mode())
+    return bool(_simulates())

@@ -180,35 +180,6 @@ def flash_attention(
     return (result, lse) if return_softmax_lse else result
 
 
-def paged_attention_attrs(
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int, int],
-    cache_quant_type: str,
-    fp8_format: str,
-    softcap: float = 0.0,
-    return_softmax_lse: bool = False,
-    out_dtype: str = "auto",
-    quantize_q: bool = False,
-    batch_invariant: bool = False,
-    k_rotation: str = "none",
-) -> tuple[Any, ...]:
-    """Attributes of the operator ``paged_attention`` after the two lengths, in its order."""
-    return (
-        softmax_scale,
-        causal,
-        *as_window("paged_attention", window_size),
-        as_float("paged_attention", "softcap", softcap),
-        return_softmax_lse,
-        out_dtype,
-        cache_type_name(cache_quant_type),
-        fp8_format,
-        quantize_q,
-        batch_invariant,
-        k_rotation,
-    )
-
-
 @unified
 def paged_attention(
     q: Tensor,
@@ -366,6 +337,7 @@ def paged_attention(
     See Also
     --------
     write_cache_kv, rope_write_cache_kv : fill the cache.
+    attention_step : fill it and attend in one call.
     fastattn.reference.paged_attention : the same in NumPy.
 
     Examples
@@ -401,18 +373,20 @@ def paged_attention(
         out,
         k_center,
     )
-    attrs = paged_attention_attrs(
+    attrs = (
+        max_seqlen_q,
+        max_seqlen_k,
         scale_of("paged_attention", softmax_scale),
         causal,
-        window_size,
-        cache_quant_type,
-        fp8_format,
-        softcap,
+        *as_window("paged_attention", window_size),
+        as_float("paged_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
+        cache_type_name(cache_quant_type),
+        fp8_format,
         quantize_q,
         batch_invariant,
         k_rotation,
     )
-    result, lse, *_ = _ops.call("paged_attention", inputs, (max_seqlen_q, max_seqlen_k, *attrs))
+    result, lse, *_ = _ops.call("paged_attention", inputs, attrs)
     return (result, lse) if return_softmax_lse else result
