@@ -220,12 +220,6 @@ def refuse_server_options(fd_config: Any, backend: str) -> None:
     if role == "prefill" and seqs > MOST_SIGNALLED_SEQS:
         supported = f"a prefill server's signals have room for {MOST_SIGNALLED_SEQS} sequences"
         refuse(backend, "scheduler_config.max_num_seqs", seqs, supported)
-    level = count_of(fd_config, backend, "graph_opt_config.graph_opt_level", 0, 0)
-    if level > 0:
-        # FastDeploy requests one program without graph breaks, but Paddle's SOT breaks in a
-        # backend.
-        supported = "supported: 0 (CUDA graphs of dygraph)"
-        refuse(backend, "graph_opt_config.graph_opt_level", level, supported)
     refuse_unknown_options(fd_config, backend)
 
 

@@ -25,6 +25,7 @@ from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
+from fastattn.backends.programs import Programs, program_step
 from fastattn.backends.scales import HeadShard, local_heads
 from fastattn.backends.stale_starts import StaleStarts
 from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
@@ -147,6 +148,7 @@ class PagedAttentionBackend(AttentionBackend):
         self._known_layers = KnownLayers()
         guard(fd_config, name)
         self._signals = KvSignals.of(fd_config)
+        self._programs = Programs.of(fd_config, name, q_quant, self._signals, self.config)
         self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
 
     def get_kv_cache_shape(
@@ -205,6 +207,8 @@ class PagedAttentionBackend(AttentionBackend):
         metadata = PagedAttentionMetadata(host_lengths(forward_meta), current_plan(forward_meta))
         if self._signals is not None:
             self._signals.begin(forward_meta)
+        if self._programs is not None:
+            self._programs.begin(forward_meta)
         return metadata
 
     def forward_mixed(
@@ -246,13 +250,17 @@ class PagedAttentionBackend(AttentionBackend):
         ValueError
             If the step lacks a field, or the caches and scales do not match the layer.
         """
+        if in_sot():
+            if self._programs is None:  # with its guards, SOT runs a backend between two programs
+                paddle.jit.sot.psdb.fallback(True)
+            return program_step(self, qkv, layer, forward_meta)
         if compressed_kv is not None or k_pe is not None:
             self._refuse(
                 f"{'k_pe' if compressed_kv is None else 'compressed_kv'}, of latent attention,"
             )
-        metadata = self._metadata()
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
+        metadata = self._metadata()
         if self._has_own_table(layer, forward_meta):
             forward_meta = OwnTable(forward_meta, field(forward_meta, "swa_rotary_embs"))
         done = self._step(qkv, layer, forward_meta, metadata)
@@ -395,8 +403,9 @@ class PagedAttentionBackend(AttentionBackend):
         its sequences may have all tokens.
         """
         tokens = _size(query, 0)
-        guessed = paddle.in_dynamic_mode() and not in_sot()
-        if guessed and not self.batch_invariant:  # too small a bound could change its bits
+        if (
+            paddle.in_dynamic_mode() and not self.batch_invariant
+        ):  # too small a bound could change its bits
             count = seqs[1].shape[0] - 1
             prefills = optional(forward_meta, "exist_prefill") is True
             tokens = guess_new_tokens(tokens, count, self.config.decode_tokens, prefills)

@@ -237,7 +237,7 @@ def test_every_process_loads_it_where_it_is_named(metadata, process, plugins):
         ("model_config.head_wise_swa_ratio", 0.5, "same for every head"),
         ("model_config.sink_size", 4, "same for every head"),
         ("cache_config.block_size", 32, "supported: 64"),
-        ("graph_opt_config.graph_opt_level", 1, "supported: 0"),
+        ("graph_opt_config.graph_opt_level", 3, "supported: 0, 1, 2"),
         ("quant_config.kv_cache_quant_type", "int4_zp", "supported: none, int8, float8_e4m3fn"),
         (
             "quant_config.kv_cache_quant_type",

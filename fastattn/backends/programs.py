@@ -1,0 +1,192 @@
+"""Steps of a layer in a program that FastDeploy makes of its model (``graph_opt_level`` 1 and 2).
+
+FastDeploy lets Paddle's SOT translate its model in a warm-up. Later it runs the code that SOT
+generated, without its guards. So all that the translation reads in Python is a constant of every
+later step, except tensors, which are found again along the same attributes. Here a layer is the
+same two operators as in dygraph. :func:`_learn` finds their arguments outside the translation, and
+:class:`Programs` refuses a later step for which they would be wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+
+from fastattn import _ops
+from fastattn.backends.config import count_of, read, refuse
+from fastattn.backends.forward_meta import optional
+from fastattn.backends.kv_signals import KvSignals
+from fastattn.backends.step_masks import last_keys
+from fastattn.functional._attributes import ANY_LENGTH
+from fastattn.functional._marker import unified
+
+#: Options of which a translation takes the operators' arguments.
+_LEVEL = "graph_opt_config.graph_opt_level"
+
+
+class ProgramLayer:
+    """Arguments of a layer's operators. The translation reads these attributes.
+
+    This is no dataclass, because SOT finds no methods of one.
+    """
+
+    def __init__(self, facts: Any, scales: tuple[Any, Any], width: int, own_table: bool) -> None:
+        self.first: int = facts.first
+        self.dynamic: bool = facts.dynamic
+        self.scales = scales
+        self.write_tensors, self.write_attrs = facts.write_tensors, facts.write_attrs
+        self.sinks, _, *others = facts.attend_tensors
+        self.after_mask = tuple(others)
+        self.attend_attrs, self.masked_attrs = facts.attend_attrs, facts.masked_attrs
+        self.window: int = facts.window
+        self.width, self.own_table = width, own_table
+
+
+class Programs:
+    """What the programs of a backend's layers are made of.
+
+    Attributes
+    ----------
+    layers : dict
+        Layers that were translated, by their index.
+    most_new_tokens : int
+        Upper bound of a sequence's new tokens. If it is too small, the step takes longer.
+    """
+
+    def __init__(self, backend: str, most_new_tokens: int, max_model_len: int) -> None:
+        self.layers: dict[int, ProgramLayer] = {}
+        self.most_new_tokens, self.max_model_len = most_new_tokens, max_model_len
+        self._backend = backend
+        self._caches: Any = None
+        self._step: dict[str, Any] = {}
+        self._translated: dict[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls, fd_config: Any, backend: str, q_quant: str, signals: KvSignals | None, config: Any
+    ) -> Programs | None:
+        """The programs of a configuration; None if the server makes none.
+
+        Raises
+        ------
+        NotImplementedError
+            If a program cannot have what the configuration requires.
+        """
+        level = count_of(fd_config, backend, _LEVEL, 0, 0)
+        if level == 0:
+            return None
+        if level > 2:
+            refuse(backend, _LEVEL, level, "supported: 0, 1, 2")
+        if signals is not None:
+            supported = "a program sends no signals of a prefill server; supported there: 0"
+            refuse(backend, _LEVEL, level, supported)
+        if q_quant != "none":
+            refuse(backend, "q_quant", q_quant, f"supported with {_LEVEL} = {level}: none")
+        # FastDeploy runs these programs only in steps of decoding sequences. Any other program
+        # serves steps of all kinds.
+        decodes = read(fd_config, "graph_opt_config.use_cudagraph", False) and read(
+            fd_config, "graph_opt_config.full_cuda_graph", True
+        )
+        return cls(backend, config.decode_tokens if decodes else ANY_LENGTH, config.max_model_len)
+
+    def begin(self, forward_meta: Any) -> None:
+        """Begin a step, which may run a program.
+
+        Raises
+        ------
+        NotImplementedError
+            If the programs were translated for steps with other fields.
+        """
+        if optional(forward_meta, "cascade_plan") is not None:
+            self._refuse("cascade_plan")
+        self._caches = optional(forward_meta, "caches")
+        self._step = _constants(forward_meta)
+        for name, was in (self._translated or {}).items():
+            now = self._step[name]
+            if now != was:
+                self._refuse(name, f" = {now}: programs were translated for {was}")
+
+    def _refuse(self, name: str, more: str = "") -> None:
+        raise NotImplementedError(
+            f"{self._backend}: forward_meta.{name}{more} is not supported with {_LEVEL} > 0"
+        )
+
+    def learn(self, backend: Any, layer: Any) -> None:
+        """Find the arguments of a layer's operators, and note for which steps they are right."""
+        if self._translated is None:
+            self._translated = self._step
+        if layer.layer_id in self.layers:
+            return
+        with paddle.base.dygraph.guard():
+            step = _Caches(self._caches)
+            facts = backend._facts_of(layer, step)
+            scales = (None, None) if facts.dynamic else facts.scales(step, layer)
+            width = backend.num_heads * backend.head_dim
+            own_table = backend.config.window_tables and backend._has_window(layer)
+            self.layers[layer.layer_id] = ProgramLayer(facts, scales, width, own_table)
+
+
+class _Caches:
+    """A step that only has caches."""
+
+    def __init__(self, caches: Any) -> None:
+        self.caches = caches
+
+
+def _constants(forward_meta: Any) -> dict[str, Any]:
+    """What a program has of a step as a constant: which tensors it has, and their ranks."""
+    names = ("attn_mask_offsets", "batch_id_per_token", "rotary_embs", "swa_rotary_embs")
+    tensors = {name: optional(forward_meta, name) for name in names}
+    found: dict[str, Any] = {
+        name: "None" if x is None else f"a tensor of rank {len(x.shape)}"
+        for name, x in tensors.items()
+    }
+    return {**found, "rope_already_applied": bool(optional(forward_meta, "rope_already_applied"))}
+
+
+def program_step(backend: Any, qkv: Any, layer: Any, forward_meta: Any) -> Any:
+    """A layer's step inside a translation. SOT translates this function."""
+    programs = backend._programs
+    qkv = _learn(qkv, backend, layer)
+    own = programs.layers[layer.layer_id]
+    caches = forward_meta.caches
+    key, value = caches[own.first], caches[own.first + 1]
+    scales = own.scales
+    if own.dynamic:
+        scales = caches[own.first + 2], caches[own.first + 3]
+    seqs = (
+        forward_meta.block_tables,
+        forward_meta.cu_seqlens_q,
+        forward_meta.seq_lens_decoder,
+        forward_meta.seq_lens_this_time,
+    )
+    table = None
+    if not forward_meta.rope_already_applied:
+        table = forward_meta.swa_rotary_embs if own.own_table else forward_meta.rotary_embs
+    batch_ids = forward_meta.batch_id_per_token
+    inputs = (qkv, key, value, table, *seqs, *own.write_tensors, *scales, batch_ids)
+    query = _call("rope_write_cache_kv", inputs, own.write_attrs)
+    mask, attrs = forward_meta.attn_mask_offsets, own.attend_attrs
+    masked = mask is not None  # SOT does not translate `if tensor is not None`
+    if masked:
+        mask, attrs = mask.reshape([-1, 2]), own.masked_attrs
+        if own.window:
+            mask = last_keys(mask, own.window)
+    inputs = (query, key, value, *seqs, *scales, None, own.sinks, mask, *own.after_mask)
+    lengths = programs.most_new_tokens, programs.max_model_len
+    out = _call("paged_attention", inputs, (*lengths, *attrs))
+    return out.reshape([-1, own.width])
+
+
+@unified
+def _learn(qkv: Any, backend: Any, layer: Any) -> Any:
+    """Return `qkv`. SOT does not translate this, so it runs as written, once for a layer."""
+    backend._programs.learn(backend, layer)
+    return qkv
+
+
+@unified
+def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> Any:
+    """First output of an operator, in a form that SOT does not translate."""
+    return _ops.call(op, inputs, attrs)[0]
