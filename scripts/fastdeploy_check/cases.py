@@ -173,9 +173,6 @@ def options() -> Iterator[Case]:
         ),
         "CUDA graph of all slots, fewer run": _replay,
         "full_cuda_graph false": _piecewise,
-        "graph_opt_level 1": lambda: _day(
-            {}, None, NEOX, graph_optimization_config={"graph_opt_level": 1}
-        ),
         "deterministic mode": _deterministic,
         "scales through the v1 loader": _second_loader,
         "two-batch overlap": _micro_batches,

@@ -96,6 +96,13 @@ def rotate_in_place(query: Any, key: Any, positions: Any, table: Any, dim: int, 
         x.set_value(paddle.to_tensor(pairs.reshape(x.shape)).astype(x.dtype))
 
 
+def numpy_to_tensor(source: Any, target: Any) -> Any:
+    """Copy the values of a checkpoint's array into a parameter."""
+    values = paddle.to_tensor(np.ascontiguousarray(source)).reshape(target.shape)
+    target.copy_(values.astype(target.dtype), False)
+    return target
+
+
 def nothing(*_: Any, **__: Any) -> None:
     """An operator whose effects this check does not examine."""
 
@@ -111,6 +118,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "get_position_ids_and_mask_encoder_batch": fill_positions,
     "get_position_ids_and_slot_mapping": fill_positions_and_slots,
     "fused_rotary_position_encoding": rotate_in_place,
+    "custom_numpy_to_tensor": numpy_to_tensor,
     "set_data_ipc": nothing,
     "recover_decode_task": nothing,
     "update_attn_mask_offsets": update_attn_mask_offsets,

@@ -105,7 +105,7 @@ def make_config(
     return config
 
 
-class _Signal:
+class Signal:
     """FastDeploy's signal to another process. There is none; it reports that the caches exist."""
 
     def __init__(self, name: str = "", array: Any = None, **_: Any) -> None:
@@ -115,7 +115,7 @@ class _Signal:
 def make_runner(config: Any) -> Any:
     """FastDeploy's own ``GPUModelRunner`` with its caches."""
     module = importlib.import_module("fastdeploy.worker.gpu_model_runner")
-    module.IPCSignal = importlib.import_module("fastdeploy.spec_decode.mtp").IPCSignal = _Signal
+    module.IPCSignal = importlib.import_module("fastdeploy.spec_decode.mtp").IPCSignal = Signal
     # a package that is not installed
     module.GPUModelRunner._init_image_preprocess = lambda self: None
     runner = module.GPUModelRunner(config, "gpu", 0, config.parallel_config.tensor_parallel_rank, 0)
