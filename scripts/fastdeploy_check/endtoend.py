@@ -49,6 +49,8 @@ class Server:
     """
 
     def __init__(self, architecture: str, kind: str | None = None, **options: Any) -> None:
+        if not hasattr(find("worker.gpu_model_runner").GPUModelRunner, "_preprocess"):
+            raise NotRun("the runner of this FastDeploy runs a step as a whole, with its sampler")
         self.spec = spec_of(architecture)
         tensors = weights(self.spec)
         self.config = self._configure(tensors, kind, options)
@@ -72,14 +74,19 @@ class Server:
         manager = find("engine.sched.resource_manager_v1").ResourceManagerV1
         self.scheduler = manager(serving.SLOTS, self.config, 1, "mixed")
         self.requests: dict[str, Any] = {}
-        #: A request, a position, and the hidden states of the request's tokens from there on.
-        self.seen: list[tuple[Any, int, np.ndarray]] = []
+        #: Tokens of a sequence, a position, and the hidden states from there on.
+        self.seen: list[tuple[list[int], int, np.ndarray]] = []
+        #: Draft tokens by slot, and how many of them were accepted and rejected.
+        self.drafts: dict[int, list[int]] = {}
+        self.verified = [0, 0]
 
     def _configure(
         self, tensors: dict[str, np.ndarray], kind: str | None, options: dict[str, Any]
     ) -> Any:
         """FastDeploy's configuration, of a checkpoint that this function writes."""
-        config = serving.make_config(self.spec.fields, kind, max_num_batched_tokens=96, **options)
+        config = serving.make_config(
+            self.spec.fields, kind, max_num_batched_tokens=96, ori_vocab_size=256, **options
+        )
         save(config.model_config.model, tensors)
         if kind is not None:
             quantised = find("model_executor.layers.quantization.mix_quant").MixQuantConfig
@@ -144,13 +151,16 @@ class Server:
         place, by_slot = 0, {r.idx: r for r in self.scheduler.running}
         for slot in np.flatnonzero(new):
             request, n, done = by_slot[slot], int(new[slot]), int(cached[slot])
-            self.seen.append((request, done, hidden[place : place + n]))
-            place += n
-            inputs["seq_lens_decoder"][slot] = done + n
+            rows, place = slice(place, place + n), place + n
+            drafts = self.drafts.pop(int(slot), [])
+            ids = [*request.prompt_token_ids, *request.output_token_ids]
+            self.seen.append(([*ids, *drafts][: done + n], done, hidden[rows]))
+            tokens = self._verify(drafts, [int(x) for x in logits[rows].argmax(-1)])
+            inputs["seq_lens_decoder"][slot] = done + n - len(drafts) + len(tokens) - 1
             inputs["seq_lens_encoder"][slot] = 0
             buffer[slot] = 0
-            if done + n >= len(request.prompt_token_ids) + len(request.output_token_ids):
-                self._append(request, int(logits[place - 1].argmax()), int(slot), buffer)
+            if done + n >= len(ids):
+                self._append(request, tokens, int(slot), buffer)
         if place != len(hidden):
             raise serving.Wrong(f"{len(hidden)} tokens came out, expected {place}")
         self.runner.exist_prefill_flag = False
@@ -166,14 +176,42 @@ class Server:
         inputs["seq_lens_this_time"] = buffer[:count]
         return buffer
 
-    def _append(self, request: Any, token: int, slot: int, buffer: Any) -> None:
-        """Append a token to a request, which may be its last one."""
+    def _verify(self, drafts: list[int], found: list[int]) -> list[int]:
+        """The drafts that are what the model found at the tokens before them, and one more token.
+
+        `found`: the model's choice after each token of the step, of which the drafts are the last.
+        """
+        found = found[len(found) - len(drafts) - 1 :]
+        accepted = 0
+        while accepted < len(drafts) and drafts[accepted] == found[accepted]:
+            accepted += 1
+        self.verified[0] += accepted
+        self.verified[1] += len(drafts) - accepted
+        return found[: accepted + 1]
+
+    def _draft(self, request: Any, slot: int) -> list[int]:
+        """Draft tokens: two right ones, a right and a wrong one, or a wrong and a right one."""
+        ids = [*request.prompt_token_ids, *request.output_token_ids]
+        head = self.decoder.weights["lm_head.weight"]
+        made: list[int] = []
+        for place in range(2):
+            right = int((head @ self.decoder.hidden([*ids, *made])[-1]).argmax())
+            made.append(right if (slot + len(ids)) % 3 != place else right % 200 + 3)
+        return made
+
+    def _append(self, request: Any, tokens: list[int], slot: int, buffer: Any) -> None:
+        """Append tokens to a request, of which one may be its last."""
         inputs = self.runner.share_inputs
-        request.output_token_ids.append(token)
-        inputs["input_ids"][slot, 0] = token
+        request.output_token_ids.extend(tokens)
+        inputs["input_ids"][slot, 0] = tokens[-1]
         buffer[slot] = 1
+        if self.config.speculative_config.method is not None:
+            self.drafts[slot] = self._draft(request, slot)
+            inputs["draft_tokens"][slot, :3] = paddle.to_tensor([tokens[-1], *self.drafts[slot]])
+            buffer[slot] = 3
         if len(request.output_token_ids) >= request.sampling_params.max_tokens:
             buffer[slot] = 0
+            self.drafts.pop(slot, None)
             inputs["seq_lens_decoder"][slot] = 0
             inputs["stop_flags"][slot] = True
             self.scheduler.finish_requests(request.request_id)
@@ -213,14 +251,17 @@ class Server:
             If it is above :data:`MOST_ERROR`.
         """
         worst = floor = 0.0
-        for request in self.requests.values():
-            ids = [*request.prompt_token_ids, *request.output_token_ids]
-            wanted, rounded = self.decoder.hidden(ids), self.decoder.hidden(ids, bfloat16)
-            for owner, done, hidden in self.seen:
-                if owner is request:
-                    own = slice(done, done + len(hidden))
-                    floor = max(floor, serving.relative_error(rounded[own], wanted[own]))
-                    worst = max(worst, serving.relative_error(hidden, wanted[own]))
+        whole = [[*r.prompt_token_ids, *r.output_token_ids] for r in self.requests.values()]
+        known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+        for ids, done, hidden in self.seen:
+            # Later tokens do not change a hidden state. Only rejected drafts are in no request.
+            ids = next((x for x in whole if x[: len(ids)] == ids), ids)
+            if tuple(ids) not in known:
+                known[tuple(ids)] = self.decoder.hidden(ids), self.decoder.hidden(ids, bfloat16)
+            own = slice(done, done + len(hidden))
+            wanted, rounded = (x[own] for x in known[tuple(ids)])
+            floor = max(floor, serving.relative_error(rounded, wanted))
+            worst = max(worst, serving.relative_error(hidden, wanted))
         if worst > MOST_ERROR * floor:
             raise serving.Wrong(f"error {worst:.4f}, in bfloat16 {floor:.4f}")
         return worst
@@ -252,6 +293,20 @@ def _serve(architecture: str, kind: str | None = None, backend: str | None = Non
         if not made.startswith("fastattn"):
             raise serving.Wrong(f"the backend is FastDeploy's own {made}")
         return server.day()
+
+
+def _drafts(architecture: str, kind: str | None = None, backend: str = "APPEND_ATTN") -> float:
+    """Steps that verify drafts, of which the model accepts some and rejects others.
+
+    The drafts come from the float64 model. FastDeploy's proposers need operators of a GPU.
+    """
+    options = {"method": "ngram", "num_speculative_tokens": 2}
+    with environment(FD_ATTENTION_BACKEND=backend):
+        server = Server(architecture, kind, speculative_config=options)
+        error = server.day()
+    if min(server.verified) < 4:
+        raise serving.Wrong(f"{server.verified} drafts were accepted and rejected")
+    return error
 
 
 def _programs(kind: str | None, steps: str, level: int) -> float:
@@ -299,6 +354,13 @@ def cases() -> Iterator[Case]:
         yield (
             f"end to end, {architecture}",
             lambda a=architecture, b=backend: _serve(a, None, b),
+        )
+    for kind in KINDS:
+        yield f"end to end, drafts, {kind or 'none'}", lambda k=kind: _drafts(GROUPED[0], k)
+    for architecture, backend in list(LATENT.items())[::2]:
+        yield (
+            f"end to end, drafts, {architecture}",
+            lambda a=architecture, b=backend: _drafts(a, None, b),
         )
     for steps in ("decode", "prefill"):
         for kind in KINDS:

@@ -44,9 +44,17 @@ def speculate_get_padding_offset(input_ids: Any, draft: Any, cum: Any, num: Any,
     return _offsets(args[0].numpy().reshape(-1), input_ids)
 
 
-def speculate_pre_process(num: Any, input_ids: Any, lens: Any, *_: Any) -> list[Any]:
+def speculate_pre_process(
+    num: Any, input_ids: Any, lens: Any, drafts: Any = None, encoder: Any = None, *_: Any
+) -> list[Any]:
     """The same since 2.6, with additional data for the outputs."""
-    found = _offsets(lens.numpy().reshape(-1), input_ids)
+    lens = lens.numpy().reshape(-1)
+    if encoder is not None:  # decoding sequences have their tokens among the drafts
+        decoding = np.flatnonzero(encoder.numpy().reshape(-1)[: len(lens)] == 0)
+        ids, given = input_ids.numpy().copy(), drafts.numpy()
+        ids[decoding, : given.shape[1]] = given[decoding]
+        input_ids = paddle.to_tensor(ids)
+    found = _offsets(lens, input_ids)
     return [*found, found[2], found[1], _int32([found[1].shape[0]])]
 
 
