@@ -116,15 +116,12 @@ def _check_not_chosen() -> None:
 
 def _patch(platform: type) -> None:
     original = method_of(platform)
-    known = BACKEND_CLASS.parameters
-    if (
-        not inspect.ismethod(original)
-        or ", ".join(inspect.signature(original).parameters) not in known
-    ):
+    if not inspect.ismethod(original):
         raise RuntimeError(
-            f"fastattn: FastDeploy's {platform.__name__} has no class method "
-            f"{METHOD}({known[0]}): this version of FastDeploy is not supported"
+            f"fastattn: FastDeploy's {platform.__name__} has no class method {METHOD}: this "
+            "version of FastDeploy is not supported"
         )
+    BACKEND_CLASS.replaces(original)
 
     # FastDeploy's own method runs first, because it refuses backends that it does not know.
     def get_attention_backend_cls(cls: type, *args: Any, **kwargs: Any) -> Any:

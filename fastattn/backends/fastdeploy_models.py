@@ -9,7 +9,6 @@ attributes stay.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import paddle
@@ -55,7 +54,7 @@ def take_indexer() -> None:
 def _with_key_norm(make: Any) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
-        if _is_rms(self.k_norm):
+        if _lacks_bias(self.k_norm):
             self.k_norm = KeyNorm(self.index_head_dim)
 
     return __init__
@@ -70,8 +69,9 @@ def _selecting(own: Any) -> Any:
     return forward
 
 
-def _is_rms(norm: Any) -> bool:
-    return isinstance(norm, getattr(sys.modules.get(MODELS), "RMSNorm", ()))
+def _lacks_bias(norm: Any) -> bool:
+    """Whether a norm of index keys has no parameter for the bias that checkpoints have."""
+    return getattr(norm, "bias", None) is None
 
 
 def indexer_forward(
@@ -105,12 +105,12 @@ def indexer_forward(
     Raises
     ------
     NotImplementedError
-        If keys have an RMSNorm, which means that the bias of the checkpoint was not loaded.
+        If the norm of keys has no bias, which means that the checkpoint's was not loaded.
     """
-    if _is_rms(self.k_norm):
+    if _lacks_bias(self.k_norm):
         raise NotImplementedError(
-            "DSAAttentionBackend: Indexer.k_norm is an RMSNorm, the checkpoint's is a LayerNorm "
-            "with a bias; register the plug-in before the model is made"
+            "DSAAttentionBackend: Indexer.k_norm has no bias, the checkpoint's LayerNorm has one; "
+            "register the plug-in before the model is made"
         )
     backend = forward_meta.attn_backend
     heads, dim, rotated = self.index_n_heads, self.index_head_dim, self.rope_dim

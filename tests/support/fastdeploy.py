@@ -29,6 +29,9 @@ from tests.support.bounds import assert_error_ratio
 from tests.support.serving import MAX_MODEL_LEN, Model
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
+#: The function of the stand-in that the plug-in replaces. Its source is not FastDeploy's.
+STAND_IN = "CUDAPlatform.get_attention_backend_cls"
+
 STUB = Path(__file__).parent / "fastdeploy_stub"
 
 #: FastDeploy's ``kv_cache_quant_type`` and the cache type of a layer.
@@ -67,6 +70,7 @@ def fastdeploy(monkeypatch):
     monkeypatch.syspath_prepend(str(STUB))
     monkeypatch.delenv("FD_PLUGINS", raising=False)
     monkeypatch.delenv("FD_ATTENTION_BACKEND", raising=False)
+    monkeypatch.setenv("FASTATTN_IGNORED", STAND_IN)
     yield importlib.import_module("fastdeploy")
     for name in [n for n in sys.modules if n.partition(".")[0] == "fastdeploy"]:
         del sys.modules[name]
