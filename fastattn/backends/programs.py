@@ -9,6 +9,7 @@ same two operators as in dygraph. :func:`_learn` finds their arguments outside t
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import paddle
@@ -21,26 +22,7 @@ from fastattn.backends.step_masks import last_keys
 from fastattn.functional._attributes import ANY_LENGTH
 from fastattn.functional._marker import unified
 
-#: Options of which a translation takes the operators' arguments.
 _LEVEL = "graph_opt_config.graph_opt_level"
-
-
-class ProgramLayer:
-    """Arguments of a layer's operators. The translation reads these attributes.
-
-    This is no dataclass, because SOT finds no methods of one.
-    """
-
-    def __init__(self, facts: Any, scales: tuple[Any, Any], width: int, own_table: bool) -> None:
-        self.first: int = facts.first
-        self.dynamic: bool = facts.dynamic
-        self.scales = scales
-        self.write_tensors, self.write_attrs = facts.write_tensors, facts.write_attrs
-        self.sinks, _, *others = facts.attend_tensors
-        self.after_mask = tuple(others)
-        self.attend_attrs, self.masked_attrs = facts.attend_attrs, facts.masked_attrs
-        self.window: int = facts.window
-        self.width, self.own_table = width, own_table
 
 
 class Programs:
@@ -55,7 +37,7 @@ class Programs:
     """
 
     def __init__(self, backend: str, most_new_tokens: int, max_model_len: int) -> None:
-        self.layers: dict[int, ProgramLayer] = {}
+        self.layers: dict[int, Any] = {}
         self.most_new_tokens, self.max_model_len = most_new_tokens, max_model_len
         self._backend = backend
         self._caches: Any = None
@@ -119,19 +101,24 @@ class Programs:
         if layer.layer_id in self.layers:
             return
         with paddle.base.dygraph.guard():
-            step = _Caches(self._caches)
+            step = SimpleNamespace(caches=self._caches)
             facts = backend._facts_of(layer, step)
-            scales = (None, None) if facts.dynamic else facts.scales(step, layer)
-            width = backend.num_heads * backend.head_dim
-            own_table = backend.config.window_tables and backend._has_window(layer)
-            self.layers[layer.layer_id] = ProgramLayer(facts, scales, width, own_table)
-
-
-class _Caches:
-    """A step that only has caches."""
-
-    def __init__(self, caches: Any) -> None:
-        self.caches = caches
+            sinks, _, *after_mask = facts.attend_tensors
+            # SOT finds the attributes of this object, but no methods of a dataclass.
+            self.layers[layer.layer_id] = SimpleNamespace(
+                first=facts.first,
+                dynamic=facts.dynamic,
+                scales=(None, None) if facts.dynamic else facts.scales(step, layer),
+                write_tensors=facts.write_tensors,
+                write_attrs=facts.write_attrs,
+                sinks=sinks,
+                after_mask=tuple(after_mask),
+                attend_attrs=facts.attend_attrs,
+                masked_attrs=facts.masked_attrs,
+                window=facts.window,
+                width=backend.num_heads * backend.head_dim,
+                own_table=backend.config.window_tables and backend._has_window(layer),
+            )
 
 
 def _constants(forward_meta: Any) -> dict[str, Any]:

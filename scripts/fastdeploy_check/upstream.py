@@ -50,14 +50,14 @@ def changed(name: str, *files: str) -> list[Any]:
 
 def register() -> float:
     """A backend is chosen by a name of its own, and by a name of FastDeploy."""
-    ours = "fastattn.backends.FlashAttentionBackend"
+    ours = "fastattn.backends.gqa.FlashAttentionBackend"
     for name in ("FASTATTN", "APPEND_ATTN"):
         (selecter,) = changed("register_attention_backend", "attention_selecter")
         with environment(FD_ATTENTION_BACKEND=name):
             selecter.register_attention_backend(name, ours)
             _raises(ValueError, lambda s=selecter, n=name: s.register_attention_backend(n, "a.B"))
             made = selecter.get_attention_backend()
-            if f"{made.__module__}.{made.__name__}" != "fastattn.backends.gqa.FlashAttentionBackend":
+            if f"{made.__module__}.{made.__name__}" != ours:
                 raise Wrong(f"{name} is {made}")
             _raises(RuntimeError, lambda s=selecter: s.register_attention_backend("X", ours))
     return 0.0

@@ -123,7 +123,7 @@ def test_a_program_has_the_bits_of_dygraph(monkeypatch, kind, masked):
         {"model": {"neox": True}},
         {"model": {"norm": True}},
         {"size": 2, "rank": 1},
-        {"release": "2.5"},
+        {"passed": "all"},
         {"shared": 1},
         {"graphs": {"use_cudagraph": True, "full_cuda_graph": True}},
     ],
