@@ -39,15 +39,10 @@ def get_padding_offset(input_ids: Any, *args: Any) -> list[Any]:
     return _offsets(_lengths((None, *args)), input_ids)
 
 
-def speculate_get_padding_offset(input_ids: Any, draft: Any, cum: Any, num: Any, *args: Any) -> Any:
-    """The same for the speculative decoding of 2.4."""
-    return _offsets(args[0].numpy().reshape(-1), input_ids)
-
-
 def speculate_pre_process(
     num: Any, input_ids: Any, lens: Any, drafts: Any = None, encoder: Any = None, *_: Any
 ) -> list[Any]:
-    """The same since 2.6, with additional data for the outputs."""
+    """The same for steps with drafts, with additional data for the outputs."""
     lens = lens.numpy().reshape(-1)
     if encoder is not None:  # decoding sequences have their tokens among the drafts
         decoding = np.flatnonzero(encoder.numpy().reshape(-1)[: len(lens)] == 0)
@@ -118,10 +113,7 @@ def nothing(*_: Any, **__: Any) -> None:
 #: Stand-ins by operator.
 OPS: dict[str, Callable[..., Any]] = {
     "get_padding_offset": get_padding_offset,
-    "speculate_get_padding_offset": speculate_get_padding_offset,
     "speculate_pre_process": speculate_pre_process,
-    "speculate_get_seq_lens_output": lambda lens, *_: [lens],
-    "speculate_get_output_padding_offset": lambda cum, num, lens, _: [lens, cum],
     "get_position_ids": fill_positions,
     "get_position_ids_and_mask_encoder_batch": fill_positions,
     "get_position_ids_and_slot_mapping": fill_positions_and_slots,

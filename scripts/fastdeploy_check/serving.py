@@ -231,8 +231,6 @@ class Serving:
             row, column = np.divmod(np.arange(last - first), (last - first) // 2)
             image = first + np.stack([np.zeros_like(row), row, column], 1)
             ids = paddle.to_tensor(np.concatenate([text, image]).astype(np.int64))
-            # One at a time: for several slots, 2.4 and 2.5 give all of ERNIE's slots the table of
-            # the last one.
             (table,) = self.runner.prepare_rope3d(ids, [MAX_LEN // 2], [0, last])
             self.inputs["rope_emb"][slot : slot + 1, :] = table
         self.tables = self.inputs["rope_emb"].numpy()
