@@ -58,12 +58,15 @@ class PagedAttentionMetadata(AttentionMetadata):
     windowed : list of (Tensor, int, int, int, Tensor)
         Masks of layers with a window: the offsets and their version, the window, the layer that
         made the mask, and the mask.
+    program : (weakref, dict) or None
+        What programs of the layers are translated from: see :class:`Programs`.
     """
 
     host_lengths: tuple[int, int] | None = None
     cascade_plan: Any = None
     mask: tuple[Any, Any] | None = None
     windowed: list[tuple[Any, int, int, int, Any]] = dataclass_field(default_factory=list)
+    program: tuple[Any, dict[str, Any]] | None = None
 
 
 class PagedAttentionBackend(AttentionBackend):
@@ -208,7 +211,7 @@ class PagedAttentionBackend(AttentionBackend):
         if self._signals is not None:
             self._signals.begin(forward_meta)
         if self._programs is not None:
-            self._programs.begin(forward_meta)
+            metadata.program = self._programs.begin(forward_meta)
         return metadata
 
     def forward_mixed(

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from fastattn import env
 from fastattn._plugin import patches
 from fastattn.backends.calibrated import digest
-from fastattn.backends.config import fastdeploy_flag, read
+from fastattn.backends.config import cache_kind, fastdeploy_flag, read
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,10 +67,8 @@ def guard(fd_config: Any, backend: str) -> None:
 
 def _is_quantised(fd_config: Any) -> bool:
     """Whether caches are quantised. Workers have a type; engines have the storage type."""
-    kind = read(fd_config, "quant_config.kv_cache_quant_type")
-    if kind is None:
-        kind = read(fd_config, "cache_config.cache_dtype", "none")
-    return str(getattr(kind, "value", kind)).lower() not in _PLAIN
+    kind = cache_kind(fd_config) or read(fd_config, "cache_config.cache_dtype", "none")
+    return str(kind).lower() not in _PLAIN
 
 
 def _refuse(backend: str, what: str, value: Any, why: str) -> NoReturn:

@@ -9,6 +9,7 @@ same two operators as in dygraph. :func:`_learn` finds their arguments outside t
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,18 +32,17 @@ class Programs:
     Attributes
     ----------
     layers : dict
-        Layers that were translated, by their index.
-    most_new_tokens : int
-        Upper bound of a sequence's new tokens. If it is too small, the step takes longer.
+        Arguments of the layers that were translated, by their index.
+    lengths : (int, int)
+        Upper bounds of a sequence's new tokens and keys. If the first one is too small, the step
+        takes longer.
     """
 
-    def __init__(self, backend: str, most_new_tokens: int, max_model_len: int) -> None:
+    def __init__(self, backend: str, lengths: tuple[int, int]) -> None:
         self.layers: dict[int, Any] = {}
-        self.most_new_tokens, self.max_model_len = most_new_tokens, max_model_len
+        self.lengths = lengths
         self._backend = backend
-        self._caches: Any = None
-        self._step: dict[str, Any] = {}
-        self._translated: dict[str, Any] | None = None
+        self._translated: dict[str, Any] = {}
 
     @classmethod
     def of(
@@ -65,15 +65,14 @@ class Programs:
             refuse(backend, _LEVEL, level, supported)
         if q_quant != "none":
             refuse(backend, "q_quant", q_quant, f"supported with {_LEVEL} = {level}: none")
-        # FastDeploy runs these programs only in steps of decoding sequences. Any other program
-        # serves steps of all kinds.
+        # Then FastDeploy runs programs only in steps of decoding sequences, else in all steps.
         decodes = read(fd_config, "graph_opt_config.use_cudagraph", False) and read(
             fd_config, "graph_opt_config.full_cuda_graph", True
         )
-        return cls(backend, config.decode_tokens if decodes else ANY_LENGTH, config.max_model_len)
+        return cls(backend, (config.decode_tokens if decodes else ANY_LENGTH, config.max_model_len))
 
-    def begin(self, forward_meta: Any) -> None:
-        """Begin a step, which may run a program.
+    def begin(self, forward_meta: Any) -> tuple[Any, dict[str, Any]]:
+        """What :meth:`learn` needs of a step, which may run a program.
 
         Raises
         ------
@@ -82,12 +81,11 @@ class Programs:
         """
         if optional(forward_meta, "cascade_plan") is not None:
             self._refuse("cascade_plan")
-        self._caches = optional(forward_meta, "caches")
-        self._step = _constants(forward_meta)
-        for name, was in (self._translated or {}).items():
-            now = self._step[name]
-            if now != was:
-                self._refuse(name, f" = {now}: programs were translated for {was}")
+        constants = _constants(forward_meta)
+        for name, was in self._translated.items():
+            if constants[name] != was:
+                self._refuse(name, f" = {constants[name]}: programs were translated for {was}")
+        return weakref.ref(forward_meta), constants
 
     def _refuse(self, name: str, more: str = "") -> None:
         raise NotImplementedError(
@@ -96,21 +94,18 @@ class Programs:
 
     def learn(self, backend: Any, layer: Any) -> None:
         """Find the arguments of a layer's operators, and note for which steps they are right."""
-        if self._translated is None:
-            self._translated = self._step
+        step, self._translated = backend.attention_metadata.program
         if layer.layer_id in self.layers:
             return
         with paddle.base.dygraph.guard():
-            step = SimpleNamespace(caches=self._caches)
-            facts = backend._facts_of(layer, step)
+            facts = backend._facts_of(layer, step())
             sinks, _, *after_mask = facts.attend_tensors
-            # SOT finds the attributes of this object, but no methods of a dataclass.
+            # SOT finds the attributes of this object. It finds no methods of a dataclass.
             self.layers[layer.layer_id] = SimpleNamespace(
                 first=facts.first,
                 dynamic=facts.dynamic,
-                scales=(None, None) if facts.dynamic else facts.scales(step, layer),
-                write_tensors=facts.write_tensors,
-                write_attrs=facts.write_attrs,
+                scales=(None, None) if facts.dynamic else facts.scales(step(), layer),
+                write=(facts.write_tensors, facts.write_attrs),
                 sinks=sinks,
                 after_mask=tuple(after_mask),
                 attend_attrs=facts.attend_attrs,
@@ -122,22 +117,18 @@ class Programs:
 
 
 def _constants(forward_meta: Any) -> dict[str, Any]:
-    """What a program has of a step as a constant: which tensors it has, and their ranks."""
-    names = ("attn_mask_offsets", "batch_id_per_token", "rotary_embs", "swa_rotary_embs")
-    tensors = {name: optional(forward_meta, name) for name in names}
-    found: dict[str, Any] = {
-        name: "None" if x is None else f"a tensor of rank {len(x.shape)}"
-        for name, x in tensors.items()
-    }
+    """What is a constant of a program: which tensors a step has, and their ranks."""
+    found: dict[str, Any] = {}
+    for name in ("attn_mask_offsets", "batch_id_per_token", "rotary_embs", "swa_rotary_embs"):
+        tensor = optional(forward_meta, name)
+        found[name] = "None" if tensor is None else f"a tensor of rank {len(tensor.shape)}"
     return {**found, "rope_already_applied": bool(optional(forward_meta, "rope_already_applied"))}
 
 
 def program_step(backend: Any, qkv: Any, layer: Any, forward_meta: Any) -> Any:
     """A layer's step inside a translation. SOT translates this function."""
-    programs = backend._programs
     qkv = _learn(qkv, backend, layer)
-    own = programs.layers[layer.layer_id]
-    caches = forward_meta.caches
+    own, caches = backend._programs.layers[layer.layer_id], forward_meta.caches
     key, value = caches[own.first], caches[own.first + 1]
     scales = own.scales
     if own.dynamic:
@@ -152,8 +143,8 @@ def program_step(backend: Any, qkv: Any, layer: Any, forward_meta: Any) -> Any:
     if not forward_meta.rope_already_applied:
         table = forward_meta.swa_rotary_embs if own.own_table else forward_meta.rotary_embs
     batch_ids = forward_meta.batch_id_per_token
-    inputs = (qkv, key, value, table, *seqs, *own.write_tensors, *scales, batch_ids)
-    query = _call("rope_write_cache_kv", inputs, own.write_attrs)
+    inputs = (qkv, key, value, table, *seqs, *own.write[0], *scales, batch_ids)
+    query = _call("rope_write_cache_kv", inputs, own.write[1])
     mask, attrs = forward_meta.attn_mask_offsets, own.attend_attrs
     masked = mask is not None  # SOT does not translate `if tensor is not None`
     if masked:
@@ -161,8 +152,7 @@ def program_step(backend: Any, qkv: Any, layer: Any, forward_meta: Any) -> Any:
         if own.window:
             mask = last_keys(mask, own.window)
     inputs = (query, key, value, *seqs, *scales, None, own.sinks, mask, *own.after_mask)
-    lengths = programs.most_new_tokens, programs.max_model_len
-    out = _call("paged_attention", inputs, (*lengths, *attrs))
+    out = _call("paged_attention", inputs, (*backend._programs.lengths, *attrs))
     return out.reshape([-1, own.width])
 
 

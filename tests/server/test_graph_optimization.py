@@ -138,6 +138,37 @@ def test_level_2(monkeypatch):
     serve(*both(monkeypatch, "block_wise_fp8", level=2), level=2)
 
 
+class Layerwise(Model):
+    """The same with a backend for each layer, as FastDeploy's branch of June 2026 has it."""
+
+    def forward(self, fused, forward_meta):
+        return [
+            forward_meta.attn_backends[index].forward(
+                None, None, None, fused[index], None, None, layer, forward_meta
+            )
+            for index, layer in enumerate(self.layers)
+        ]
+
+
+def test_a_backend_for_each_layer(monkeypatch):
+    plain, other = both(monkeypatch, "int8")
+    backends = [other.backend, type(other.backend)(other.fd_config, 2, 4, 64)]
+    model = Layerwise(other.layers)
+    program = Optimized(model)
+    for step, new in enumerate(([9, 7, 5], [20, 1, 4], [1, 1, 1], [2])):
+        fused, meta = inputs_of(other, new, True, False, 0)
+        meta.attn_backends = backends
+        backends[1].init_attention_metadata(meta)
+        with paddle.no_grad():
+            got = (program.warm_up if step < 2 else program)(fused, meta)
+            expected = Model(plain.layers).forward(*inputs_of(plain, new, True, False, 0))
+        for index, (ours, theirs) in enumerate(zip(got, expected)):
+            assert_same_bits(to_numpy(ours), to_numpy(theirs), f"step {step}, layer {index}")
+        for worker in (plain, other):
+            worker.cached = [a + b for a, b in zip(worker.cached, [*new, 0, 0])]
+    assert [sorted(x._programs.layers) for x in backends] == [[0], [1]]
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "offsets"])
 def test_layers_with_a_window(monkeypatch, masked):
     config = {"window_size": 24, "window_attn_skip_freq": [1, 1]}
