@@ -95,13 +95,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def chosen(group: str | None, wanted: str) -> Iterator[tuple[str, Callable[[], float]]]:
     """The cases to run."""
-    from fastdeploy_check import disaggregation, latent, newer
+    from fastdeploy_check import disaggregation, endtoend, latent, newer, upstream
     from fastdeploy_check.cases import GROUPS
 
     more = {
         "disaggregation": disaggregation.cases,
         "latent": latent.cases,
         "newer": newer.cases,
+        "end to end": endtoend.cases,
+        "upstream": upstream.cases,
     }
     for name, cases in {**GROUPS, **more}.items():
         if group not in (None, name):

@@ -10,11 +10,9 @@ From then on ``APPEND_ATTN``, ``FLASH_ATTN``, ``FLASH_MASK_ATTN``, ``MLA_ATTN`` 
 mean the classes of :mod:`fastattn.backends`. So do ``DECODE_UNIFIED_ATTN``, FastDeploy's append
 backend with another decode kernel, and ``TRITON_MLA_ATTN``. FastDeploy keeps every other backend.
 
-FastDeploy's platform class has a method that returns the name of a backend's class, and the class
-is imported when the first backend is made. :func:`register` replaces that name. The alternative, to
-put the classes into FastDeploy's own package, has two faults. It would import that package with all
-its compiled operators in processes that only ask for shapes. It would also be undone if the package
-is still being imported.
+FastDeploy's platform class has a method that returns the name of a backend's class, and imports it
+when the first backend is made. :func:`register` replaces that name, which needs no GPU and no
+compiled operator in processes that only ask for shapes.
 """
 
 from __future__ import annotations
@@ -116,15 +114,12 @@ def _check_not_chosen() -> None:
 
 def _patch(platform: type) -> None:
     original = method_of(platform)
-    known = BACKEND_CLASS.parameters
-    if (
-        not inspect.ismethod(original)
-        or ", ".join(inspect.signature(original).parameters) not in known
-    ):
+    if not inspect.ismethod(original):
         raise RuntimeError(
-            f"fastattn: FastDeploy's {platform.__name__} has no class method "
-            f"{METHOD}({known[0]}): this version of FastDeploy is not supported"
+            f"fastattn: FastDeploy's {platform.__name__} has no class method {METHOD}: this "
+            "version of FastDeploy is not supported"
         )
+    BACKEND_CLASS.replaces(original)
 
     # FastDeploy's own method runs first, because it refuses backends that it does not know.
     def get_attention_backend_cls(cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ attributes stay.
 
 from __future__ import annotations
 
-import sys
+import importlib
 from typing import Any
 
 import paddle
@@ -18,28 +18,6 @@ from fastattn._plugin import patches
 
 #: FastDeploy's module of DeepSeek's and GLM's models.
 MODELS = "fastdeploy.model_executor.models.deepseek_v3"
-
-
-class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
-    """LayerNorm of index keys with a bias, where FastDeploy 2.6 has an RMSNorm.
-
-    Its parameters have the names in a checkpoint, so FastDeploy loads both.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-        constant = paddle.nn.initializer.Constant
-        self.weight = self.create_parameter([channels], default_initializer=constant(1.0))
-        self.bias = self.create_parameter([channels], is_bias=True)
-
-    def forward(self, keys: Any) -> Any:
-        """Keys [T, channels], normalised in float32."""
-        parameters = (self.weight.astype("float32"), self.bias.astype("float32"))
-        normed = paddle.nn.functional.layer_norm(
-            keys.astype("float32"), self.channels, *parameters, 1e-6
-        )
-        return normed.astype(keys.dtype)
 
 
 def take_indexer() -> None:
@@ -53,10 +31,12 @@ def take_indexer() -> None:
 
 
 def _with_key_norm(make: Any) -> Any:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        if _is_rms(self.k_norm):
-            self.k_norm = KeyNorm(self.index_head_dim)
+    def __init__(self: Any, fd_config: Any, layer_id: int, prefix: str = "") -> None:
+        make(self, fd_config, layer_id, prefix)
+        norms = importlib.import_module("fastdeploy.model_executor.layers.normalization")
+        self.k_norm = norms.LayerNorm(  # as the development branch has it
+            fd_config, self.index_head_dim, 1e-6, prefix=f"{prefix}.k_norm", with_bias=True
+        )
 
     return __init__
 
@@ -70,8 +50,9 @@ def _selecting(own: Any) -> Any:
     return forward
 
 
-def _is_rms(norm: Any) -> bool:
-    return isinstance(norm, getattr(sys.modules.get(MODELS), "RMSNorm", ()))
+def _lacks_bias(norm: Any) -> bool:
+    """Whether a norm of index keys has no parameter for the bias that checkpoints have."""
+    return getattr(norm, "bias", None) is None
 
 
 def indexer_forward(
@@ -105,12 +86,12 @@ def indexer_forward(
     Raises
     ------
     NotImplementedError
-        If keys have an RMSNorm, which means that the bias of the checkpoint was not loaded.
+        If the norm of keys has no bias, which means that the checkpoint's was not loaded.
     """
-    if _is_rms(self.k_norm):
+    if _lacks_bias(self.k_norm):
         raise NotImplementedError(
-            "DSAAttentionBackend: Indexer.k_norm is an RMSNorm, the checkpoint's is a LayerNorm "
-            "with a bias; register the plug-in before the model is made"
+            "DSAAttentionBackend: Indexer.k_norm has no bias, the checkpoint's LayerNorm has one; "
+            "register the plug-in before the model is made"
         )
     backend = forward_meta.attn_backend
     heads, dim, rotated = self.index_n_heads, self.index_head_dim, self.rope_dim

@@ -68,8 +68,7 @@ def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     """Block tables, starts, cached and new lengths of a step's sequences, in operators' order.
 
     Block tables and cached lengths may cover all slots of the server, of which the first ones run;
-    the operators ignore the others. With CUDA graphs, FastDeploy 2.4 also passes the new lengths of
-    all slots, but the starts of only the slots that run.
+    the operators ignore the others.
 
     Raises
     ------
@@ -83,8 +82,6 @@ def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     if tables is None or starts is None or cached is None or new is None:
         for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time"):
             field(forward_meta, name)  # names the missing field
-    if paddle.in_dynamic_mode():
-        new = _of_running(new, starts, tables)
     return tables, starts, cached, new
 
 
@@ -133,16 +130,6 @@ def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool)
         return min(tokens, decode_tokens)
     chunk = tokens - (seqs - 1)
     return chunk if decode_tokens == 1 and chunk >= _LONG_SEQ else tokens
-
-
-def _of_running(new: Any, starts: Any, tables: Any) -> Any:
-    """New lengths of the sequences that have a start. Shapes are on the host, so nothing waits."""
-    slots, ends = getattr(new, "shape", None), getattr(starts, "shape", None)
-    if not slots or not ends or not 0 < ends[0] <= slots[0]:
-        return new  # matches the starts, or is wrong: the operator reports that
-    if not is_tensor(new) or not is_tensor(tables) or tables.shape[:1] != slots[:1]:
-        return new
-    return new[: ends[0] - 1]
 
 
 #: Fields that a cascade plan depends on.

@@ -26,6 +26,7 @@ from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
+from fastattn.backends.programs import Programs, program_step
 from fastattn.backends.scales import HeadShard, local_heads
 from fastattn.backends.stale_starts import StaleStarts
 from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
@@ -60,6 +61,8 @@ class PagedAttentionMetadata(AttentionMetadata):
     windowed : list of (Tensor, int, int, int, Tensor)
         Masks of layers with a window: the offsets and their version, the window, the layer that
         made the mask, and the mask.
+    program : (weakref, dict) or None
+        What programs of the layers are translated from: see :class:`Programs`.
     """
 
     host_lengths: tuple[int, int] | None = None
@@ -67,6 +70,7 @@ class PagedAttentionMetadata(AttentionMetadata):
     guessed: tuple[Any, int, tuple[int, int]] | None = None
     mask: tuple[Any, Any] | None = None
     windowed: list[tuple[Any, int, int, int, Any]] = dataclass_field(default_factory=list)
+    program: tuple[Any, dict[str, Any]] | None = None
 
 
 class PagedAttentionBackend(AttentionBackend):
@@ -151,6 +155,7 @@ class PagedAttentionBackend(AttentionBackend):
         self._known_layers = KnownLayers()
         guard(fd_config, name)
         self._signals = KvSignals.of(fd_config)
+        self._programs = Programs.of(fd_config, name, q_quant, self._signals, self.config)
         self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
 
     def get_kv_cache_shape(
@@ -209,6 +214,8 @@ class PagedAttentionBackend(AttentionBackend):
         metadata = PagedAttentionMetadata(host_lengths(forward_meta), current_plan(forward_meta))
         if self._signals is not None:
             self._signals.begin(forward_meta)
+        if self._programs is not None:
+            metadata.program = self._programs.begin(forward_meta)
         return metadata
 
     def forward_mixed(
@@ -250,13 +257,17 @@ class PagedAttentionBackend(AttentionBackend):
         ValueError
             If the step lacks a field, or the caches and scales do not match the layer.
         """
+        if in_sot():
+            if self._programs is None:  # with its guards, SOT runs a backend between two programs
+                paddle.jit.sot.psdb.fallback(True)
+            return program_step(self, qkv, layer, forward_meta)
         if compressed_kv is not None or k_pe is not None:
             self._refuse(
                 f"{'k_pe' if compressed_kv is None else 'compressed_kv'}, of latent attention,"
             )
-        metadata = self._metadata()
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
+        metadata = self._metadata()
         if self._has_own_table(layer, forward_meta):
             forward_meta = OwnTable(forward_meta, field(forward_meta, "swa_rotary_embs"))
         tokens = _size(qkv, 0)
@@ -321,7 +332,7 @@ class PagedAttentionBackend(AttentionBackend):
         Longer sequences only cost time. A traced step also serves steps of other kinds, so any of
         its sequences may have all tokens.
         """
-        traced = not paddle.in_dynamic_mode() or in_sot()
+        traced = not paddle.in_dynamic_mode()
         known = metadata.guessed
         if known and not traced:
             tables, count, lengths = known

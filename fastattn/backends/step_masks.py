@@ -40,7 +40,7 @@ def layer_mask(mask: Any, forward_meta: Any, metadata: Any, window: int, layer_i
     """
     if not window or mask.shape[0] == 0:  # Paddle 2.6 cannot concatenate empty tensors
         return mask
-    if not paddle.in_dynamic_mode() or in_sot():
+    if not paddle.in_dynamic_mode():
         return last_keys(mask, window)
     given = optional(forward_meta, "attn_mask_offsets")
     version = getattr(given, "inplace_version", 0)
