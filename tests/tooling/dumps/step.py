@@ -1,4 +1,5 @@
 import paddle
+
 import fastattn.functional as F
 
 paddle.set_device("cpu")
