@@ -246,6 +246,7 @@ _LEFT_OUT = "FLAGS_cuda_graph_blacklist"
 _OPERATORS = tuple(
     f"custom_op.fastattn_{name}{end}"
     for name in (
+        "attention_step",
         "rope_write_cache_kv",
         "paged_attention",
         "merge_attn_states",

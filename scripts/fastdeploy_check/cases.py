@@ -232,7 +232,7 @@ def _piecewise() -> float:
     graphs = {"use_cudagraph": True, "full_cuda_graph": False, "graph_opt_level": 0}
     error = _day({}, "int8", NEOX, graph_optimization_config=graphs)
     flag = "FLAGS_cuda_graph_blacklist"
-    if "fastattn_paged_attention" not in str(paddle.get_flags(flag)[flag]):
+    if "fastattn_attention_step" not in str(paddle.get_flags(flag)[flag]):
         raise Wrong("the operators are not on FLAGS_cuda_graph_blacklist")
     return error
 
