@@ -120,7 +120,7 @@ KEY_NORM = Patch(
 )
 INDEXER = Patch(
     f"{_MODELS}:Indexer.forward",
-    "it selects among the keys of the step only, for one query of a sequence",
+    "it selects among the keys of the step only, and gives a backend neither queries nor keys",
     "a method of the backend that selects keys",
     {
         "009aea9f65adc851": "2.6 of April 2026",

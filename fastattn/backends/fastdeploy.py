@@ -1,4 +1,4 @@
-"""The plug-in that makes FastDeploy 2.x use the backends of this package.
+"""The plug-in that makes FastDeploy 2.6 use the backends of this package.
 
 FastDeploy calls :func:`register` in every process that loads its models or its engine, if the
 environment variable ``FD_PLUGINS`` names ``fastattn``. The call goes through ``fastattn._plugin``,
@@ -27,7 +27,7 @@ from typing import Any
 import paddle
 
 from fastattn import _ops
-from fastattn._plugin import METHOD, REPLACED, method_of
+from fastattn._plugin import METHOD, REPLACED, change, method_of
 from fastattn._plugin.patches import BACKEND_CLASS
 from fastattn.backends import fastdeploy_models
 
@@ -72,7 +72,7 @@ def _cuda_platform() -> type:
         current = importlib.import_module("fastdeploy.platforms").current_platform
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"fastattn: FastDeploy 2.x is needed, its fastdeploy.platforms cannot be used: {error}"
+            f"fastattn: FastDeploy 2.6 is needed, its fastdeploy.platforms cannot be used: {error}"
         ) from error
     if not current.is_cuda():
         name = getattr(current, "device_name", type(current).__name__)
@@ -120,13 +120,7 @@ def _patch(platform: type) -> None:
             "version of FastDeploy is not supported"
         )
     BACKEND_CLASS.replaces(original)
-
-    # FastDeploy's own method runs first, because it refuses backends that it does not know.
-    def get_attention_backend_cls(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return _replacement(original(*args, **kwargs))
-
-    get_attention_backend_cls.fastattn = True  # type: ignore[attr-defined]
-    setattr(platform, METHOD, classmethod(get_attention_backend_cls))
+    change(platform, _replacement, registered=True)
 
 
 def _replacement(path: Any) -> Any:

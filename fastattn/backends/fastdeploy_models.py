@@ -63,30 +63,11 @@ def indexer_forward(
     positions: Any = None,
     rotary_emb: Any = None,
 ) -> Any:
-    """Slots of the keys that each query of a layer reads; replaces ``Indexer.forward``.
+    """Slots [T, topk] of the keys that each query reads; replaces ``Indexer.forward``.
 
-    Parameters
-    ----------
-    self : object
-        The model's ``Indexer``: ``wq_b``, ``wk``, ``k_norm``, ``weights_proj``.
-    forward_meta : ForwardMeta
-        ``attn_backend`` is a :class:`fastattn.backends.DSAAttentionBackend`.
-    hidden_states : Tensor, shape [T, hidden], bfloat16
-    qr : Tensor, shape [T, q_lora_rank], bfloat16
-    positions : Tensor, shape [T], optional
-        Passed by release 2.6. Later releases have them in `forward_meta`.
-    rotary_emb : object
-        The model's rotation of neighbouring channels. For models whose pairs are half of the
-        channels apart (DeepSeek-V3.2), the channels are reordered.
-
-    Returns
-    -------
-    Tensor, shape [T, topk], int32
-
-    Raises
-    ------
-    NotImplementedError
-        If the norm of keys has no bias, which means that the checkpoint's was not loaded.
+    `positions` is passed by release 2.6; later releases have them in `forward_meta`. `rotary_emb`
+    rotates neighbouring channels. For models whose pairs are half of the channels apart
+    (DeepSeek-V3.2), the channels are reordered before and after.
     """
     if _lacks_bias(self.k_norm):
         raise NotImplementedError(
@@ -100,11 +81,11 @@ def indexer_forward(
     key = self.k_norm(self.wk(hidden_states)).reshape([-1, 1, dim])
     q_pe, k_pe = query[..., :rotated], key[..., :rotated]
     if not backend.indexer.interleaved:
-        q_pe, k_pe = _neighbours(q_pe), _neighbours(k_pe)
+        q_pe, k_pe = _reordered(q_pe, [2, -1]), _reordered(k_pe, [2, -1])
     q_pe, k_pe = rotary_emb(positions, q_pe.contiguous(), k_pe.contiguous())
     q_pe, k_pe = q_pe.reshape([-1, heads, rotated]), k_pe.reshape([-1, 1, rotated])
     if not backend.indexer.interleaved:
-        q_pe, k_pe = _halves(q_pe), _halves(k_pe)
+        q_pe, k_pe = _reordered(q_pe, [-1, 2]), _reordered(k_pe, [-1, 2])
     return backend.select(
         paddle.concat([q_pe, query[..., rotated:]], axis=-1),
         paddle.concat([k_pe, key[..., rotated:]], axis=-1),
@@ -114,13 +95,10 @@ def indexer_forward(
     )
 
 
-def _neighbours(x: Any) -> Any:
-    """Put channels i and D/2 + i of [T, H, D] next to each other."""
-    tokens, heads, dim = x.shape
-    return x.reshape([tokens, heads, 2, dim // 2]).transpose([0, 1, 3, 2]).reshape(x.shape)
+def _reordered(x: Any, pairs: list[int]) -> Any:
+    """Channels [T, H, D] as rows of a matrix of the shape `pairs`, read by its columns.
 
-
-def _halves(x: Any) -> Any:
-    """The inverse of :func:`_neighbours`."""
-    tokens, heads, dim = x.shape
-    return x.reshape([tokens, heads, dim // 2, 2]).transpose([0, 1, 3, 2]).reshape(x.shape)
+    ``[2, -1]`` puts channels i and D/2 + i next to each other, and ``[-1, 2]`` puts them back.
+    """
+    split = x.reshape([*x.shape[:2], *pairs])
+    return split.transpose([0, 1, 3, 2]).reshape(x.shape)

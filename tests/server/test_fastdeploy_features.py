@@ -80,7 +80,7 @@ def test_the_entry_points_module_imports_nothing_that_can_fail():
 def test_registering_without_fastdeploy_raises_its_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastdeploy", None)
     monkeypatch.setitem(sys.modules, "fastdeploy.platforms", None)
-    with pytest.raises(ImportError, match=r"FastDeploy 2\.x is needed"):
+    with pytest.raises(ImportError, match=r"FastDeploy 2\.6 is needed"):
         _plugin.register()
 
 

@@ -23,7 +23,6 @@ __all__ = ["fastdeploy", "prefill"]  # fixtures
 #: Modules that set attributes: of a step, of the platform, of what the list names.
 PATCHING = [
     "backends/base.py",
-    "backends/fastdeploy.py",
     "backends/forward_meta.py",
     "_plugin/__init__.py",
     "_plugin/patches.py",
