@@ -275,7 +275,8 @@ class ForwardMeta:
             table of a later step names it, another sequence may write it.
         caches : sequence of Tensor
             ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v, k_scales, v_scales}`` for the
-            dynamic types.
+            dynamic types. Without a backend any list does: only its place and its number of blocks
+            are read.
         rotary_embs : Tensor, optional
             See :func:`fastattn.functional.rope_write_cache_kv`.
         prefill : sequence of bool, optional

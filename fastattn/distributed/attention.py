@@ -60,6 +60,7 @@ def paged_attention_dcp(
     batch_invariant: bool = False,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
+    k_feedback: Tensor | None = None,
     local_keys: LocalKeys | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
@@ -105,6 +106,8 @@ def paged_attention_dcp(
         As for :func:`paged_attention`, for the same ranks. The ranks that hold a sequence's blocks
         must follow from the sequence alone, as with :func:`dcp_local_block_tables`. Partial results
         are merged for each token separately.
+    k_feedback : Tensor, optional
+        As for :func:`paged_attention`: not read.
     local_keys : LocalKeys, optional
         Result of :func:`dcp_local_keys` for these arguments. It is the same for all layers of a
         step that have the same mask. Without it, every call launches one more kernel to find it.

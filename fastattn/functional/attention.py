@@ -213,6 +213,7 @@ def paged_attention(
     batch_invariant: bool = False,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
+    k_feedback: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a layer's paged cache.
 
@@ -308,6 +309,9 @@ def paged_attention(
         rotated. All scores of a query then lack the same number. The output needs no correction for
         this; the LSE and the sinks get one. So e4m3 queries are not supported with an LSE or sinks.
         `softcap`, and `sinks` together with `out`, are never supported.
+    k_feedback : Tensor, optional
+        Not read: it changes only how the writer rounds K. It is here so that the writer and this
+        call take the same ``arguments`` of :func:`make_cache`.
 
     Returns
     -------
@@ -330,9 +334,8 @@ def paged_attention(
 
     Notes
     -----
-    On the CPU the softmax weights stay in fp32. The keys of a sequence with at most 64 (query,
-    head) pairs per KV head are split into ranges of 2048, whatever the number of threads. So the
-    same input gives the same bits in every run.
+    On the CPU the softmax weights stay in fp32. A query's bits follow from the keys that it sees,
+    whatever the number of threads and however its sequence was cut into steps (docs/numerics.md).
 
     See Also
     --------
