@@ -119,7 +119,7 @@ class Programs:
 def _constants(forward_meta: Any) -> dict[str, Any]:
     """What is a constant of a program: which tensors a step has, and their ranks."""
     found: dict[str, Any] = {}
-    for name in ("attn_mask_offsets", "batch_id_per_token", "rotary_embs", "swa_rotary_embs"):
+    for name in ("attn_mask_offsets", "rotary_embs", "swa_rotary_embs"):
         tensor = optional(forward_meta, name)
         found[name] = "None" if tensor is None else f"a tensor of rank {len(tensor.shape)}"
     return {**found, "rope_already_applied": bool(optional(forward_meta, "rope_already_applied"))}
@@ -142,8 +142,9 @@ def program_step(backend: Any, qkv: Any, layer: Any, forward_meta: Any) -> Any:
     table = None
     if not forward_meta.rope_already_applied:
         table = forward_meta.swa_rotary_embs if own.own_table else forward_meta.rotary_embs
-    batch_ids = forward_meta.batch_id_per_token
-    inputs = (qkv, key, value, table, *seqs, *own.write[0], *scales, batch_ids)
+    # A graph of a part of a program gives more tokens than batch_id_per_token has. The starts of
+    # sequences also tell which tokens are padding.
+    inputs = (qkv, key, value, table, *seqs, *own.write[0], *scales, None)
     query = _call("rope_write_cache_kv", inputs, own.write[1])
     mask, attrs = forward_meta.attn_mask_offsets, own.attend_attrs
     masked = mask is not None  # SOT does not translate `if tensor is not None`

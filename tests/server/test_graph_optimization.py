@@ -169,6 +169,26 @@ def test_a_backend_for_each_layer(monkeypatch):
     assert [sorted(x._programs.layers) for x in backends] == [[0], [1]]
 
 
+def test_tokens_past_those_of_the_step(monkeypatch):
+    """A graph of a part of a program was captured for more tokens than a later step has."""
+    plain, other = both(monkeypatch, "block_wise_fp8")
+    program = Optimized(Model(other.layers))
+    for step, (new, captured) in enumerate((([9, 7, 5], 24), ([20, 1], 24), ([1, 1, 1], 4))):
+        padding = captured - sum(new)
+        args = [inputs_of(worker, new, True, False, padding) for worker in (plain, other)]
+        args[1][1].batch_id_per_token = args[1][1].batch_id_per_token[: sum(new)]
+        with paddle.no_grad():
+            expected = Model(plain.layers).forward(*args[0])
+            got = (program if step == 2 else program.warm_up)(*args[1])
+        for index, (ours, theirs) in enumerate(zip(got, expected)):
+            assert_same_bits(to_numpy(ours), to_numpy(theirs), f"step {step}, layer {index}")
+            other.check(index, new, to_numpy(ours), padding)
+        for worker in (plain, other):
+            worker.cached = [a + b for a, b in zip(worker.cached, [*new, 0, 0])]
+    for index, (ours, theirs) in enumerate(zip(other.caches, plain.caches)):
+        assert_same_bits(to_numpy(ours), to_numpy(theirs), f"cache {index}")
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "offsets"])
 def test_layers_with_a_window(monkeypatch, masked):
     config = {"window_size": 24, "window_attn_skip_freq": [1, 1]}
@@ -218,7 +238,7 @@ def test_a_comparison_with_other_keys_fails(monkeypatch):
     ("fields", "text"),
     [
         ({"attn_mask_offsets": "offsets"}, "attn_mask_offsets = a tensor of rank 1: .* None"),
-        ({"batch_id_per_token": None}, "batch_id_per_token = None: .* a tensor of rank 1"),
+        ({"rotary_embs": None}, "rotary_embs = None: .* a tensor of rank 5"),
         ({"rope_already_applied": True}, "rope_already_applied = True: .* False"),
         ({"cascade_plan": ()}, "cascade_plan is not supported with"),
     ],
