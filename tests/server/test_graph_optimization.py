@@ -22,6 +22,7 @@ from tests.support.fastdeploy import (  # noqa: F401 (fixtures)
 from tests.support.graph_optimization import (  # noqa: F401 (fixture)
     Broken,
     Optimized,
+    forget_translations,
     operators_run,
     sot_of_fastdeploy,
 )
@@ -276,3 +277,20 @@ def test_a_prefill_server_that_signals_is_refused(monkeypatch):
     config.parallel_config = SimpleNamespace(pd_disaggregation_mode="per_query")
     with pytest.raises(NotImplementedError, match=r"graph_opt_level = 1 .* signals"):
         FlashAttentionBackend(config, 2, 4, 64)
+
+
+@pytest.mark.parametrize("kind", ["int8", "block_wise_fp8"])
+def test_without_programs_sot_runs_the_backend_itself(monkeypatch, kind):
+    """SOT breaks off at a backend of a server without programs, and keeps its guards."""
+    plain, other = both(monkeypatch, kind, level=0)
+    forget_translations()
+    traced = paddle.jit.to_static(Model(other.layers), full_graph=False)
+    for new in ([9, 7, 5], [1, 1, 1], [20, 1]):
+        with paddle.no_grad():
+            expected = Model(plain.layers).forward(*inputs_of(plain, new, True, False, 0))
+            got = traced(*inputs_of(other, new, True, False, 0))
+        for index, (ours, theirs) in enumerate(zip(got, expected)):
+            assert_same_bits(to_numpy(ours), to_numpy(theirs), f"{new}, layer {index}")
+        for worker in (plain, other):
+            worker.cached = [a + b for a, b in zip(worker.cached, [*new, 0, 0])]
+    assert other.backend._programs is None
