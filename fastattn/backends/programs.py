@@ -116,7 +116,7 @@ class Programs:
 def _constants(forward_meta: Any) -> dict[str, Any]:
     """What is a constant of a program: which tensors a step has, and their ranks."""
     found: dict[str, Any] = {}
-    for name in ("attn_mask_offsets", "batch_id_per_token", "rotary_embs", "swa_rotary_embs"):
+    for name in ("attn_mask_offsets", "rotary_embs", "swa_rotary_embs"):
         tensor = optional(forward_meta, name)
         found[name] = "None" if tensor is None else f"a tensor of rank {len(tensor.shape)}"
     return {**found, "rope_already_applied": bool(optional(forward_meta, "rope_already_applied"))}
@@ -145,7 +145,9 @@ def program_step(backend: Any, qkv: Any, layer: Any, forward_meta: Any) -> Any:
         mask, attrs = mask.reshape([-1, 2]), own.masked_attrs
         if own.window:
             mask = last_keys(mask, own.window)
-    inputs = (qkv, key, value, table, *seqs, forward_meta.batch_id_per_token, *scales, mask)
+    # A graph of a part of a program gives more tokens than batch_id_per_token has. The starts of
+    # sequences also tell which tokens are padding.
+    inputs = (qkv, key, value, table, *seqs, None, *scales, mask)
     return _call(
         "attention_step", (*inputs, *own.tensors, None), (*backend._programs.lengths, *attrs)
     )

@@ -22,6 +22,7 @@ from tests.support.fastdeploy import (  # noqa: F401 (fixtures)
 from tests.support.graph_optimization import (  # noqa: F401 (fixture)
     Broken,
     Optimized,
+    forget_translations,
     operators_run,
     sot_of_fastdeploy,
 )
@@ -169,6 +170,26 @@ def test_a_backend_for_each_layer(monkeypatch):
     assert [sorted(x._programs.layers) for x in backends] == [[0], [1]]
 
 
+def test_tokens_past_those_of_the_step(monkeypatch):
+    """A graph of a part of a program was captured for more tokens than a later step has."""
+    plain, other = both(monkeypatch, "block_wise_fp8")
+    program = Optimized(Model(other.layers))
+    for step, (new, captured) in enumerate((([9, 7, 5], 24), ([20, 1], 24), ([1, 1, 1], 4))):
+        padding = captured - sum(new)
+        args = [inputs_of(worker, new, True, False, padding) for worker in (plain, other)]
+        args[1][1].batch_id_per_token = args[1][1].batch_id_per_token[: sum(new)]
+        with paddle.no_grad():
+            expected = Model(plain.layers).forward(*args[0])
+            got = (program if step == 2 else program.warm_up)(*args[1])
+        for index, (ours, theirs) in enumerate(zip(got, expected)):
+            assert_same_bits(to_numpy(ours), to_numpy(theirs), f"step {step}, layer {index}")
+            other.check(index, new, to_numpy(ours), padding)
+        for worker in (plain, other):
+            worker.cached = [a + b for a, b in zip(worker.cached, [*new, 0, 0])]
+    for index, (ours, theirs) in enumerate(zip(other.caches, plain.caches)):
+        assert_same_bits(to_numpy(ours), to_numpy(theirs), f"cache {index}")
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "offsets"])
 def test_layers_with_a_window(monkeypatch, masked):
     config = {"window_size": 24, "window_attn_skip_freq": [1, 1]}
@@ -215,7 +236,7 @@ def test_a_comparison_with_other_keys_fails(monkeypatch):
     ("fields", "text"),
     [
         ({"attn_mask_offsets": "offsets"}, "attn_mask_offsets = a tensor of rank 1: .* None"),
-        ({"batch_id_per_token": None}, "batch_id_per_token = None: .* a tensor of rank 1"),
+        ({"rotary_embs": None}, "rotary_embs = None: .* a tensor of rank 5"),
         ({"rope_already_applied": True}, "rope_already_applied = True: .* False"),
         ({"cascade_plan": ()}, "cascade_plan is not supported with"),
     ],
@@ -253,3 +274,20 @@ def test_a_prefill_server_that_signals_is_refused(monkeypatch):
     config.parallel_config = SimpleNamespace(pd_disaggregation_mode="per_query")
     with pytest.raises(NotImplementedError, match=r"graph_opt_level = 1 .* signals"):
         FlashAttentionBackend(config, 2, 4, 64)
+
+
+@pytest.mark.parametrize("kind", ["int8", "block_wise_fp8"])
+def test_without_programs_sot_runs_the_backend_itself(monkeypatch, kind):
+    """SOT breaks off at a backend of a server without programs, and keeps its guards."""
+    plain, other = both(monkeypatch, kind, level=0)
+    forget_translations()
+    traced = paddle.jit.to_static(Model(other.layers), full_graph=False)
+    for new in ([9, 7, 5], [1, 1, 1], [20, 1]):
+        with paddle.no_grad():
+            expected = Model(plain.layers).forward(*inputs_of(plain, new, True, False, 0))
+            got = traced(*inputs_of(other, new, True, False, 0))
+        for index, (ours, theirs) in enumerate(zip(got, expected)):
+            assert_same_bits(to_numpy(ours), to_numpy(theirs), f"{new}, layer {index}")
+        for worker in (plain, other):
+            worker.cached = [a + b for a, b in zip(worker.cached, [*new, 0, 0])]
+    assert other.backend._programs is None

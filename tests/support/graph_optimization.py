@@ -28,6 +28,13 @@ class Broken(AssertionError):
     """The model cannot run as one program."""
 
 
+def forget_translations() -> None:
+    """Clear SOT's cache, which is of the process, and knows functions by their code."""
+    from paddle.jit.sot.opcode_translator.executor.executor_cache import OpcodeExecutorCache
+
+    OpcodeExecutorCache().clear()
+
+
 class Optimized:
     """A model's ``forward`` as FastDeploy runs it.
 
@@ -42,9 +49,8 @@ class Optimized:
     def __init__(self, model: Any, level: int = 1) -> None:
         from paddle.jit import sot
         from paddle.jit.dy2static.utils import Backend
-        from paddle.jit.sot.opcode_translator.executor.executor_cache import OpcodeExecutorCache
 
-        OpcodeExecutorCache().clear()  # it is of the process, and of this forward's code
+        forget_translations()
         self.model, self.forward = model, type(model).forward
         backend = Backend.CINN if level > 1 else Backend.PHI
         self._translated = sot.symbolic_translate(self.forward, training=False, backend=backend)
