@@ -93,7 +93,7 @@ Tensor RoomFor(const AttentionParams& p, const phi::Place& place, DequantizePlan
 // for that: the writer's decode kernel sets them to 0. An attention without a writer has none,
 // since only a kernel more could do so. 0 where the step has no use for them.
 int64_t CountersOf(const AttentionPlan& plan, const StepWriter* writer, int num_sms) {
-  if (writer == nullptr || !plan.Joins()) return 0;
+  if (writer == nullptr || !plan.MergesInKernel()) return 0;
   const SeqMeta& seqs = writer->params.seqs;
   const bool sets = seqs.num_tokens <= kMaxPlanSeqs && UseDecodeKernel(seqs.num_tokens, seqs.batch);
   return sets ? NumArrivals(int64_t{kAttentionCtasPerSm} * num_sms) : 0;
