@@ -84,8 +84,8 @@ def _within(
         args.refuse(name, f"{limits} of {place}", values[at])
 
 
-def _paged_attention(args: Arguments) -> None:
-    seqs = sequences(args, args.shape("q", 3)[0], head_tables=True)
+def _seen(args: Arguments, seqs: Sequences) -> tuple[Positions, Positions]:
+    """Positions [begin, end) of the keys that a sequence's queries see, at most."""
     left = args.number("window_left")
     begin = np.maximum(seqs.cached - left, 0) if left >= 0 else np.zeros_like(seqs.cached)
     end = seqs.end.copy()
@@ -96,10 +96,29 @@ def _paged_attention(args: Arguments) -> None:
             mine = mine[mine[:, 0] < mine[:, 1]]
             begin[seq] = max(begin[seq], mine[:, 0].min(initial=2**31))
             end[seq] = min(end[seq], mine[:, 1].max(initial=0))
+    return begin, end
+
+
+def _paged_attention(args: Arguments) -> None:
+    seqs = sequences(args, args.shape("q", 3)[0], head_tables=True)
+    _check_read(args, seqs, None)
+
+
+def _attention_step(args: Arguments) -> None:
+    _write(args)
+    seqs = sequences(args, args.shape("qkv", 2)[0], head_tables=True)
+    # The step itself writes the scales of its new tokens.
+    _check_read(args, seqs, seqs.cached)
+
+
+def _check_read(args: Arguments, seqs: Sequences, written: Positions | None) -> None:
+    """Check the blocks that the queries see, and their scales up to the position `written`."""
+    begin, end = _seen(args, seqs)
+    last = end if written is None else np.minimum(end, written)
     blocks, kv_heads = args.shape("key_cache", 4)[:2]
     if seqs.tables.ndim == 2 and not args.has("head_windows"):
         _needed(args, seqs.tables, begin, end, _BLOCK, blocks)
-        check_dynamic(args, seqs.tables, begin, end, _BLOCK)
+        check_dynamic(args, seqs.tables, begin, last, _BLOCK)
         return
     pooled = seqs.tables.ndim == 3 and kv_heads == 1
     if pooled:
@@ -116,7 +135,8 @@ def _paged_attention(args: Arguments) -> None:
         own = np.maximum(seqs.cached - before, 0) if before >= 0 else np.zeros_like(begin)
         for start, stop in ((begin, np.minimum(end, first)), (np.maximum(begin, own), end)):
             _needed(args, tables, start, stop, _BLOCK, blocks)
-            check_dynamic(args, tables, start, stop, _BLOCK, 0 if pooled else head)
+            known = np.minimum(stop, last)
+            check_dynamic(args, tables, start, known, _BLOCK, 0 if pooled else head)
 
 
 def _mla_attention(args: Arguments) -> None:
@@ -421,6 +441,7 @@ def _combine(args: Arguments) -> None:
 
 _RULES: dict[str, Callable[[Arguments], None]] = {
     "append_cache_kv_c8": _append_cache,
+    "attention_step": _attention_step,
     "combine_topk_window": _combine,
     "compact_block_tables": _compact,
     "flash_attention": _flash,

@@ -55,25 +55,25 @@ FASTATTN_OPERATOR(Outputs, kFlash, FlashAttention, FlashResults,
   p.seqs.num_tokens = static_cast<int>(q.shape()[0]);
   ParseRaggedKv(k, v, cu_seqlens_q, cu_seqlens_k, Get(k_descale), Get(v_descale), kv_dtype, place,
                 &p);
-  const AttentionArgs args{q,
-                           Get(q_descale),
-                           Get(sinks),
-                           Get(mask_offsets),
-                           Get(out_scale),
-                           Get(out),
-                           out_dtype,
-                           softmax_scale,
-                           softcap,
-                           causal,
-                           window_left,
-                           window_right,
-                           max_seqlen_q,
-                           max_seqlen_k,
-                           return_softmax_lse,
-                           quantize_q,
-                           {}};
+  AttentionArgs args;
+  args.q_descale = Get(q_descale);
+  args.sinks = Get(sinks);
+  args.mask_offsets = Get(mask_offsets);
+  args.out_scale = Get(out_scale);
+  args.out = Get(out);
+  args.out_dtype = out_dtype;
+  args.softmax_scale = softmax_scale;
+  args.softcap = softcap;
+  args.causal = causal;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  args.max_seqlen_q = max_seqlen_q;
+  args.max_seqlen_k = max_seqlen_k;
+  args.return_softmax_lse = return_softmax_lse;
+  args.quantize_q = quantize_q;
   ParseCommon(kFlash, args, place, &p);
   if (args.out != nullptr) {
+    RequireApartFromQueries(kFlash, *args.out, q, p);
     RequireApart(kFlash, "out", *args.out,
                  {{"k", &k},
                   {"v", &v},
@@ -126,25 +126,26 @@ FASTATTN_OPERATOR(
   p.seqs = ParseSeqs(kPaged, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
                      nullptr, q.shape()[0], place, p.num_kv_heads);
   ParseHoles(Get(tree_mask), Get(head_windows), place, &p);
-  const AttentionArgs args{q,
-                           Get(q_descale),
-                           Get(sinks),
-                           Get(mask_offsets),
-                           Get(out_scale),
-                           Get(out),
-                           out_dtype,
-                           softmax_scale,
-                           softcap,
-                           causal,
-                           window_left,
-                           window_right,
-                           max_seqlen_q,
-                           max_seqlen_k,
-                           return_softmax_lse,
-                           quantize_q,
-                           ParseKeyTransform(kPaged, Get(k_center), k_rotation, p.cache, place)};
+  AttentionArgs args;
+  args.q_descale = Get(q_descale);
+  args.sinks = Get(sinks);
+  args.mask_offsets = Get(mask_offsets);
+  args.out_scale = Get(out_scale);
+  args.out = Get(out);
+  args.out_dtype = out_dtype;
+  args.softmax_scale = softmax_scale;
+  args.softcap = softcap;
+  args.causal = causal;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  args.max_seqlen_q = max_seqlen_q;
+  args.max_seqlen_k = max_seqlen_k;
+  args.return_softmax_lse = return_softmax_lse;
+  args.quantize_q = quantize_q;
+  args.transform = ParseKeyTransform(kPaged, Get(k_center), k_rotation, p.cache, place);
   ParseCommon(kPaged, args, place, &p);
   if (args.out != nullptr) {
+    RequireApartFromQueries(kPaged, *args.out, q, p);
     RequireApart(kPaged, "out", *args.out,
                  {{"key_cache", &key_cache},
                   {"value_cache", &value_cache},

@@ -140,10 +140,18 @@ void ParseQuery(const char* op, const Tensor& q, AttentionParams* p) {
   p->q_head_stride = strides[1];
 }
 
-std::vector<int64_t> OutputShape(const Tensor& q, const AttentionParams& p) {
-  std::vector<int64_t> shape = q.shape();
-  shape[2] = ValueDim(p.head_dim);
-  return shape;
+Shape OutputShape(const AttentionArgs& args, const AttentionParams& p) {
+  const int64_t tokens = p.seqs.num_tokens, heads = p.num_heads, dim = ValueDim(p.head_dim);
+  return args.flat ? Shape{tokens, heads * dim} : Shape{tokens, heads, dim};
+}
+
+void RequireApartFromQueries(const char* op, const Tensor& out, const Tensor& q,
+                             const AttentionParams& p) {
+  if (ValueDim(p.head_dim) == p.head_dim) {
+    RequireSameOrApart(op, "out", out, "q", q);  // kernels read before they write
+  } else {
+    RequireApart(op, "out", out, {{"q", &q}});
+  }
 }
 
 void CheckHeads(const char* op, const char* keys, int64_t kv_heads, int64_t head_dim,
@@ -293,7 +301,7 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
   p->out_dtype = OutputType(op, args, *p);
   if (args.out != nullptr) {
     const Arg arg(op, "out", *args.out);
-    arg.On(place).Dims(OutputShape(args.q, *p)).Contiguous();
+    arg.On(place).Dims(OutputShape(args, *p)).Contiguous();
     if (p->out_dtype == DType::kE4M3) {
       const DType given = ToDType(op, "out", args.out->dtype());
       if (given != DType::kUInt8 && given != DType::kE4M3) {
@@ -302,11 +310,6 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
       }
     } else {
       arg.Dtype({ToPhi(p->out_dtype)});
-    }
-    if (ValueDim(p->head_dim) == p->head_dim) {
-      RequireSameOrApart(op, "out", *args.out, "q", args.q);  // kernels read before they write
-    } else {
-      RequireApart(op, "out", *args.out, {{"q", &args.q}});
     }
     RequireApart(op, "out", *args.out,
                  {{"q_descale", args.q_descale},

@@ -235,7 +235,7 @@ void RequireAlignedCache(const char* op, const PagedCache& cache) {
 }
 
 void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
-                       std::initializer_list<NamedTensor> read) {
+                       const std::vector<NamedTensor>& read) {
   const NamedTensor tensors[] = {{"key_cache", &args.key_cache},
                                  {"value_cache", &args.value_cache},
                                  {"cache_k_scales", args.k_scales},

@@ -1,8 +1,8 @@
 // Parsing and checking of the cache and sequence arguments that most operators take.
 #pragma once
 
-#include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "api/check.h"
 #include "params/common.h"
@@ -62,7 +62,7 @@ void RequireAlignedCache(const char* op, const PagedCache& cache);
 // with each other or with a tensor that is read, or if elements of one of these tensors do.
 // Everything has been checked before.
 void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
-                       std::initializer_list<NamedTensor> read);
+                       const std::vector<NamedTensor>& read);
 
 // An int of each sequence, [size] or [size, 1], as the operators receive them; `why` is what an
 // error adds to the shape expected.

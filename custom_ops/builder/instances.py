@@ -139,9 +139,9 @@ FAMILIES = (
         defined="kernel.cuh",
         columns={
             **{"element": "DType", "head_dim": "int", "paged": "bool", "scales": "Scales"},
-            **{"columns": "int"},
+            **{"tile_rows": "int"},
         },
-        together="columns",
+        together="tile_rows",
         rows=(
             ((*HALF, *FP8, "kInt8"), ALL_HEAD_DIMS, EITHER, "kStatic", (8, 16, 64)),
             (("kE4M3", "kInt8", "kInt4"), ALL_HEAD_DIMS, True, "kToken", (8, 16, 64)),
@@ -158,9 +158,9 @@ FAMILIES = (
             "element": "DType",
             "head_dim": "int",
             "scales": "Scales",
-            "columns": "int",
+            "tile_rows": "int",
         },
-        together="columns",
+        together="tile_rows",
         rows=(
             ((*HALF, *FP8, "kInt8"), ALL_HEAD_DIMS, "kStatic", (8, 16, 64)),
             (("kE4M3", "kInt8", "kInt4"), ALL_HEAD_DIMS, "kToken", (8, 16, 64)),
@@ -177,9 +177,9 @@ FAMILIES = (
             "element": "DType",
             "head_dim": "int",
             "scales": "Scales",
-            "columns": "int",
+            "tile_rows": "int",
         },
-        together="columns",
+        together="tile_rows",
         rows=(
             ((*HALF, *FP8, "kInt8"), ALL_HEAD_DIMS, "kStatic", (16, 64)),
             (("kE4M3", "kInt8", "kInt4"), ALL_HEAD_DIMS, "kToken", (16, 64)),
@@ -200,8 +200,8 @@ FAMILIES = (
         ),
     ),
     Family(
-        folder="cuda/attention/wgmma_sm90/fp16",
-        namespace="fastattn::cuda::wgmma_fp16",
+        folder="cuda/attention/wgmma_sm90/q16",
+        namespace="fastattn::cuda::wgmma_q16",
         launcher="LaunchVariant",
         takes="const Arguments&, cudaStream_t",
         declared="variant.h",
@@ -290,8 +290,8 @@ FAMILIES = (
         ),
     ),
     Family(
-        folder="cuda/mla/attention/wgmma_sm90",
-        namespace="fastattn::cuda::mla_sm90",
+        folder="cuda/mla/sparse_attention/wgmma_sm90",
+        namespace="fastattn::cuda::mla_sparse_sm90",
         launcher="LaunchVariant",
         takes="const Arguments&, cudaStream_t",
         declared="variant.h",

@@ -1,4 +1,4 @@
-// Attention of one tile of packed GQA rows over one range of keys. No include guard and no include:
+// Attention of one tile of packed rows over one range of keys. No include guard and no include:
 // attention_baseline.cc, attention_avx2.cc and attention_avx512.cc each compile this text for their
 // instruction set, in a namespace of their own, so that no inline function of one set can be merged
 // by the linker with that of another. For the same reason nothing here instantiates a function
@@ -76,8 +76,10 @@ class TileKernel {
     any_begin_ = begin;
     any_end_ = end;
     for (int64_t start = begin / kBlockSize * kBlockSize; start < end;) {
+      // Passes begin at multiples of kTileKeys, whatever the tile's rows see.
+      const int64_t next = (start / kTileKeys + 1) * kTileKeys;
       num_chunks_ = 0;
-      for (; num_chunks_ < kMaxChunks && start < end; start += kBlockSize) {
+      for (; start < next && start < end; start += kBlockSize) {
         if (FindChunk(start, &chunks_[num_chunks_])) ++num_chunks_;
       }
       // The chunk behind this tile's, which is prefetched while the tile is computed.
@@ -480,7 +482,7 @@ class TileKernel {
   // --- values stored by channel, [D, 64]: output channel = probabilities . its 64 codes ----------
 
   void AddValuesByChannel() {
-    bool any_decoded = false, any_codes = false;
+    bool any_codes = false;
     for (int c = 0; c < num_chunks_; ++c) {
       Chunk& chunk = chunks_[c];
       chunk.poisoned = false;
@@ -489,12 +491,12 @@ class TileKernel {
                           IsFinite<Value, kBlockSize, kValueDim>(chunk.value, value_stride_));
       if (!chunk.from_codes) chunk.poisoned = !DecodeChannels(c) && !chunk.full;
       any_codes |= chunk.from_codes;
-      any_decoded |= !chunk.from_codes;
     }
-    if constexpr (!Value::kNibbles) {
-      if (any_codes) AddChannels<Value::kCode>(true);
+    if (any_codes) {
+      AddChannels<true>();
+    } else {
+      AddChannels<false>();
     }
-    if (any_decoded) AddChannels<DType::kFloat32>(false);
     for (int c = 0; c < num_chunks_; ++c) {
       if (chunks_[c].poisoned) AddNonFinite(c);
     }
@@ -555,46 +557,32 @@ class TileKernel {
     }
   }
 
-  template <DType kB>
-  void AddChannels(bool from_codes) {
-    const typename Element<kB>::Storage* values[kMaxChunks];
-    const float* p[kMaxChunks];
-    int n = 0;
-    for (int c = 0; c < num_chunks_; ++c) {
-      if (chunks_[c].from_codes != from_codes) continue;
-      p[n] = b_.scores + c * kBlockSize;
-      if constexpr (kB == DType::kFloat32) {
-        values[n++] = b_.values + c * kBlockSize * kValueDim;
-      } else {
-        values[n++] = chunks_[c].value;
-      }
-    }
+  template <bool kAnyCodes>
+  void AddChannels() {
     for (int d = 0; d < kValueDim; d += 4) {
       int r = 0;
-      for (; r + kBlockRows <= rows_; r += kBlockRows) {
-        AddChannelBlock<kBlockRows, kB>(r, d, values, p, n);
-      }
-      if (kBlockRows > 2 && r + 2 <= rows_) AddChannelBlock<2, kB>(r, d, values, p, n), r += 2;
-      if (r < rows_) AddChannelBlock<1, kB>(r, d, values, p, n);
+      for (; r + kBlockRows <= rows_; r += kBlockRows) AddChannelBlock<kBlockRows, kAnyCodes>(r, d);
+      if (kBlockRows > 2 && r + 2 <= rows_) AddChannelBlock<2, kAnyCodes>(r, d), r += 2;
+      if (r < rows_) AddChannelBlock<1, kAnyCodes>(r, d);
     }
   }
 
-  template <int kRows, DType kB>
-  FASTATTN_INLINE void AddChannelBlock(int r, int d,
-                                       const typename Element<kB>::Storage* const* values,
-                                       const float* const* p, int n) {
-    const int64_t stride = kB == DType::kFloat32 ? kBlockSize : value_stride_;  // decoded, or codes
+  // The sums go on from chunk to chunk whether a chunk's values are codes or decoded: which of them
+  // they are depends on the other rows, and a row's bits may not.
+  template <int kRows, bool kAnyCodes>
+  FASTATTN_INLINE void AddChannelBlock(int r, int d) {
     Vec sum[kRows][4] = {};
-    for (int k = 0; k < n; ++k) {
-      for (int i = 0; i < kBlockSize; i += kLanes) {
-        Vec x[4];
-        // Codes come here only where the conversion needs no care for NaN (see from_codes).
-        for (int c = 0; c < 4; ++c) x[c] = LoadAs<kB, true>(values[k] + (d + c) * stride + i);
-        for (int j = 0; j < kRows; ++j) {
-          const Vec y = Load(p[k] + (r + j) * kTileKeys + i);
-          for (int c = 0; c < 4; ++c) sum[j][c] = Fma(y, x[c], sum[j][c]);
+    for (int k = 0; k < num_chunks_; ++k) {
+      const float* p = b_.scores + r * kTileKeys + k * kBlockSize;
+      if constexpr (kAnyCodes && !Value::kNibbles) {
+        if (chunks_[k].from_codes) {
+          AddProducts<kRows, Value::kCode>(chunks_[k].value + d * value_stride_, value_stride_, p,
+                                           sum);
+          continue;
         }
       }
+      AddProducts<kRows, DType::kFloat32>(b_.values + (k * kValueDim + d) * kBlockSize, kBlockSize,
+                                          p, sum);
     }
     for (int j = 0; j < kRows; ++j) {
       float* acc = b_.acc + (r + j) * kValueDim + d;
@@ -602,6 +590,21 @@ class TileKernel {
       std::memcpy(&total, acc, sizeof(total));
       total = total + Sum4(sum[j]);
       std::memcpy(acc, &total, sizeof(total));
+    }
+  }
+
+  // Adds the products of a chunk's probabilities and of four channels.
+  template <int kRows, DType kB>
+  static FASTATTN_INLINE void AddProducts(const typename Element<kB>::Storage* values,
+                                          int64_t stride, const float* p, Vec (&sum)[kRows][4]) {
+    for (int i = 0; i < kBlockSize; i += kLanes) {
+      Vec x[4];
+      // Codes come here only where the conversion needs no care for NaN (see from_codes).
+      for (int c = 0; c < 4; ++c) x[c] = LoadAs<kB, true>(values + c * stride + i);
+      for (int j = 0; j < kRows; ++j) {
+        const Vec y = Load(p + j * kTileKeys + i);
+        for (int c = 0; c < 4; ++c) sum[j][c] = Fma(y, x[c], sum[j][c]);
+      }
     }
   }
 

@@ -159,9 +159,7 @@ def drafted_tokens(fd_config: Any, backend: str) -> int:
 
 def tensor_parallel(fd_config: Any) -> tuple[int, int]:
     """Number of tensor-parallel ranks, and the rank of this process."""
-    # FastDeploy 2.0 calls the number tensor_parallel_degree.
-    older = read(fd_config, "parallel_config.tensor_parallel_degree", 1)
-    size = read(fd_config, "parallel_config.tensor_parallel_size", older)
+    size = read(fd_config, "parallel_config.tensor_parallel_size", 1)
     return int(size), int(read(fd_config, "parallel_config.tensor_parallel_rank", 0))
 
 
@@ -174,7 +172,7 @@ def _rotary_dim(fd_config: Any, head_dim: int) -> int | None:
     configuration without architectures does not come from FastDeploy.
     """
     draft = read(fd_config, "speculative_config.model_type", "main") != "main"
-    if not draft and any(read(fd_config, name) for name in _rope_3d_options(fd_config)):
+    if not draft and read(fd_config, "enable_rope_3d_runtime"):
         return None
     factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
     names = read(fd_config, "model_config.architectures", ())
@@ -240,27 +238,7 @@ def refuse_server_options(fd_config: Any, backend: str) -> None:
     if role == "prefill" and seqs > MOST_SIGNALLED_SEQS:
         supported = f"a prefill server's signals have room for {MOST_SIGNALLED_SEQS} sequences"
         refuse(backend, "scheduler_config.max_num_seqs", seqs, supported)
-    level = count_of(fd_config, backend, "graph_opt_config.graph_opt_level", 0, 0)
-    if level > 0:
-        # FastDeploy requests one program without graph breaks, but Paddle's SOT breaks in a
-        # backend.
-        supported = "supported: 0 (CUDA graphs of dygraph)"
-        refuse(backend, "graph_opt_config.graph_opt_level", level, supported)
     refuse_unknown_options(fd_config, backend)
-
-
-def _rope_3d_options(fd_config: Any) -> tuple[str, ...]:
-    """Options of which one says that each sequence has its own rotary table.
-
-    ``rope_3d`` of the model only means that its file has an ``mrope_section``, which some text
-    models also have. FastDeploy from 2.6 on says in ``enable_rope_3d_runtime`` whether it makes
-    such tables. Earlier releases make them for multimodal models.
-    """
-    if read(fd_config, "enable_rope_3d_runtime") is not None:
-        return ("enable_rope_3d_runtime",)
-    if not read(fd_config, "model_config.enable_mm", True):
-        return ()
-    return ("model_config.rope_3d", "model_config.use_3d_rope")
 
 
 def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
@@ -283,6 +261,7 @@ _LEFT_OUT = "FLAGS_cuda_graph_blacklist"
 _OPERATORS = tuple(
     f"custom_op.fastattn_{name}{end}"
     for name in (
+        "attention_step",
         "rope_write_cache_kv",
         "paged_attention",
         "merge_attn_states",

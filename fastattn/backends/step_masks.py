@@ -12,6 +12,10 @@ from fastattn.backends.forward_meta import optional
 _MOST_WINDOWED = 4
 
 
+#: Whether SOT is translating; Paddle 2.6 has another SOT, which skips this package's frames.
+_simulates = getattr(paddle.base.dygraph.base, "in_sot_simulation_mode", bool)
+
+
 def mask_offsets(forward_meta: Any, metadata: Any) -> Any:
     """Offsets [T, 2] of the step that was passed to `forward`, or None.
 
@@ -36,7 +40,7 @@ def layer_mask(mask: Any, forward_meta: Any, metadata: Any, window: int, layer_i
     """
     if not window or mask.shape[0] == 0:  # Paddle 2.6 cannot concatenate empty tensors
         return mask
-    if not paddle.in_dynamic_mode() or in_sot():
+    if not paddle.in_dynamic_mode():
         return last_keys(mask, window)
     given = optional(forward_meta, "attn_mask_offsets")
     version = getattr(given, "inplace_version", 0)
@@ -94,5 +98,4 @@ def last_keys(mask: Any, window: int) -> Any:
 
 def in_sot() -> bool:
     """Whether Paddle 3 translates the caller by SOT, which also is dynamic mode."""
-    base = paddle.base.dygraph.base
-    return hasattr(base, "in_sot_simulation_mode") and bool(base.in_sot_simulation_mode())
+    return bool(_simulates())

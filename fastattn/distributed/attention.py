@@ -62,6 +62,7 @@ def paged_attention_dcp(
     k_center: Tensor | None = None,
     tree_mask: Tensor | None = None,
     head_windows: Tensor | None = None,
+    k_feedback: Tensor | None = None,
     local_keys: LocalKeys | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
@@ -110,6 +111,8 @@ def paged_attention_dcp(
     tree_mask, head_windows : Tensor, optional
         As for :func:`paged_attention`, with one rank only. Several ranks take neither of them, nor
         a table for each KV head: a rank counts its own keys.
+    k_feedback : Tensor, optional
+        As for :func:`paged_attention`: not read.
     local_keys : LocalKeys, optional
         Result of :func:`dcp_local_keys` for these arguments. It is the same for all layers of a
         step that have the same mask. Without it, every call launches one more kernel to find it.

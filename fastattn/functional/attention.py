@@ -181,35 +181,6 @@ def flash_attention(
     return (result, lse) if return_softmax_lse else result
 
 
-def paged_attention_attrs(
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int, int],
-    cache_quant_type: str,
-    fp8_format: str,
-    softcap: float = 0.0,
-    return_softmax_lse: bool = False,
-    out_dtype: str = "auto",
-    quantize_q: bool = False,
-    batch_invariant: bool = False,
-    k_rotation: str = "none",
-) -> tuple[Any, ...]:
-    """Attributes of the operator ``paged_attention`` after the two lengths, in its order."""
-    return (
-        softmax_scale,
-        causal,
-        *as_window("paged_attention", window_size),
-        as_float("paged_attention", "softcap", softcap),
-        return_softmax_lse,
-        out_dtype,
-        cache_type_name(cache_quant_type),
-        fp8_format,
-        quantize_q,
-        batch_invariant,
-        k_rotation,
-    )
-
-
 def _as_bytes(mask: Any) -> Any:
     """A mask of integers of 32 or 64 bits as bool; others are left to the operator."""
     if mask is not None and getattr(mask, "dtype", None) in (paddle.int32, paddle.int64):
@@ -252,6 +223,7 @@ def paged_attention(
     k_center: Tensor | None = None,
     tree_mask: Tensor | None = None,
     head_windows: Tensor | None = None,
+    k_feedback: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a layer's paged cache.
 
@@ -362,6 +334,9 @@ def paged_attention(
         `left` keys before their position, and the first `first` keys of the sequence. A negative
         `left` is unlimited. Blocks that no query sees then need no entry in a table of three
         dimensions: -1 frees them.
+    k_feedback : Tensor, optional
+        Not read: it changes only how the writer rounds K. It is here so that the writer and this
+        call take the same ``arguments`` of :func:`make_cache`.
 
     Returns
     -------
@@ -385,9 +360,8 @@ def paged_attention(
 
     Notes
     -----
-    On the CPU the softmax weights stay in fp32. The keys of a sequence with at most 64 (query,
-    head) pairs per KV head are split into ranges of 2048, whatever the number of threads. So the
-    same input gives the same bits in every run.
+    On the CPU the softmax weights stay in fp32. A query's bits follow from the keys that it sees,
+    whatever the number of threads and however its sequence was cut into steps (docs/numerics.md).
 
     On a GPU calls with `tree_mask`, `head_windows` or a table for each KV head run on the kernel
     that every GPU has, whatever their lengths. A block that is not assigned costs no traffic; the
@@ -396,6 +370,7 @@ def paged_attention(
     See Also
     --------
     write_cache_kv, rope_write_cache_kv : fill the cache.
+    attention_step : fill it and attend in one call.
     fastattn.reference.paged_attention : the same in NumPy.
 
     Examples
@@ -433,18 +408,20 @@ def paged_attention(
         _as_bytes(tree_mask),
         head_windows,
     )
-    attrs = paged_attention_attrs(
+    attrs = (
+        max_seqlen_q,
+        max_seqlen_k,
         scale_of("paged_attention", softmax_scale),
         causal,
-        window_size,
-        cache_quant_type,
-        fp8_format,
-        softcap,
+        *as_window("paged_attention", window_size),
+        as_float("paged_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
+        cache_type_name(cache_quant_type),
+        fp8_format,
         quantize_q,
         batch_invariant,
         k_rotation,
     )
-    result, lse, *_ = _ops.call("paged_attention", inputs, (max_seqlen_q, max_seqlen_k, *attrs))
+    result, lse, *_ = _ops.call("paged_attention", inputs, attrs)
     return (result, lse) if return_softmax_lse else result

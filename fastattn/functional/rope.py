@@ -2,43 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import cache_type_name, check_no_zero_points
 from fastattn.functional._marker import unified
-
-
-def rope_write_attrs(
-    num_heads: int,
-    num_kv_heads: int,
-    rms_norm_eps: float,
-    use_neox_rotary_style: bool,
-    rotary_dim: int | None,
-    qk_norm_before_rope: bool = False,
-    q_quant: str = "none",
-    cache_quant_type: str = "none",
-    fp8_format: str = "e4m3",
-    k_rotation: str = "none",
-    q_rotation: str = "none",
-) -> tuple[Any, ...]:
-    """Attributes of the operator ``rope_write_cache_kv``, in its order."""
-    return (
-        num_heads,
-        num_kv_heads,
-        as_float("rope_write_cache_kv", "rms_norm_eps", rms_norm_eps),
-        use_neox_rotary_style,
-        -1 if rotary_dim is None else rotary_dim,
-        qk_norm_before_rope,
-        q_quant,
-        cache_type_name(cache_quant_type),
-        fp8_format,
-        k_rotation,
-        q_rotation,
-    )
 
 
 @unified
@@ -174,6 +143,7 @@ def rope_write_cache_kv(
 
     See Also
     --------
+    attention_step : this and the attention in one call.
     fastattn.reference.rope_write_cache_kv : the same in NumPy.
 
     Examples
@@ -220,15 +190,15 @@ def rope_write_cache_kv(
             cache_v_scales,
             batch_id_per_token,
         ),
-        rope_write_attrs(
+        (
             num_heads,
             num_kv_heads,
-            rms_norm_eps,
+            as_float("rope_write_cache_kv", "rms_norm_eps", rms_norm_eps),
             use_neox_rotary_style,
-            rotary_dim,
+            -1 if rotary_dim is None else rotary_dim,
             qk_norm_before_rope,
             q_quant,
-            cache_quant_type,
+            cache_type_name(cache_quant_type),
             fp8_format,
             k_rotation,
             q_rotation,

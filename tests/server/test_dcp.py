@@ -148,8 +148,11 @@ def test_the_result_is_that_of_one_process(ranks, name):
     assert_within(out, expected, bound, "out")
 
 
+# With a window a rank's tables begin at the first block that a query may see, and the passes of the
+# softmax count from there.
 @pytest.mark.parametrize(
-    "name", [n for n in dcp.CASES if "whole_seqs" in n or "all_on_the_last" in n]
+    "name",
+    [n for n in dcp.CASES if ("whole_seqs" in n or "all_on_the_last" in n) and "window" not in n],
 )
 def test_seqs_on_one_rank_have_the_same_bits(ranks, name):
     if ranks.place == "gpu" and "all_on_the_last" not in name:

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "common/block_table.h"
-#include "cuda/attention/mma_sm80/column_holes.cuh"
+#include "cuda/attention/mma_sm80/row_holes.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/mma.cuh"
