@@ -66,6 +66,7 @@ class AttentionCall(NamedTuple):
     max_seqlen_k: int
     window_left: int = -1
     batch_invariant: bool = False
+    split_invariant: bool = False
     general: bool = False  # with a tree mask, or windows or block tables of KV heads
 
 
@@ -138,6 +139,7 @@ def attention_call(
         attrs["max_seqlen_k"],
         attrs["window_left"],
         bool(attrs.get("batch_invariant")),
+        bool(attrs.get("split_invariant")),
         "tree_mask" in tensors
         or "head_windows" in tensors
         or len(tensors.get("block_tables", ("", []))[1]) == 3,
@@ -178,6 +180,7 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
         compute_major=device.major,
         num_sms=device.processors,
         batch_invariant=call.batch_invariant,
+        split_invariant=call.split_invariant,
         general=call.general,
     )
     mib, operations = env.dequantized()
@@ -186,6 +189,7 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
         compute_major=device.major,
         window_left=call.window_left,
         batch_invariant=call.batch_invariant,
+        split_invariant=call.split_invariant,
         memory=int(min(mib, 2**20) * 2**20),
         operations=operations,
         general=call.general,

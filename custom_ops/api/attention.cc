@@ -108,9 +108,10 @@ FASTATTN_OPERATOR(
      int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
      int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
      const std::string& cache_quant_type, const std::string& fp8_format, bool quantize_q,
-     bool batch_invariant, const std::string& k_rotation)) {
+     bool batch_invariant, const std::string& k_rotation, bool split_invariant)) {
   AttentionParams p;
   p.batch_invariant = batch_invariant;
+  p.split_invariant = split_invariant;
   ParseQuery(kPaged, q, &p);
   const auto place = q.numel() > 0 ? q.place() : block_tables.place();
   p.paged = true;

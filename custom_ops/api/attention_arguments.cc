@@ -244,11 +244,12 @@ void ParseHoles(const Tensor* tree_mask, const Tensor* head_windows, const phi::
         .Contiguous();
     p->head_windows = Data<int>(*head_windows);
   }
-  if (p->batch_invariant && p->IsGeneral()) {
+  if ((p->batch_invariant || p->split_invariant) && p->IsGeneral()) {
     const char* given = tree_mask != nullptr      ? "tree_mask"
                         : head_windows != nullptr ? "head_windows"
                                                   : "a block table for each KV head";
-    Fail("NotImplementedError", kPaged, "batch_invariant", "not supported with ", given);
+    Fail("NotImplementedError", kPaged, p->split_invariant ? "split_invariant" : "batch_invariant",
+         "not supported with ", given);
   }
 }
 

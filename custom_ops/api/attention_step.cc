@@ -119,7 +119,8 @@ FASTATTN_OPERATOR(Outputs, kStep, AttentionStep, StepResults,
                    int rotary_dim, bool qk_norm_before_rope, const std::string& q_quant,
                    const std::string& cache_quant_type, const std::string& fp8_format,
                    const std::string& k_rotation, float softmax_scale, float softcap,
-                   bool return_softmax_lse, const std::string& out_dtype, bool batch_invariant)) {
+                   bool return_softmax_lse, const std::string& out_dtype, bool batch_invariant,
+                   bool split_invariant)) {
   const phi::Place place = PlaceOfStep(kStep, qkv, key_cache);
   RopeWriteArgs write{{key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
                        cache_quant_type, fp8_format, CacheLayout::kFastattn, &block_tables}};
@@ -169,6 +170,7 @@ FASTATTN_OPERATOR(Outputs, kStep, AttentionStep, StepResults,
   }
   AttentionParams p = AttentionAfter(params);
   p.batch_invariant = batch_invariant;
+  p.split_invariant = split_invariant;
   ParseCommon(kStep, args, place, &p);
   RequireAllApart(write, args, p.cache.type);
   const Queries queries = TakeQueries(place, &params, &p);

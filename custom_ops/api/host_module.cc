@@ -90,7 +90,7 @@ Launches LaunchesOf(const AttentionPlan& plan) {
                         {"finds_seqs", launch.finds_seqs},
                         {"merges_in_kernel", launch.merges_in_kernel},
                         {"workspace", launch.workspace},
-                        {"invariant_splits", launch.invariant_splits},
+                        {"invariant_split", launch.invariant_splits},
                         {"whole_tiles", launch.whole_tiles}});
   }
   return launches;
@@ -167,10 +167,12 @@ AttentionParams CallOf(const std::string& q_dtype, const std::string& k_dtype,
 std::tuple<std::string, int64_t, Launches> Decide(
     const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
     int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
-    int max_seqlen_k, int compute_major, int num_sms, bool batch_invariant, bool general) {
+    int max_seqlen_k, int compute_major, int num_sms, bool batch_invariant, bool general,
+    bool split_invariant) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.batch_invariant = batch_invariant;
+  p.split_invariant = split_invariant;
   p.seqs.head_tables = general;  // stands for all that IsGeneral() looks at
   const AttentionDecision decision = DecideAttention(p, {compute_major, num_sms});
   const char* const kernels[] = {"mma_sm80", "wgmma_fp8", "wgmma_q16"};
@@ -183,11 +185,12 @@ std::map<std::string, int64_t> DequantizePlanOf(
     const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
     int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
     int max_seqlen_k, int compute_major, int window_left, bool batch_invariant, int64_t memory,
-    double operations, bool general) {
+    double operations, bool general, bool split_invariant) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.window_left = window_left;
   p.batch_invariant = batch_invariant;
+  p.split_invariant = split_invariant;
   p.seqs.head_tables = general;
   const DequantizePlan plan =
       DecideAttention(p, {compute_major, 132, 0, {memory, operations}}).dequantize;
@@ -223,7 +226,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("decide_attention", &api::Decide, arg("q_dtype"), arg("k_dtype"), arg("cache_type"),
         arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"), arg("head_dim"),
         arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9, arg("num_sms") = 132,
-        arg("batch_invariant") = false, arg("general") = false,
+        arg("batch_invariant") = false, arg("general") = false, arg("split_invariant") = false,
         "Kernel of a call's whole tiles, floats of workspace, and launches on a GPU; cache_type "
         "ragged: flash_attention; general: with a tree mask, or windows or block tables of heads.");
   m.def("dequantize_plan", &api::DequantizePlanOf, arg("q_dtype"), arg("k_dtype"),
@@ -231,17 +234,17 @@ PYBIND11_MODULE(_host, m) {
         arg("head_dim"), arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9,
         arg("window_left") = -1, arg("batch_invariant") = false, arg("memory") = kDequantizedBytes,
         arg("operations") = kDequantizedOperations, arg("general") = false,
+        arg("split_invariant") = false,
         "Room for 16-bit keys and values of a call's long sequences over a cache of codes.");
   m.def(
       "invariant_splits",
-      [](int kv_tiles, int tile_rows, int num_kv_heads) {
-        const InvariantBounds bounds = InvariantBoundsOf(tile_rows, num_kv_heads);
-        const InvariantSplits splits =
-            InvariantSplitsOf(kv_tiles, bounds.most_splits, bounds.least_tiles);
-        return std::make_tuple(splits.tiles, splits.count);
+      [](uint32_t key) {
+        const int split = KeySplitOf(key);
+        const KeySplit keys = KeySplitAt(split);
+        return std::make_tuple(split, keys.begin, keys.keys);
       },
-      arg("kv_tiles"), arg("tile_rows"), arg("num_kv_heads"),
-      "KV tiles of a split, and splits, of a work tile of a batch-invariant call.");
+      arg("key"),
+      "Number, first key and keys of the split that has a key, in a batch-invariant call.");
   m.attr("LONG_SEQ") = kLongSeq;
   m.def(
       "plan_indexer_topk",

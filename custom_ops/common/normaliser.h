@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "common/exact.h"
 #include "common/types.h"
 
 namespace fastattn {
@@ -20,10 +21,12 @@ struct Normaliser {
 template <int kLog2Unit>
 FASTATTN_HD Normaliser AddSink(float maximum, float sum, float sink) {
   constexpr float kUnit = kLog2Unit;
-  const float largest = fmaxf(maximum, sink * kLog2E);
+  // Every rounding is spelt out: kernels of different shapes give the same bits.
+  const float logit = Mul(sink, kLog2E);
+  const float largest = fmaxf(maximum, logit);
   const float weight = exp2f(maximum - largest);
   // Subtractions of kUnit, so that nothing is left of them where it is 0.
-  const float total = sum * weight + exp2f(sink * kLog2E - largest - (0.0f - kUnit));
+  const float total = Add(Mul(sum, weight), exp2f(logit - largest - (0.0f - kUnit)));
   return {(largest + log2f(total) - kUnit) * kLn2, weight / total};
 }
 

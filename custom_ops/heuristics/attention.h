@@ -76,7 +76,9 @@ inline AttentionDecision DecideAttention(const AttentionParams& p, const Attenti
   const PrefillKernel fitting = ChoosePrefill(p, device);
   AttentionSizes sizes = SizesOfCall(p, device);
   sizes.long_seq = LongSeqFor(p, fitting);
-  decision.plan = p.batch_invariant ? PlanInvariantAttention(sizes) : PlanAttention(sizes);
+  decision.plan = p.batch_invariant || p.split_invariant
+                      ? PlanInvariantAttention(sizes, p.split_invariant)
+                      : PlanAttention(sizes);
   if (decision.plan.Whole() != nullptr) decision.prefill = fitting;
   if (decision.prefill == PrefillKernel::kWgmmaFp8) {
     decision.prefill_workspace = WgmmaFp8Workspace(p);

@@ -84,6 +84,7 @@ struct AttentionParams {
   // A sequence's bits follow from the sequence alone (heuristics/invariant_plan.h). The CPU kernel
   // is like that in any case.
   bool batch_invariant = false;
+  bool split_invariant = false;  // and bits do not depend on how a sequence was cut into steps
 
   // paged, and absent in most calls: kernels of their own serve calls with any of them.
   TreeMask tree;

@@ -15,7 +15,9 @@ from fastattn import _views, functional
 from fastattn.backends.layer_facts import OFFSETS_ALONE
 
 #: Options of ``attention_step`` that only the attention takes, and those that both operators take.
-_ATTENDS = frozenset({"batch_invariant", "causal", "out_scale", "sinks", "window_size"})
+_ATTENDS = frozenset(
+    {"batch_invariant", "split_invariant", "causal", "out_scale", "sinks", "window_size"}
+)
 _BOTH = frozenset({"cache_quant_type", "fp8_format"})
 
 

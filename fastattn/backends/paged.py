@@ -107,6 +107,9 @@ class PagedAttentionBackend(AttentionBackend):
         name. By default it is on in FastDeploy's deterministic mode. The environment variable
         ``FD_DETERMINISTIC_MODE`` indicates this mode. So does a `decoder_block_shape_q` other than
         -1 and 16, which FastDeploy passes in no other mode.
+    split_invariant : bool, optional
+        Also make them independent of how a sequence was cut into steps: the attention's option of
+        that name. The default is that of `batch_invariant`.
 
     Raises
     ------
@@ -131,6 +134,7 @@ class PagedAttentionBackend(AttentionBackend):
         *,
         q_quant: str = "none",
         batch_invariant: bool | None = None,
+        split_invariant: bool | None = None,
     ) -> None:
         name = type(self).__name__
         if q_quant not in ("none", "per_tensor", "per_token_head", "auto"):
@@ -157,7 +161,8 @@ class PagedAttentionBackend(AttentionBackend):
         self.q_quant = q_quant
         if batch_invariant is None:
             batch_invariant = env.deterministic() or decoder_block_shape_q not in _BLOCK_SHAPES_Q
-        self.batch_invariant = batch_invariant
+        self.split_invariant = batch_invariant if split_invariant is None else split_invariant
+        self.batch_invariant = batch_invariant or self.split_invariant
         self._calibrated = Calibrated.from_env()
         self._known_layers = KnownLayers()
         guard(fd_config, name)
@@ -389,6 +394,7 @@ class PagedAttentionBackend(AttentionBackend):
             "q_scale": getattr(layer, "q_scale", None) if q_quant == "per_tensor" else None,
             "out_scale": getattr(layer, "fp8_output_scale", None),
             "batch_invariant": self.batch_invariant,
+            "split_invariant": self.split_invariant,
             "cache_quant_type": cache.quant_type,
             "fp8_format": cache.fp8_format,
             **self._projection_arguments(layer),

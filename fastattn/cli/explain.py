@@ -115,6 +115,8 @@ def _changes(call: AttentionCall, device: Device) -> Iterator[tuple[str, Attenti
         yield "without a window", call._replace(window_left=-1), device
     if call.batch_invariant:
         yield "without batch_invariant", call._replace(batch_invariant=False), device
+    if call.split_invariant:
+        yield "without split_invariant", call._replace(split_invariant=False), device
 
 
 def _kernels(call: AttentionCall, device: Device) -> list[str]:
@@ -202,6 +204,7 @@ def _call_of(arguments: argparse.Namespace) -> AttentionCall:
         max(shape["keys"], shape["new"]),
         arguments.window,
         arguments.batch_invariant,
+        arguments.split_invariant,
     )
 
 
@@ -324,6 +327,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--window", type=int, default=-1, help="window_size[0], default none")
     parser.add_argument("--not-causal", action="store_true", help="for the predicted time")
     parser.add_argument("--batch-invariant", action="store_true")
+    parser.add_argument("--split-invariant", action="store_true")
     parser.add_argument("--arch", choices=("cpu", *PEAKS), default="sm_90", help="default sm_90")
     parser.add_argument("--sms", type=int, default=0, help="multiprocessors of the GPU")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -35,6 +35,10 @@ def _values(dump: Dump, seed: int) -> dict[str, Stored]:
     return {n: made.get(n) or dump.inputs[n] for n in dump.facts["inputs"]}
 
 
+#: Attributes that are newer than some dumps, and what they were then.
+_NEWER = {"split_invariant": False}
+
+
 class Call:
     """A dumped call on this machine.
 
@@ -66,7 +70,10 @@ class Call:
         order = [n for n in self.sig.inputs if n in dump.facts["order"]]
         needed = {n for n, optional in zip(self.sig.inputs, self.sig.optional) if not optional}
         known = order == dump.facts["order"] and needed <= {*order}
-        if not known or [*dump.facts["attrs"]] != self.sig.attr_names:
+        names = self.sig.attr_names
+        self.attrs = {n: v for n, v in {**_NEWER, **dump.facts["attrs"]}.items() if n in names}
+        attrs = [n for n in names if n in dump.facts["attrs"] or n not in _NEWER]
+        if not known or [*dump.facts["attrs"]] != attrs:
             raise DumpError(f"{dump.folder}: {self.op} has other arguments in this fastattn")
         gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
         if place == "gpu" and not gpu:
@@ -86,7 +93,7 @@ class Call:
 
     def run(self, inputs: tuple[Any, ...]) -> list[Any]:
         """Make the call."""
-        return _ops.call(self.op, inputs, tuple(self.dump.facts["attrs"].values()))
+        return _ops.call(self.op, inputs, tuple(self.attrs[n] for n in self.sig.attr_names))
 
     def results(self) -> dict[str, Stored]:
         """Results by name."""
@@ -96,7 +103,7 @@ class Call:
     def given(self) -> model.Given:
         """Arguments as the NumPy models take them."""
         arrays = {name: tensors.array_of(value) for name, value in self.values.items()}
-        return {n: arrays.get(n) for n in self.sig.inputs} | dict(self.dump.facts["attrs"])
+        return {n: arrays.get(n) for n in self.sig.inputs} | self.attrs
 
     def us(self, seconds: float = 0.5, most: int = 50) -> float:
         """Median microseconds of a call, waiting for its end; what it writes changes its input."""

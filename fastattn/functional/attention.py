@@ -219,6 +219,7 @@ def paged_attention(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    split_invariant: bool = False,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
     tree_mask: Tensor | None = None,
@@ -312,6 +313,11 @@ def paged_attention(
         order, with any sufficient `max_seqlen_q` and `max_seqlen_k`, in any slots and blocks,
         eagerly and in a CUDA graph. docs/numerics.md says what else they depend on, and what this
         costs. On the CPU this always holds.
+    split_invariant : bool
+        Also, a token's output and LSE have the same bits however its sequence was cut into steps:
+        a whole prompt, chunks of any sizes, a cached prefix, single tokens and drafts. All lengths
+        then run on one kernel, so long prompts take about twice as long (docs/numerics.md). On the
+        CPU this always holds.
     k_rotation : {"none", "hadamard"}
         Rotation of K at the time of writing. `q` is rotated alike, in fp32, and rounded to its
         dtype again. Use ``"none"`` if the writer has already rotated the queries (`q_rotation` of
@@ -356,7 +362,8 @@ def paged_attention(
     NotImplementedError
         If `cache_quant_type` or the head dimension is not supported, or another argument does not
         go with `k_rotation` or `k_center`. Supported head dimensions are 64, 96, 128, 192 and 256.
-        Also for `batch_invariant` with `tree_mask`, `head_windows`, or a table for each KV head.
+        Also for `batch_invariant` or `split_invariant` with `tree_mask`, `head_windows`, or a table
+        for each KV head.
 
     Notes
     -----
@@ -422,6 +429,7 @@ def paged_attention(
         quantize_q,
         batch_invariant,
         k_rotation,
+        split_invariant,
     )
     result, lse, *_ = _ops.call("paged_attention", inputs, attrs)
     return (result, lse) if return_softmax_lse else result

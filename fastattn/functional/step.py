@@ -79,6 +79,7 @@ def step_options(
     return_softmax_lse: bool = False,
     out_dtype: str = "auto",
     batch_invariant: bool = False,
+    split_invariant: bool = False,
 ) -> StepOptions:
     """Options for :func:`run_step`. Names and meanings are as for :func:`attention_step`."""
     return StepOptions(
@@ -110,6 +111,7 @@ def step_options(
             return_softmax_lse,
             out_dtype,
             batch_invariant,
+            split_invariant,
         ),
     )
 
@@ -230,6 +232,7 @@ def attention_step(
     out: Tensor | None = None,
     out_dtype: str = "auto",
     batch_invariant: bool = False,
+    split_invariant: bool = False,
 ) -> Any:
     r"""Write a layer's new tokens into the paged cache, then attend to the whole cache.
 
@@ -315,7 +318,7 @@ def attention_step(
         to no sequence (padding) keep their contents in a given `out`, and are 0 in a new one.
     out_dtype : {"auto", "float32", "float16", "bfloat16"}
         Dtype of the output: by default the dtype of `qkv`; float32 is for partial results.
-    batch_invariant : bool
+    batch_invariant, split_invariant : bool
         As for :func:`paged_attention`.
 
     Returns
@@ -343,7 +346,7 @@ def attention_step(
     The results have the bits of the two operators. On a GPU there is one exception: where CTAs join
     partial results of split keys without another kernel, they add them in another order. That
     happens in short steps of few sequences with a large `max_seqlen_k`, and never with
-    `batch_invariant`.
+    `batch_invariant` or `split_invariant`.
 
     See Also
     --------
@@ -389,6 +392,7 @@ def attention_step(
         return_softmax_lse=return_softmax_lse,
         out_dtype=out_dtype,
         batch_invariant=batch_invariant,
+        split_invariant=split_invariant,
     )
     inputs = (
         qkv,

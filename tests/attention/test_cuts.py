@@ -1,4 +1,7 @@
-"""A token's output on the CPU has the same bits however its sequence was cut into steps."""
+"""A token's output has the same bits however its sequence was cut into steps.
+
+On the CPU that is so in any case, on a GPU with `split_invariant`.
+"""
 
 from __future__ import annotations
 
@@ -29,28 +32,28 @@ def cut(tokens: int, chunk: int) -> list[Step]:
     return [Step(min(chunk, tokens - at)) for at in range(0, tokens, chunk)]
 
 
-def run_trial(seed: int) -> None:
+def run_trial(seed: int, place: str = "cpu") -> None:
     rng = np.random.default_rng(seed)
     seq = draw_sequence(rng)
     tokens = len(seq.q)
-    wanted = seq.serve([Step(tokens)], seed=seed)
+    wanted = seq.serve([Step(tokens)], place, seed=seed)
     for again in range(2):
         steps = draw_steps(rng, tokens)
         what = f"seed {seed}: {seq.cache}, {seq.q.shape}, {[*seq.options]}, {steps[:6]}"
-        check(seq.serve(steps, seed=seed + 1 + again), wanted, what)
+        check(seq.serve(steps, place, seed=seed + 1 + again), wanted, what)
 
 
 @pytest.mark.parametrize("seed", range(0, 120, 10))
-def test_random_cuts(seed):
+def test_random_cuts(place, seed):
     for i in range(seed, seed + 10):
-        run_trial(i)
+        run_trial(i, place)
 
 
 @pytest.mark.slow
-def test_many_random_cuts():
+def test_many_random_cuts(place):
     """Two cuts a trial; FASTATTN_CUTS is the number of trials."""
     for i in range(10_000, 10_000 + int(os.environ.get("FASTATTN_CUTS", "1000"))):
-        run_trial(i)
+        run_trial(i, place)
 
 
 @pytest.fixture
@@ -81,24 +84,24 @@ def long_sequence(cache) -> Sequence:
 
 
 @pytest.mark.parametrize("cache", CACHES, ids="-".join)
-def test_sequences_of_several_splits(cache):
-    """Splits of 2048 keys: a chunk of many rows takes all of them, few rows are split up."""
+def test_sequences_of_several_splits(place, cache):
+    """A chunk of many rows takes all splits of the keys, few rows are split up."""
     seq = long_sequence(cache)
-    wanted = seq.serve([Step(4500)])
+    wanted = seq.serve([Step(4500)], place)
     ends = [Step(2030), *[Step(1)] * 40, *[Step(9, 2)] * 4, Step(1900), *[Step(1)] * 70]
     ends.append(Step(4500 - sum(step.accepted for step in ends)))
-    check(seq.serve(ends, seed=1), wanted, "several kinds of steps")
-    check(seq.serve(cut(4500, 1000), seed=2), wanted, "chunks of 1000")
+    check(seq.serve(ends, place, seed=1), wanted, "several kinds of steps")
+    check(seq.serve(cut(4500, 1000), place, seed=2), wanted, "chunks of 1000")
 
 
-def test_quantised_queries():
+def test_quantised_queries(place):
     """Scales of a token and head: they come from the token alone."""
     seq = draw_sequence(np.random.default_rng(3), 200)
     seq = dataclasses.replace(seq, cache=("cache_fp8", "head"), cache_options={})
     seq = dataclasses.replace(seq, options={"quantize_q": True})
-    wanted = seq.serve([Step(200)])
-    check(seq.serve(cut(200, 1), seed=1), wanted, "token by token")
-    check(seq.serve(cut(200, 33), seed=2), wanted, "chunks of 33")
+    wanted = seq.serve([Step(200)], place)
+    check(seq.serve(cut(200, 1), place, seed=1), wanted, "token by token")
+    check(seq.serve(cut(200, 33), place, seed=2), wanted, "chunks of 33")
 
 
 def test_another_order_of_the_keys_is_seen():

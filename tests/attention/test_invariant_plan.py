@@ -55,23 +55,22 @@ def test_new_tokens_choose_the_kernel(call, heads, major):
         assert len(found) == 1, (new, found)
 
 
-@pytest.mark.parametrize("tile_rows, kv_heads", itertools.product((8, 16, 64), (1, 4, 8, 16)))
-def test_splits_follow_from_the_keys(tile_rows, kv_heads):
-    """They cover a work tile's keys, are as many as have room, and none is short of work."""
-    most = {8: 16, 16: 16, 64: 4}[tile_rows] * (1 if kv_heads >= 8 else 2)
-    least = 16 if tile_rows == 64 else 8
-    for kv_tiles in [*range(1, 700), 10**4, 2**24]:
-        tiles, count = host.invariant_splits(kv_tiles, tile_rows, kv_heads)
-        assert (count - 1) * tiles < kv_tiles <= count * tiles
-        assert 1 <= count <= max(1, min(most, kv_tiles // least))
-        assert tiles % 4 == 0  # the warp pipelines take a split's KV tiles evenly
+def test_splits_follow_from_positions():
+    """They cover the keys without a gap, each begins at a multiple of its quarter."""
+    split, begin, keys = host.invariant_split(0)
+    assert (split, begin, keys) == (0, 0, 1024)
+    while begin + keys < 2**31 - 2**28:
+        following, first, more = host.invariant_split(begin + keys)
+        assert (following, first) == (split + 1, begin + keys) and more in (keys, 2 * keys, 4 * keys)
+        assert host.invariant_split(begin + keys - 1) == (split, begin, keys)
+        split, begin, keys = following, first, more
+    assert [host.invariant_split(k - 1)[0] + 1 for k in (8192, 2**15, 2**17, 2**20)] == [8, 20, 32, 47]
 
 
-def test_a_sequence_alone_fills_the_gpu():
-    """8 KV heads, 8k keys: 128 splits, each with a CTA of its own."""
-    assert host.invariant_splits(128, 8, 8) == (8, 16)
+def test_a_sequence_alone_has_many_ctas():
+    """8 KV heads, 8k keys: 64 splits, each with a CTA of its own."""
     (launch,) = decide("bf16 over fp8", 1, 1, 8192)[2]
-    assert (launch["grid"], launch["tile_rows"]) == (128, 8)
+    assert (launch["grid"], launch["tile_rows"]) == (64, 8)
 
 
 @pytest.mark.parametrize("max_k", [300, 1023, 1024, 1025, 9000, 1 << 17])
@@ -80,10 +79,20 @@ def test_a_looser_bound_of_the_keys_moves_no_split(max_k):
     for tile_rows, max_q in ((8, 1), (16, 4), (64, 16)):
         launches = decide("bf16 over fp8", 4, max_q, max_k)[2]
         room = next(x["invariant_splits"] for x in launches if x["tile_rows"] == tile_rows)
-        needed = max(
-            host.invariant_splits(keys, tile_rows, 8)[1] for keys in range(1, -(-max_k // 64) + 1)
-        )
-        assert room >= needed
+        assert room == host.invariant_split(max_k - 1)[0] + 1
+
+
+@pytest.mark.parametrize("major", [8, 9])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("new", [1, 4, 40, 4096])
+def test_one_kernel_where_cuts_must_not_matter(call, new, major):
+    sizes = dict(num_tokens=4 * new, batch=4, num_heads=32, num_kv_heads=8, head_dim=128)
+    sizes |= dict(max_seqlen_q=new, max_seqlen_k=9000, compute_major=major)
+    prefill, _, launches = host.decide_attention(*CALLS[call], **sizes, split_invariant=True)
+    assert prefill == "mma_sm80" and all(x["split"] for x in launches)
+    assert launches[-1]["max_packed_rows"] == 2**31 - 1
+    room = host.dequantize_plan(*CALLS[call], **sizes, split_invariant=True)
+    assert room["blocks"] == 0
 
 
 def test_workspace():
@@ -106,4 +115,4 @@ def test_a_call_of_few_keys_is_not_cut(batch, whole):
     """One CTA for each work tile and no second kernel, where they fill most of the GPU."""
     (launch,) = decide("bf16 over fp8", batch, 1, 1024)[2]
     assert bool(launch["whole_tiles"]) == whole
-    assert (launch["workspace"] == 0) == whole
+    assert (launch["workspace"] == 0) == (whole or launch["invariant_splits"] == 1)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+import paddle
 
 import fastattn.functional as F
 from tests.support.tensors import to_numpy, to_paddle
@@ -62,7 +63,7 @@ class Sequence:
     options: dict[str, Any]
 
     def serve(self, steps: list[Step], place: str = "cpu", seed: int = 0) -> Served:
-        """Serve it in steps, beside other sequences, in blocks that `seed` draws."""
+        """Serve it, on a GPU with `split_invariant`, in steps, beside other sequences, in blocks that `seed` draws."""
         rng = np.random.default_rng(seed)
         tokens = sum(step.accepted for step in steps)
         assert tokens == len(self.q)
@@ -92,12 +93,23 @@ class _Server:
             for name, x in (("cache_k_scales", seq.k), ("cache_v_scales", seq.v)):
                 count = kv_heads * (x.shape[2] if granularity == "channel" else 1)
                 drawn = np.random.default_rng(count).uniform(0.01, 0.05, count).astype(np.float32)
-                scales[name] = to_paddle(drawn, place)
-        cache_options = {n: self._given(x) for n, x in seq.cache_options.items()}
+                scales[name] = to_paddle(drawn, "cpu")
+        made = {
+            n: to_paddle(x, "cpu") if isinstance(x, np.ndarray) else x
+            for n, x in seq.cache_options.items()
+        }
         dtype = str(seq.k.dtype)
-        self.cache = F.make_cache(
-            own + self.beside, kv_heads, dim, kind, dtype=dtype, **scales, **cache_options
+        cache = F.make_cache(
+            own + self.beside, kv_heads, dim, kind, dtype=dtype, place="cpu", **scales, **made
         )
+        # Copies only: Paddle 2.6 has no kernels for Hopper that fill a tensor.
+        fields = {f.name: getattr(cache, f.name) for f in dataclasses.fields(cache)}
+        moved = {
+            n: to_paddle(to_numpy(x), place)
+            for n, x in fields.items()
+            if isinstance(x, paddle.Tensor)
+        }
+        self.cache = dataclasses.replace(cache, **moved)
         self.options = {n: self._given(x) for n, x in seq.options.items()}
 
     def _given(self, value: Any) -> Any:
@@ -139,6 +151,7 @@ class _Server:
         F.write_cache_kv(k, v, *caches, **seqs, **self.cache.arguments)
         longest = {"max_seqlen_q": max(counts), "max_seqlen_k": max(p + n for p, n, _ in batch)}
         given = {**self.cache.arguments, **self.options, **longest, "return_softmax_lse": True}
+        given["split_invariant"] = self.place != "cpu"
         out, lse = F.paged_attention(q, *caches, **seqs, **given)
         mine_rows = slice(first, first + new)
         return to_numpy(out)[mine_rows], to_numpy(lse)[:, mine_rows]

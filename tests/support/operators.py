@@ -116,6 +116,7 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 **projection,
                 "k_rotation": "none",
                 "batch_invariant": False,
+                "split_invariant": False,
             },
         ),
         "gqa_rope_write_cache": OpCall(
@@ -173,7 +174,10 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
         ),
         "paged_attention": OpCall(
             {"q": make(2, 4, 64, dtype="float16"), **cache(), **seqs()},
-            {**plain, **attention, "batch_invariant": False, "k_rotation": "none"},
+            {
+                **{**plain, **attention, "batch_invariant": False},
+                **{"k_rotation": "none", "split_invariant": False},
+            },
         ),
         "compact_block_tables": OpCall(
             seqs(),

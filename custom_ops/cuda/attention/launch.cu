@@ -101,8 +101,8 @@ InvariantTask MakeInvariantTask(const AttentionParams& p, const AttentionLaunch&
                                 const AttentionTask& work) {
   InvariantTask task;
   task.work = work;
+  task.ctas = static_cast<int>(launch.grid);
   task.most_splits = static_cast<int>(launch.invariant_splits);
-  task.least_tiles = InvariantBoundsOf(launch.tile_rows, p.num_kv_heads).least_tiles;
   task.whole_tiles = launch.whole_tiles;
   if (!LeavesInvariantPartials(launch)) task.work.headers = nullptr;
   return task;
@@ -117,12 +117,10 @@ cudaError_t Run(const AttentionParams& p, const AttentionLaunch& launch, const A
 
 cudaError_t RunMerge(const AttentionParams& p, const AttentionLaunch& launch,
                      const AttentionTask& task, cudaStream_t stream) {
-  const int grid = static_cast<int>(launch.grid);
   if (launch.invariant_splits == 0) {
     return LaunchMergePartials(p, task, launch.tile_rows, stream);
   }
-  return LaunchMergeInvariant(p, MakeInvariantTask(p, launch, task), launch.tile_rows, grid,
-                              stream);
+  return LaunchMergeInvariant(p, MakeInvariantTask(p, launch, task), launch.tile_rows, stream);
 }
 
 // The plan's launches over some sequences, but for the one that a prefill kernel does for all of

@@ -1,5 +1,6 @@
-// The end of a split: the warp pipelines' results become one, which is added to the total of the
-// work tile's splits before it, or left for the merging kernel where those are another CTA's.
+// The end of a round of chains: their results are added up in their order, to that of the split's
+// chains before them. With the split's last round, the split is added to the total of the work
+// tile's splits before it, or left for the merging kernel where those are another CTA's.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,8 @@ namespace fastattn::cuda {
 
 // What a thread holds of a work tile's total: four channels of a packed row, in each round and pass
 // of the epilogue. Those of more than 8 packed rows would not fit beside the mainloop's registers
-// and lie in the workspace, which the same thread writes and reads.
+// and lie in the workspace, which the same thread writes and reads. So do the channels of a split
+// whose chains take several rounds.
 template <typename Traits>
 struct RunningTotal {
   static constexpr int kQuads = Traits::kMergeDims / 4;
@@ -28,6 +30,7 @@ struct RunningTotal {
   static_assert(Traits::kValueDim % Traits::kMergeDims == 0);
   float4 out[kInRegisters ? kRounds : 1][kPasses];
   float2 state[kPasses];  // maximum and sum of the packed row
+  float2 split[kPasses];  // those of the split
 
   // Whether a thread has something in a pass: 96 channels of 8 packed rows do not fill all threads.
   static __device__ __forceinline__ bool Has(int index) {
@@ -35,41 +38,27 @@ struct RunningTotal {
   }
 };
 
-// What becomes of a split's result.
-struct SplitEnd {
-  bool first;    // of its work tile: there is no total before
-  bool last;     // of its work tile
-  bool adds;     // the CTA has the splits before it
-  bool leaves;   // others have the splits behind it: the total goes to memory
-  float* total;  // [packed rows, D] and the packed rows' (maximum, sum)
-  float* split;  // the same, for a result that is not added here
+// What becomes of a round's result.
+struct RoundEnd {
+  bool begins_split;
+  bool ends_split;
+  bool first;     // split of its work tile: there is no total before
+  bool last;      // split of its work tile
+  bool adds;      // the CTA has the splits before it
+  bool leaves;    // others have the splits after it: the total goes to memory
+  float* total;   // [packed rows, D] and the packed rows' (maximum, sum)
+  float* split;   // the same, of the split between rounds
+  float* result;  // the same, for a split that is not added here
 };
-
-// The maximum and the sum of a packed row over all pipelines.
-template <typename Traits>
-__device__ __forceinline__ float2 MergeStates(const float2* states, int packed_row) {
-  float2 merged = make_float2(-kInfinity, 0.0f);
-#pragma unroll
-  for (int s = 0; s < Traits::kPipelines; ++s) {
-    merged.x = fmaxf(merged.x, states[s * Traits::kTileRows + packed_row].x);
-  }
-#pragma unroll
-  for (int s = 0; s < Traits::kPipelines; ++s) {
-    const float2 of = states[s * Traits::kTileRows + packed_row];
-    merged.y = Add(merged.y, Mul(of.y, WeightOf(of.x, merged.x)));
-  }
-  return merged;
-}
 
 // Adds the split's maximum and sum. Returns the weights of the values.
 template <typename Traits>
-__device__ __forceinline__ FoldWeights EndState(const SplitEnd& end, const float2* states,
-                                                int packed_row, bool writes, float2* total) {
-  const float2 split = MergeStates<Traits>(states, packed_row);
+__device__ __forceinline__ FoldWeights EndState(const RoundEnd& end, float2 split, int packed_row,
+                                                bool writes, float2* total) {
   FoldWeights weights = {0.0f, 1.0f};
   if (!end.adds) {
     if (writes) {
-      reinterpret_cast<float2*>(end.split + Traits::kTileRows * Traits::kValueDim)[packed_row] =
+      reinterpret_cast<float2*>(end.result + Traits::kTileRows * Traits::kValueDim)[packed_row] =
           split;
     }
     return weights;
@@ -86,14 +75,15 @@ __device__ __forceinline__ FoldWeights EndState(const SplitEnd& end, const float
   return weights;
 }
 
-// Ends a split. All threads take part; afterwards shared memory may be overwritten.
+// Ends a round. All threads take part; afterwards shared memory may be overwritten.
 template <typename Traits>
-__device__ __forceinline__ void FinishSplit(const AttentionParams& p, const AttentionTask& task,
-                                            const Segment& segment, const SplitEnd& end,
+__device__ __forceinline__ void FinishRound(const AttentionParams& p, const AttentionTask& task,
+                                            const Segment& segment, const RoundEnd& end,
                                             int pipeline, int warp_row, char* shared,
                                             TileState<Traits>* state, RunningTotal<Traits>* total) {
   using Total = RunningTotal<Traits>;
   constexpr int kRounds = Total::kRounds, kPasses = Total::kPasses, kQuads = Total::kQuads;
+  constexpr int kPipelines = Traits::kPipelines;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float2* states = reinterpret_cast<float2*>(shared + Traits::kStateOffset);
   const PackedRowInfo* infos =
@@ -104,8 +94,8 @@ __device__ __forceinline__ void FinishSplit(const AttentionParams& p, const Atte
   }
   WriteStates<Traits>(*state, pipeline, warp_row, threadIdx.x % 32 < 4, t, states);
   __syncthreads();
-  Equalize<Traits>(states, warp_row, t, state);
-  FoldWeights weights[kPasses];
+  DropScaleExponent<Traits>(state);
+  FoldWeights chains[kPasses][kPipelines], weights[kPasses];
   float factor[kPasses];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -113,8 +103,16 @@ __device__ __forceinline__ void FinishSplit(const AttentionParams& p, const Atte
     if (!Total::Has(index)) continue;
     const int packed_row = index / kQuads;
     const bool writes = index % kQuads == 0;
-    weights[pass] = EndState<Traits>(end, states, packed_row, writes, &total->state[pass]);
+    float2 split = end.begins_split ? make_float2(-kInfinity, 0.0f) : total->split[pass];
+#pragma unroll
+    for (int s = 0; s < kPipelines; ++s) {
+      chains[pass][s] = FoldState(&split, states[s * Traits::kTileRows + packed_row]);
+    }
+    total->split[pass] = split;
     factor[pass] = 0.0f;
+    weights[pass] = {0.0f, 1.0f};
+    if (!end.ends_split) continue;
+    weights[pass] = EndState<Traits>(end, split, packed_row, writes, &total->state[pass]);
     if (end.adds && end.last && infos[packed_row].out >= 0) {
       const PackedRow info = PackedRowOf(task, segment.shape, segment.head,
                                          segment.tile * Traits::kTileRows + packed_row);
@@ -133,14 +131,27 @@ __device__ __forceinline__ void FinishSplit(const AttentionParams& p, const Atte
       const int packed_row = index / kQuads, quad = index % kQuads;
       const int channel = round * Traits::kMergeDims + 4 * quad;
       const int64_t at = packed_row * Traits::kValueDim + channel;
-      float4 before = out[pass];
-      if constexpr (!Total::kInRegisters) {
-        if (end.adds && !end.first) before = *reinterpret_cast<const float4*>(end.total + at);
+      float4 split = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if constexpr (Traits::kRounds > 1) {
+        if (!end.begins_split) split = *reinterpret_cast<const float4*>(end.split + at);
       }
-      const float4 split = SumPipelines<Traits>(merge, packed_row, quad);
-      if (!end.adds) {
+#pragma unroll
+      for (int s = 0; s < kPipelines; ++s) {
+        const float4 chain = *reinterpret_cast<const float4*>(
+            merge + (s * Traits::kTileRows + packed_row) * Traits::kMergeStride + 4 * quad);
+        split = FoldValues(split, chain, chains[pass][s]);
+      }
+      if (Traits::kRounds > 1 && !end.ends_split) {
         *reinterpret_cast<float4*>(end.split + at) = split;
         continue;
+      }
+      if (!end.adds) {
+        *reinterpret_cast<float4*>(end.result + at) = split;
+        continue;
+      }
+      float4 before = out[pass];
+      if constexpr (!Total::kInRegisters) {
+        if (!end.first) before = *reinterpret_cast<const float4*>(end.total + at);
       }
       out[pass] = end.first ? split : FoldValues(before, split, weights[pass]);
       if (end.last) {

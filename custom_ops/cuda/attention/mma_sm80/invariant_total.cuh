@@ -1,4 +1,4 @@
-// The sum of a work tile's splits, added up one after the other in their order. The attention
+// The sum of a work tile's parts, added up one after the other in their order. The attention
 // kernel and the one that merges share every step, so that it does not matter which of them adds.
 #pragma once
 
@@ -14,8 +14,14 @@ struct FoldWeights {
   float split;
 };
 
-// Adds a split's maximum and sum to those of the splits before it.
+// Adds a split's maximum and sum to those of the splits before it. One that sees no key, whose sum
+// is 0, changes nothing: so it does not matter whether there is one. A NaN is not 0.
 __device__ __forceinline__ FoldWeights FoldState(float2* total, float2 split) {
+  if (split.y == 0.0f) return {1.0f, 0.0f};
+  if (total->y == 0.0f) {
+    *total = split;
+    return {0.0f, 1.0f};
+  }
   const float maximum = fmaxf(total->x, split.x);
   const FoldWeights w = {WeightOf(total->x, maximum), WeightOf(split.x, maximum)};
   *total = make_float2(maximum, Add(Mul(total->y, w.total), Mul(split.y, w.split)));

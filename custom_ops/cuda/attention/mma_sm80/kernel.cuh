@@ -250,20 +250,31 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
   });
 }
 
-// The mainloop: the warp pipeline's KV tiles of a segment.
+// KV tiles of a warp pipeline's chain, and the number of those of the longest chain beside it.
+struct KvTiles {
+  int begin = 0, end = 0, longest = 0;
+};
+
+// The mainloop: the warp pipeline's KV tiles of a segment, or those of a chain.
 template <typename Traits>
 __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segment& segment,
                                             int pipeline, const QueryTile<Traits>& query,
                                             const float (&factors)[Traits::kTiles][2],
                                             uint32_t row_infos, KvLoader<Traits>* cursor,
-                                            StageRing<Traits>* ring, TileState<Traits>* state) {
-  const int kv_tile_end = segment.kv_tile_end;
+                                            StageRing<Traits>* ring, TileState<Traits>* state,
+                                            const KvTiles& chain = {}) {
+  constexpr bool kChained = Traits::kChained;
+  constexpr int kStep = kChained ? 1 : Traits::kPipelines;
+  const int kv_tile_begin = kChained ? chain.begin : segment.kv_tile_begin + pipeline;
+  const int kv_tile_end = kChained ? chain.end : segment.kv_tile_end;
   if constexpr (Traits::kPairsKv) {
     const int iterations =
-        (kv_tile_end - segment.kv_tile_begin + Traits::kPipelines - 1) / Traits::kPipelines;
+        kChained ? chain.longest
+                 : (kv_tile_end - segment.kv_tile_begin + Traits::kPipelines - 1) /
+                       Traits::kPipelines;
 #pragma unroll 1
     for (int iteration = 0; iteration < iterations; ++iteration) {
-      const int kv_tile = segment.kv_tile_begin + iteration * Traits::kPipelines + pipeline;
+      const int kv_tile = kv_tile_begin + iteration * kStep;
       const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, row_infos);
       WaitForCopies<0>();
       __syncthreads();
@@ -297,24 +308,28 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
     }
   } else if constexpr (Traits::kLarge) {
 #pragma unroll 1
-    for (int kv_tile = segment.kv_tile_begin + pipeline; kv_tile < kv_tile_end;
-         kv_tile += Traits::kPipelines) {
+    for (int kv_tile = kv_tile_begin; kv_tile < kv_tile_end; kv_tile += kStep) {
       const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, row_infos);
       RunStages<Traits>(p, mask, query, factors, cursor, ring, state);
     }
   } else {
 #pragma unroll 1
-    for (int kv_tile = segment.kv_tile_begin + pipeline; kv_tile < kv_tile_end;
-         kv_tile += Traits::kPipelines) {
+    for (int kv_tile = kv_tile_begin; kv_tile < kv_tile_end; kv_tile += kStep) {
       const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, row_infos);
-      Scores<Traits> scores;
+      constexpr int kGroups = Traits::kKeyTiles / Traits::kGroup;
+      Scores<Traits> scores[kGroups];
       // The newest kStages - 2 loads may still be under way.
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
       StartLoad<Traits, (Traits::kStages + 1) % 2>(cursor, ring);
       const uint32_t key_stage = ring->NextUse();
       const bool assigned = cursor->UsesAssigned();
-      if (assigned) Score<Traits>(p, key_stage, mask, query, factors, 0, scores);
+      if (assigned) {
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+          Score<Traits>(p, key_stage, mask, query, factors, i * Traits::kGroup, scores[i]);
+        }
+      }
       WaitForCopies<Traits::kStages - 2>();
       __syncwarp();
       StartLoad<Traits, Traits::kStages % 2>(cursor, ring);
@@ -329,7 +344,10 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         ScrubValues<Traits>(value_stage, mask);
         __syncwarp();
       }
-      Attend<Traits>(p, value_stage, mask, 0, scores, state);
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        Attend<Traits>(p, value_stage, mask, i * Traits::kGroup, scores[i], state);
+      }
     }
   }
   if constexpr (Traits::kBiased) DropBias<Traits>(state->out);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/block_table.h"
+#include "cuda/attention/mma_sm80/invariant_schedule.cuh"
 #include "cuda/attention/mma_sm80/row_holes.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
@@ -37,12 +38,17 @@ template <typename Traits>
 class KvLoader {
  public:
   // `segments` are `count` segments in shared memory; `keys_read_once`: nothing else will read
-  // their keys.
+  // their keys. `most_splits`: of chains only.
   __device__ __forceinline__ KvLoader(const AttentionParams& p, const Segment* segments, int count,
-                                      int pipeline, bool keys_read_once)
+                                      int pipeline, bool keys_read_once, int most_splits = 1)
       : p_(p), segment_(segments), end_(segments + count), pipeline_(pipeline) {
     policy_ = CachePolicy(keys_read_once);
-    kv_tile_ = segment_->kv_tile_begin + pipeline;
+    if constexpr (Traits::kChained) {
+      splits_.most = most_splits;
+      EnterSegment();
+    } else {
+      kv_tile_ = segment_->kv_tile_begin + pipeline;
+    }
     Settle();
   }
 
@@ -138,15 +144,49 @@ class KvLoader {
   }
 
   __device__ __forceinline__ void Advance() {
-    kv_tile_ += Traits::kPipelines;
+    kv_tile_ += Traits::kChained ? 1 : Traits::kPipelines;
     Settle();
+  }
+
+  // The first chain of a segment that is the pipeline's.
+  __device__ __forceinline__ void EnterSegment() {
+    split_ = splits_.Of(segment_->kv_tile_begin);
+    round_ = 0;
+    EnterChain();
+  }
+
+  __device__ __forceinline__ void EnterChain() {
+    const KeyRange<int> chain = ChainIn<Traits>(*segment_, splits_, split_, round_, pipeline_);
+    kv_tile_ = chain.begin;
+    chain_end_ = chain.end;
+  }
+
+  // Goes on to the pipeline's next chain. False: there is none.
+  __device__ __forceinline__ bool NextChain() {
+    if (++round_ < Traits::kRounds) {
+      EnterChain();
+    } else if (splits_.End(split_) < segment_->kv_tile_end) {
+      ++split_;
+      round_ = 0;
+      EnterChain();
+    } else {
+      if (++segment_ == end_) return false;
+      EnterSegment();
+    }
+    return true;
   }
 
   // Goes on to the segment that holds the pipeline's next KV tile.
   __device__ __forceinline__ void Settle() {
-    while (kv_tile_ >= segment_->kv_tile_end) {
-      if (++segment_ == end_) return;
-      kv_tile_ = segment_->kv_tile_begin + pipeline_;
+    if constexpr (Traits::kChained) {
+      while (kv_tile_ >= chain_end_) {
+        if (!NextChain()) return;
+      }
+    } else {
+      while (kv_tile_ >= segment_->kv_tile_end) {
+        if (++segment_ == end_) return;
+        kv_tile_ = segment_->kv_tile_begin + pipeline_;
+      }
     }
     if constexpr (Traits::kPaged) {
       constexpr int kKvTilesPerBlock = kBlockSize / Traits::kKvTile;
@@ -262,6 +302,8 @@ class KvLoader {
   uint64_t policy_;
   int pipeline_;
   int kv_tile_;
+  KeySplits<Traits::kKvTile> splits_;  // of chains, and where the pipeline is in them
+  int split_, round_, chain_end_;
   bool loading_ = false;   // the current KV tile exists
   uint32_t assigned_ = 0;  // and its block too: bit 0; bit n: that of the KV tile n before it
   int block_ = -1;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/exact.h"
 #include "common/layout.h"
 #include "common/numeric.h"
 #include "cuda/attention/mma_sm80/nibbles.cuh"
@@ -246,8 +247,13 @@ __device__ __forceinline__ void FinishScores(const AttentionParams& p, uint32_t 
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float x = scores[m][n][c];
-        if constexpr (kTokenScaled) x *= scale[c / 2];
-        scores[m][n][c] = x * factors[n][c % 2];
+        if constexpr (Traits::kChained) {  // no product may become a part of a later sum
+          if constexpr (kTokenScaled) x = Mul(x, scale[c / 2]);
+          scores[m][n][c] = Mul(x, factors[n][c % 2]);
+        } else {
+          if constexpr (kTokenScaled) x *= scale[c / 2];
+          scores[m][n][c] = x * factors[n][c % 2];
+        }
       }
     }
   }
@@ -290,7 +296,11 @@ __device__ __forceinline__ void RaiseMaximum(
       factor[n][c] = maximum == before ? 1.0f : Exp2(before - maximum);
       raised |= maximum != before;
       state->maximum[n][c] = maximum;
-      state->sum[n][c] *= factor[n][c];
+      if constexpr (Traits::kChained) {
+        state->sum[n][c] = Mul(state->sum[n][c], factor[n][c]);
+      } else {
+        state->sum[n][c] *= factor[n][c];
+      }
     }
   }
   if (!__any_sync(0xFFFFFFFFu, raised)) return;
@@ -319,8 +329,13 @@ __device__ __forceinline__ void Exponentiate(float (&scores)[Traits::kGroup][Tra
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& x = scores[m][n][2 * half + c];
-          x = Exp2(x + offset);
-          state->sum[n][c] += x;
+          if constexpr (Traits::kChained) {
+            x = Exp2(Add(x, offset));
+            state->sum[n][c] = Add(state->sum[n][c], x);
+          } else {
+            x = Exp2(x + offset);
+            state->sum[n][c] += x;
+          }
         }
       }
     }

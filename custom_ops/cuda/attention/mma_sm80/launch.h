@@ -48,17 +48,21 @@ cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream);
 // Clears tokens of no sequence while the kernel ahead writes the others.
 cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream);
 
-// A batch-invariant launch. Its work's
+// A launch whose bits follow from the keys that a query sees. Its work's
 //  - headers tell of a CTA: {splits that are missing, batch_idx, KV head, tile} of the work tile
-//  that
-//    it leaves unfinished, or {0, ..}; then the number of its results of the one that it found
+//    that it leaves unfinished, or {0, ..}; then the number of its results of the one that it found
 //    begun.
-//  - partials are [grid, most_splits, packed rows, D + 2]: the CTA's total, and then those results.
+//  - partials are of [packed rows, D + 2]: two of each CTA, then most_splits of each share.
 struct InvariantTask {
   AttentionTask work;
+  int ctas = 1;         // of the launch; those from `work.shares` on only take whole work tiles
   int most_splits = 1;  // of a work tile
-  int least_tiles = 0;  // KV tiles of a split, where there are several
   bool whole_tiles = false;
+
+  // Place among the partials of a CTA's results of single splits.
+  FASTATTN_HD int64_t FirstResult(int cta) const {
+    return 2 * static_cast<int64_t>(ctas) + static_cast<int64_t>(cta) * most_splits;
+  }
 };
 
 template <DType kElement, int kHeadDim, Scales kScales, int kTileRows>
@@ -67,6 +71,6 @@ cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask
 
 // Merges what LaunchInvariantVariant left.
 cudaError_t LaunchMergeInvariant(const AttentionParams& p, const InvariantTask& task, int tile_rows,
-                                 int grid, cudaStream_t stream);
+                                 cudaStream_t stream);
 
 }  // namespace fastattn::cuda

@@ -16,8 +16,8 @@ namespace fastattn::cuda {
 namespace {
 
 constexpr int kThreads = 128;  // four channels of a packed row each
-constexpr int kBatch = 4;      // results that are loaded together
-constexpr int kMostResults = 64;
+constexpr int kBatch = 8;      // results that are loaded together
+constexpr int kMostResults = 128;
 
 __device__ __forceinline__ const int4* HeaderOf(const InvariantTask& task, int cta) {
   return reinterpret_cast<const int4*>(task.work.headers) +
@@ -41,7 +41,7 @@ __device__ __forceinline__ void ListResults(const InvariantTask& task, int first
     }
     // Those behind the missing ones are of another work tile.
     for (int i = 0, at = found + sum - results; i < results && at < missing; ++i, ++at) {
-      slots[at] = cta * task.most_splits + 1 + i;
+      slots[at] = task.FirstResult(cta) + i;
     }
     found += __shfl_sync(0xFFFFFFFFu, sum, 31);
   }
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
       const float* states = task.work.partials + slot * size + tile_rows * head_dim;
       return __ldcg(reinterpret_cast<const float2*>(states) + packed_row);
     };
-    const int64_t own = static_cast<int64_t>(cta) * task.most_splits;
+    const int64_t own = 2 * static_cast<int64_t>(cta);
     float4 total = values_of(own);
     float2 sums = state_of(own);
     const SeqShape shape = LoadSeqShape(p, header.y);
@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t LaunchMergeInvariant(const AttentionParams& p, const InvariantTask& task, int tile_rows,
-                                 int grid, cudaStream_t stream) {
+                                 cudaStream_t stream) {
   // Some packed rows' channels do not fill a whole number of CTAs.
-  const dim3 blocks(grid, CeilDiv(tile_rows * (ValueDim(p.head_dim) / 4), kThreads));
+  const dim3 blocks(task.work.shares, CeilDiv(tile_rows * (ValueDim(p.head_dim) / 4), kThreads));
   return LaunchPdl(MergeInvariantKernel, blocks, dim3(kThreads), stream, p, task, tile_rows);
 }
 

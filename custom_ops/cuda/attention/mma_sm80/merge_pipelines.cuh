@@ -58,6 +58,22 @@ __device__ __forceinline__ void Equalize(const float2* states, int warp_row, int
   }
 }
 
+// Brings the warp's output to units of 1: it stays relative to its own maxima.
+template <typename Traits>
+__device__ __forceinline__ void DropScaleExponent(TileState<Traits>* state) {
+  if constexpr (Traits::kPerTokenScales) {
+    const float scale = __uint_as_float(static_cast<uint32_t>(state->scale_exponent) << 23);
+#pragma unroll
+    for (int i = 0; i < Traits::kDimTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < Traits::kTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) state->out[i][n][c] *= scale;
+      }
+    }
+  }
+}
+
 // Stores the channels of round `round` of the warp's output. Registers take no index that varies,
 // so every round passes by all of them.
 template <typename Traits>

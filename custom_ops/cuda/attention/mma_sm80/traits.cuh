@@ -42,12 +42,14 @@ constexpr int MergeDims(int most, int dim) {
 }
 
 // kWide: twice the warps in a CTA, for calls whose clusters have a multiprocessor for each CTA.
+// kChained: a result's bits follow from the keys alone (invariant_kernel.cuh).
 // kGeneral: packed rows may have holes in what they see, and heads block tables (row_holes.cuh).
 template <DType kElement_, int kHeadDim_, bool kPaged_, Scales kScales_, int kTileRows_,
-          bool kWide_ = false, bool kGeneral_ = false>
+          bool kWide_ = false, bool kGeneral_ = false, bool kChained_ = false>
 struct AttentionTraits {
   static constexpr bool kWide = kWide_;
   static constexpr bool kGeneral = kGeneral_;
+  static constexpr bool kChained = kChained_;
   static constexpr int kThreads = kAttentionThreads * (kWide ? 2 : 1);
   static constexpr int kCtasPerSm = kWide ? 1 : kAttentionCtasPerSm;
   static constexpr DType kElement = kElement_;
@@ -80,6 +82,7 @@ struct AttentionTraits {
                                                           : 1;
   static constexpr int kPipelineThreads = 32 * kPipelineWarps;
   static constexpr int kPipelines = kThreads / kPipelineThreads;
+  static constexpr int kRounds = std::max(4 / kPipelines, 1);  // in which they take a split's chains
   static constexpr int kTiles = kTileRows / 8 / kPipelineWarps;  // 8-column tiles of a warp
 
   static constexpr bool kQuantized = Format::kBytes == 1;
@@ -95,8 +98,9 @@ struct AttentionTraits {
       kStageDim * Format::kBytes / CodesPerByte(kElement);  // of a key in a stage
   static constexpr int kKvTile = KeysPerKvTile(kHeadDim, Format::kBytes);
   static constexpr int kKeyTiles = kKvTile / 16;
-  // Key tiles (16 keys each) whose scores are in registers at the same time.
-  static constexpr int kGroup = kTiles >= 4 ? 2 : kKeyTiles;
+  // Key tiles (16 keys each) whose scores raise the maximum together. Their registers are the limit
+  // of work tiles of 64 packed rows, so in chains, of any work tile.
+  static constexpr int kGroup = kTiles >= 4 || (kChained && !kLarge) ? 2 : kKeyTiles;
   static constexpr int kDimTiles = kValueDim / 16;
   // int4: a last one, what the codes' bias of 8 adds to a packed row's output, the same in all
   // rows.
