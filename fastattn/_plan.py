@@ -1,7 +1,7 @@
 """Which kernels a call takes, asked of the functions that the operators ask; no GPU is needed.
 
 ``FASTATTN_LOG=3``, dumps of calls and ``python -m fastattn explain`` tell this. For attention
-operators it is ``DecideAttention`` of ``custom_ops/heuristics/attention.h``, through the module
+operators it is ``DecideAttention`` of ``custom_ops/plan/attention.h``, through the module
 ``fastattn._host``. That module assumes what contiguous tensors have: a call of views that TMA
 cannot read takes ``mma_sm80`` all the same (docs/architecture.md).
 """

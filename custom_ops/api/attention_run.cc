@@ -16,14 +16,14 @@
 #include "cpu/query_transform.h"
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
+#include "api/refused_bytes.h"
 #include "api/step_arrivals.h"
 #include "cuda/attention/dequantize_kv/launch.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/quantize_q/launch.h"
 #include "cuda/attention/query_transform/launch.h"
 #include "cuda/host_calls/launch.h"
-#include "heuristics/attention.h"
-#include "heuristics/refused_bytes.h"
+#include "plan/attention.h"
 #endif
 
 namespace fastattn::api {

@@ -9,7 +9,7 @@
 
 #include "api/direct_call.h"
 #include "common/types.h"
-#include "heuristics/step_lengths.h"
+#include "plan/step_lengths.h"
 
 namespace fastattn::api {
 

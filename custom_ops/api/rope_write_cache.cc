@@ -14,8 +14,8 @@
 #if defined(FASTATTN_WITH_CUDA)
 #include "cuda/attention/launch.h"
 #include "cuda/cache/rope_write/launch.h"
-#include "heuristics/attention.h"
-#include "heuristics/rope_write.h"
+#include "plan/attention.h"
+#include "plan/rope_write.h"
 #endif
 
 namespace fastattn::api {

@@ -107,14 +107,14 @@ def host_lengths(forward_meta: Any) -> tuple[int, int] | None:
     return (int(values[0]), int(values[3])) if values[0] > 0 else None
 
 
-#: Number of new tokens from which on a sequence is long: ``kLongSeq`` of custom_ops/heuristics.
+#: Number of new tokens from which on a sequence is long: ``kLongSeq`` of custom_ops/plan.
 _LONG_SEQ = 64
 
 
 def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool) -> int:
     """Estimate the new tokens of a step's longest sequence from what the host knows.
 
-    ``fastattn._direct.step`` uses the same rule (custom_ops/heuristics/step_lengths.h). A wrong
+    ``fastattn._direct.step`` uses the same rule (custom_ops/plan/step_lengths.h). A wrong
     estimate only costs time.
 
     Parameters

@@ -12,7 +12,7 @@ CUSTOM_OPS = Path(__file__).parents[2] / "custom_ops"
 SUFFIXES = {".h", ".cuh", ".cc", ".cu"}
 
 # Every folder below cuda/, and the folders or single headers that it may include besides its own,
-# common/, formats/, params/ and heuristics/. A folder that is new needs a line here.
+# common/, formats/, params/ and plan/. A folder that is new needs a line here.
 CACHE = ("cuda/common", "cuda/cache/shared")
 WGMMA = ("cuda/common", "cuda/attention/shared", "cuda/attention/wgmma_sm90/common")
 CUDA = {
@@ -65,7 +65,7 @@ HOST = {
     "formats": (),
     "common": ("formats",),
     "params": ("common", "formats"),
-    "heuristics": ("common", "formats", "params"),
+    "plan": ("common", "formats", "params"),
     "cpu": ("common", "formats", "params"),
 }
 
@@ -119,7 +119,7 @@ def test_includes_follow_the_table():
     wrong = []
     for folder, header in arrows():
         if folder in CUDA:
-            allowed = ("common", "formats", "params", "heuristics", *CUDA[folder])
+            allowed = ("common", "formats", "params", "plan", *CUDA[folder])
         elif folder in HOST:
             allowed = HOST[folder]
         else:

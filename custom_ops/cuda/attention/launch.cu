@@ -50,6 +50,7 @@ AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, 
   task.cluster = static_cast<int>(launch.cluster);
   task.cluster_kv_tiles = static_cast<int>(launch.cluster_kv_tiles);
   task.finds_seqs = launch.finds_seqs;
+  task.wide = launch.wide;
   task.shares = static_cast<int>(launch.shares);
   const int64_t packed_rows = std::max<int64_t>(p.max_seqlen_q, 1) * task.group;
   task.keys_read_once =
@@ -186,7 +187,7 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& d
   const AttentionPlan& plan = decision.plan;
   if (plan.num_launches == 0) return LaunchClear(p, stream);
   float* workspace = p.workspace + decision.prefill_workspace;
-  const bool prefills = decision.prefill != PrefillKernel::kNone;
+  const bool prefills = decision.Prefills();
   const bool dequantized = decision.dequantize.blocks > 0;
   // Whether whole tiles have other sequences besides those of 16-bit keys and values.
   const bool others = !dequantized || p.paged;
@@ -198,7 +199,7 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& d
   if (prefills && others) {
     const int64_t group = p.num_heads / p.num_kv_heads;
     const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_packed_rows, group));
-    status = decision.prefill == PrefillKernel::kWgmmaFp8
+    status = decision.whole == AttentionKernel::kWgmmaFp8
                  ? LaunchWgmmaFp8(whole, min_tokens, stream)
                  : LaunchWgmmaQ16(whole, min_tokens, stream);
   }

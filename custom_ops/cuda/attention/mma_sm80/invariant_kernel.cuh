@@ -1,5 +1,5 @@
 // The batch-invariant attention kernel: mma_sm80's mainloop, over splits of a work tile's keys that
-// follow from its sequence alone (heuristics/invariant_plan.h).
+// follow from its sequence alone (plan/invariant_plan.h).
 //
 // A CTA takes neighbouring splits of any work tiles. Where a split ends, the warp pipelines become
 // one result, and the next split starts from nothing; results are added up in the order of splits

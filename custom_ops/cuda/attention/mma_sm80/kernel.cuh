@@ -559,22 +559,13 @@ cudaError_t LaunchKernel(const AttentionParams& p, const AttentionTask& task, in
                              Traits::SharedBytes(task.num_seqs, stages), stream, p, task);
 }
 
-// Clusters that certainly take the call, and whose CTAs have a multiprocessor each and more than a
-// KV tile for each of their warps.
-inline bool WantsWide(const AttentionParams& p, const AttentionTask& task) {
-  constexpr int kWarps = kAttentionThreads / 32;
-  return task.cluster > 2 && task.cluster_kv_tiles == kAnyKvTiles &&
-         p.max_seqlen_k > kWarps * kBlockSize * task.cluster;
-}
-
 template <DType kElement, int kHeadDim, bool kPaged, Scales kScales, int kTileRows>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream) {
   using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows>;
-  // Keys of 4 bits are here before one warp a scheduler has computed on them.
   if constexpr (Traits::kNibbles && kHeadDim == 128 && kTileRows == 8) {
     using Wide = AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows, true>;
-    if (WantsWide(p, task)) return LaunchKernel<Wide>(p, task, grid, stream);
+    if (task.wide) return LaunchKernel<Wide>(p, task, grid, stream);
   }
   return LaunchKernel<Traits>(p, task, grid, stream);
 }

@@ -4,9 +4,9 @@
 #include <cuda_runtime.h>
 
 #include "common/types.h"
-#include "heuristics/attention_plan.h"
-#include "heuristics/invariant_plan.h"
 #include "params/attention.h"
+#include "plan/attention_plan.h"
+#include "plan/invariant_plan.h"
 
 namespace fastattn::cuda {
 
@@ -23,6 +23,7 @@ struct AttentionTask {
   int cluster = 1;            // CTAs that take a sequence and KV head together; 1: equal shares
   int cluster_kv_tiles = 0;   // of a sequence, more: equal shares; kAnyKvTiles: clusters always
   bool finds_seqs = false;    // clusters must look which sequences have work, and how much
+  bool wide = false;          // CTAs of eight warps, where there are such instances
   int shares = 0;             // CTAs that have equal shares
   int* arrivals = nullptr;    // [2, shares] counters, 0: no merge follows; see merge_splits.cuh
   int* headers = nullptr;     // [shares, kPartialHeader]

@@ -10,6 +10,7 @@
 #include "cuda/attention/shared/seq_lengths.cuh"
 #include "cuda/common/cluster.cuh"
 #include "params/attention.h"
+#include "plan/limits.h"
 
 namespace fastattn::cuda {
 
@@ -105,8 +106,6 @@ __device__ __forceinline__ int WorkingSeq(const uint32_t* working, int num_seqs,
 // The work tiles of a task lie one behind the other on an axis of costs. A split work tile of n KV
 // tiles costs kWorkTileCost + n: what is in front stands for its work apart from the keys. A whole
 // work tile costs one.
-inline constexpr uint32_t kWorkTileCost = 6;
-
 __device__ __forceinline__ uint32_t CostOf(const AttentionTask& task, const SeqWork& work) {
   return task.split ? work.kv_tiles + kWorkTileCost : 1;
 }

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "heuristics/attention_plan.h"
+#include "plan/attention_plan.h"
 
 namespace fastattn {
 
