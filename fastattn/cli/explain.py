@@ -1,9 +1,10 @@
 """``python -m fastattn explain``: which kernels a call takes, why not others, a predicted time.
 
 The kernels come from the functions that the operators ask, compiled into ``fastattn._host``; no GPU
-is needed. Why another kernel is not taken is found by asking them again with one thing changed, or
-two. The time is predicted, not measured: the larger of bytes over bandwidth and products over rate,
-both at the peaks of a data sheet, so that a call takes longer (docs/debugging.md).
+is needed. What another kernel lacks for the call is told by its row in ``custom_ops/plan``; what
+would bring it is found by asking again with one thing changed, or two. The time is predicted, not
+measured: the larger of bytes over bandwidth and products over rate, both at the peaks of a data
+sheet, so that a call takes longer (docs/debugging.md).
 """
 
 from __future__ import annotations
@@ -248,10 +249,11 @@ def _print(facts: dict[str, Any], peaks: Peaks | None) -> None:
     print(f"workspace: {facts['workspace']} bytes", end="")
     room = facts["dequantize"]
     print(f", 16-bit K and V: {room['bytes']} bytes" if room else "")
-    for name, reason in facts["why_not"].items():
+    for name, change in facts["why_not"].items():
         least = facts["least_new_tokens"].get(name)
         more = "" if least is None else f"; from {least} new tokens a sequence on"
-        print(f"not {name}: {reason}{more}")
+        lacks = facts["reasons"].get(name)
+        print(f"not {name}: {f'{lacks}; ' if lacks else ''}{change}{more}")
     found = facts["predicted"]
     if found is None or peaks is None:
         print("predicted: no data sheet of this architecture here")

@@ -11,6 +11,7 @@
 
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/mla/sparse_attention/wgmma_sm90/variant.h"
+#include "plan/mla_sparse_attention.h"
 
 namespace fastattn::cuda::mla_sparse_sm90 {
 
