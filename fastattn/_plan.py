@@ -141,18 +141,23 @@ def attention_call(
 
 
 def _kernels(
-    call: AttentionCall, prefill: str, launches: list[dict[str, int]], dequantizes: bool
+    call: AttentionCall, whole: str, split: str, launches: list[dict[str, int]], dequantizes: bool
 ) -> list[str]:
-    """Kernels in the order of their launch: ``LaunchAttention`` of ``cuda/attention/launch.cu``."""
-    ragged, prefills = call.cache_type == "ragged", prefill != "mma_sm80"
+    """Kernels in the order of their launch: ``LaunchAttention`` of ``cuda/attention/launch.cu``.
+
+    `whole` and `split` take whole and split tiles, where the plan has any.
+    """
+    ragged, prefills = call.cache_type == "ragged", whole != "mma_sm80"
     kernels = ["dequantize_kv"] if dequantizes else []
     if prefills and not (dequantizes and ragged):
-        kernels.append(prefill)
+        kernels.append(whole)
     if dequantizes and "wgmma_q16" not in kernels:
         kernels.append("wgmma_q16")
     whole_is_done = prefills or (dequantizes and ragged)
-    if any(launch["split"] or not whole_is_done for launch in launches):
-        kernels.append("mma_sm80")
+    for launch in launches:
+        name = split if launch["split"] else whole
+        if (launch["split"] or not whole_is_done) and name not in kernels:
+            kernels.append(name)
     if any(x["split"] and x["shares"] > 1 and not x["merges_in_kernel"] for x in launches):
         kernels.append("merge of partial results")
     return kernels
@@ -186,8 +191,9 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
     }
     room = host().dequantize_plan(*facts, **limits)
     room = {name: value for name, value in room.items() if room["blocks"]}
-    kernels = _kernels(call, prefill, launches, bool(room))
     asked = host().attention_kernels(*facts, num_sms=device.processors, **limits)
+    split = [name for name, role, why in asked if role == "split tiles" and not why]
+    kernels = _kernels(call, prefill, "".join(split), launches, bool(room))
     return {
         "kernels": kernels,
         "reasons": {name: why for name, _, why in asked if why and name not in kernels},

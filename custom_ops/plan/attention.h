@@ -23,8 +23,6 @@ struct AttentionDevice {
   DequantizeLimits dequantize;
 };
 
-enum class AttentionKernel : int { kMmaSm80, kWgmmaFp8, kWgmmaQ16 };
-
 // Kernels of a plan's split launches.
 struct SplitKernelRow : KernelRow<AttentionKernel, AttentionParams> {
   const SplitTile* tile;
@@ -110,11 +108,13 @@ inline constexpr Reason kNothingWhole = "no sequence is long enough for whole ti
 inline AttentionDecision DecideAttention(const AttentionParams& p, const AttentionDevice& device) {
   AttentionDecision decision;
   const WholeKernelRow& fitting = ChooseKernel(kWholeKernels, p, device.major);
+  const SplitKernelRow& split = ChooseKernel(kSplitKernels, p, device.major);
   AttentionSizes sizes = SizesOfCall(p, device);
   sizes.long_seq = fitting.long_seq(p);
   decision.plan = p.batch_invariant ? PlanInvariantAttention(sizes) : PlanAttention(sizes);
   for (int i = 0; i < decision.plan.num_launches; ++i) {
     AttentionLaunch& launch = decision.plan.launches[i];
+    if (launch.split) launch.kernel = split.kernel;
     launch.wide = !p.batch_invariant && WantsWide(p, launch);
   }
   const AttentionLaunch* whole = decision.plan.Whole();

@@ -47,7 +47,8 @@ struct AttentionSizes {
 };
 
 struct AttentionLaunch {
-  int tile_rows = 0;  // packed rows of a tile: 8, 16 or 64
+  AttentionKernel kernel = AttentionKernel::kMmaSm80;  // of split_tile.h
+  int tile_rows = 0;                                   // packed rows of a tile: 8, 16 or 64
   bool split = false;
   int64_t min_packed_rows = 0;  // sequences with so many a KV head, and at most max_packed_rows
   int64_t max_packed_rows = 0;

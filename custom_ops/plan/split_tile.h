@@ -8,6 +8,9 @@
 
 namespace fastattn {
 
+// Kernels of attention over caches and contiguous keys.
+enum class AttentionKernel : int { kMmaSm80, kWgmmaFp8, kWgmmaQ16 };
+
 struct SplitTile {
   int (*keys)(int head_dim, int element_bytes);  // of a KV tile
   int (*rows)(

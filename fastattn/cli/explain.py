@@ -38,7 +38,8 @@ PEAKS = {
     "sm_100": Peaks("B200", 148, 8.0e12, 2250e12, 4500e12),
 }
 
-_KERNELS = ("mma_sm80", "wgmma_q16", "wgmma_fp8", "dequantize_kv", "merge of partial results")
+#: Tables of the kernels of attention operators, in the order in which `why_not` names them.
+_ROLES = ("attention, split tiles", "attention, whole tiles")
 _SHAPE = {"seqs": 1, "new": 1, "keys": 1024, "heads": 32, "kv_heads": 8, "head_dim": 128}
 
 
@@ -123,10 +124,17 @@ def _kernels(call: AttentionCall, device: Device) -> list[str]:
     return kernels
 
 
+def kernels_of_attention() -> list[str]:
+    """Every kernel that an attention call may take, and what runs before or after them."""
+    table = _plan.host().all_kernels()
+    names = [name for role in _ROLES for of, name, _, _ in table if of == role]
+    return [*dict.fromkeys(names), "dequantize_kv", "merge of partial results"]
+
+
 def why_not(call: AttentionCall, device: Device) -> dict[str, str]:
     """For each kernel that a call does not take, the smallest change with which it would."""
     taken = _kernels(call, device)
-    missing = [name for name in _KERNELS if name not in taken]
+    missing = [name for name in kernels_of_attention() if name not in taken]
     single = list(_changes(call, device))
     found: dict[str, str] = {}
     for what, changed, on in single:
@@ -211,8 +219,8 @@ def explain(call: AttentionCall, device: Device, causal: bool) -> dict[str, Any]
     facts = _plan.decision(call, device)
     long = {
         name: least_new_tokens(call, device, name)
-        for name in ("wgmma_q16", "wgmma_fp8")
-        if name not in facts["kernels"]
+        for of, name, _, _ in _plan.host().all_kernels()
+        if of == _ROLES[1] and name not in (*facts["kernels"], "mma_sm80")
     }
     peaks = PEAKS.get(device.name)
     prediction = None if peaks is None else predict(call, facts["kernels"], peaks, causal)

@@ -40,7 +40,7 @@ def told(capsys, *arguments):
 def test_kernels(arguments, kernels, capsys):
     facts = told(capsys, *arguments)
     assert facts["kernels"] == kernels
-    assert {*facts["kernels"], *facts["why_not"]} == {*explain._KERNELS}
+    assert {*facts["kernels"], *facts["why_not"]} == {*explain.kernels_of_attention()}
 
 
 def test_kernels_are_those_of_the_plan_functions(capsys):
@@ -126,7 +126,7 @@ def test_every_kernel_is_taken_or_says_what_it_lacks(kind, q_dtype, new, major):
         q_dtype=q_dtype, k_dtype=key, cache_type=kind, num_tokens=32 * new, max_seqlen_q=new
     )
     found = _plan.decision(call, _plan.Device(f"sm_{major}0", major, 132))
-    kernels = {*explain._KERNELS} - {"merge of partial results"}
+    kernels = {*explain.kernels_of_attention()} - {"merge of partial results"}
     assert {*found["kernels"], *found["reasons"]} - {"merge of partial results"} == kernels
     assert not {*found["kernels"]} & {*found["reasons"]}
     assert all(len(text.split()) > 2 for text in found["reasons"].values())

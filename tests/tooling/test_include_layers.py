@@ -31,11 +31,27 @@ CUDA = {
         "cuda/common",
         "cuda/attention/shared",
         "cuda/attention/mma_sm80/launch.h",
+        "cuda/attention/split_kv/launch.h",
         "cuda/attention/wgmma_sm90/fp8/launch.h",
         "cuda/attention/wgmma_sm90/q16/launch.h",
     ),
     "cuda/attention/shared": ("cuda/common", "cuda/merge/shared"),
-    "cuda/attention/mma_sm80": ("cuda/common", "cuda/merge/shared", "cuda/attention/shared"),
+    "cuda/attention/split_kv": (
+        "cuda/common",
+        "cuda/merge/shared",
+        "cuda/attention/shared",
+        "cuda/attention/split_kv/shared",
+    ),
+    "cuda/attention/split_kv/shared": (
+        "cuda/common",
+        "cuda/merge/shared",
+        "cuda/attention/shared",
+    ),
+    "cuda/attention/mma_sm80": (
+        "cuda/common",
+        "cuda/attention/shared",
+        "cuda/attention/split_kv/shared",
+    ),
     "cuda/attention/dequantize_kv": (
         "cuda/common",
         "cuda/attention/shared",

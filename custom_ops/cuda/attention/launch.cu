@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 
@@ -9,6 +10,7 @@
 #include "cuda/attention/mma_sm80/instances.h"
 #include "cuda/attention/mma_sm80/invariant/instances.h"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/split_kv/launch.h"
 #include "cuda/attention/wgmma_sm90/fp8/launch.h"
 #include "cuda/attention/wgmma_sm90/q16/launch.h"
 
@@ -22,7 +24,7 @@ Scales ScalesOf(const AttentionParams& p) {
   return p.paged ? FormatOf(p.cache.type).scales : Scales::kStatic;
 }
 
-Launcher Find(const AttentionParams& p, int tile_rows) {
+Launcher FindMmaSm80(const AttentionParams& p, int tile_rows) {
   const bool dynamic = p.paged && IsDynamic(p.cache.type);
   const char* keys = dynamic ? "dynamic codes" : p.paged ? "cache on a GPU" : "keys on a GPU";
   const std::tuple wanted{Wanted{keys, p.paged ? p.cache.dtype : p.ragged.dtype},
@@ -34,6 +36,17 @@ Launcher Find(const AttentionParams& p, int tile_rows) {
     found = LaunchAttentionVariant<decltype(arguments)::value...>;
   });
   return found;
+}
+
+Launcher Find(const AttentionParams& p, const AttentionLaunch& launch) {
+  switch (launch.kernel) {
+    case AttentionKernel::kMmaSm80:
+      return FindMmaSm80(p, launch.tile_rows);
+    case AttentionKernel::kWgmmaFp8:
+    case AttentionKernel::kWgmmaQ16:
+      break;  // no kernels of split_kv
+  }
+  throw std::logic_error("a launch of the plan has a kernel of whole tiles");
 }
 
 // The launch over up to kMaxPlanSeqs sequences from `first_seq` on. Takes its floats from
@@ -98,7 +111,7 @@ InvariantTask MakeInvariantTask(const AttentionParams& p, const AttentionLaunch&
 cudaError_t Run(const AttentionParams& p, const AttentionLaunch& launch, const AttentionTask& task,
                 cudaStream_t stream) {
   const int grid = static_cast<int>(launch.grid);
-  if (launch.invariant_splits == 0) return Find(p, launch.tile_rows)(p, task, grid, stream);
+  if (launch.invariant_splits == 0) return Find(p, launch)(p, task, grid, stream);
   return FindInvariant(p, launch.tile_rows)(p, MakeInvariantTask(p, launch, task), grid, stream);
 }
 

@@ -16,9 +16,9 @@
 #include <cstdint>
 
 #include "cuda/attention/mma_sm80/invariant_epilogue.cuh"
-#include "cuda/attention/mma_sm80/invariant_schedule.cuh"
 #include "cuda/attention/mma_sm80/kernel.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/split_kv/shared/invariant_schedule.cuh"
 
 namespace fastattn::cuda {
 

@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "common/block_table.h"
-#include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
 #include "cuda/common/mma.cuh"
 
 namespace fastattn::cuda {

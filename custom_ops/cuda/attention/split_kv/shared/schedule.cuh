@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "common/visible_keys.h"
-#include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/shared/forms.cuh"
 #include "cuda/attention/shared/seq_lengths.cuh"
+#include "cuda/attention/split_kv/shared/task.h"
 #include "cuda/common/cluster.cuh"
 #include "params/attention.h"
 #include "plan/limits.h"
