@@ -1,5 +1,7 @@
 """Facts about the compiled code (``custom_ops/api/host_module.cc``)."""
 
+LONG_SEQ: int
+
 def block_size() -> int: ...
 def head_dims() -> list[int]: ...
 def cache_types() -> list[str]: ...
@@ -36,12 +38,12 @@ def decide_attention(
     compute_major: int = 9,
     num_sms: int = 132,
     batch_invariant: bool = False,
+    general: bool = False,
 ) -> tuple[str, int, list[dict[str, int]]]: ...
 def invariant_splits(kv_tiles: int, tile_rows: int, num_kv_heads: int) -> tuple[int, int]: ...
 def plan_indexer_topk(
     rows: int, columns: int, workspace_bytes: int, makes_lengths: bool = True
 ) -> tuple[int, int]: ...
-def new_tokens_of_longest(tokens: int, seqs: int, decode_tokens: int, prefills: bool) -> int: ...
 def attention_kernels(
     q_dtype: str,
     k_dtype: str,
@@ -59,6 +61,7 @@ def attention_kernels(
     batch_invariant: bool = False,
     memory: int = ...,
     operations: float = ...,
+    general: bool = False,
 ) -> list[tuple[str, str, str]]: ...
 def all_kernels() -> list[tuple[str, str, int, int]]: ...
 def mla_attention_kernels(

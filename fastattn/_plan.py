@@ -68,6 +68,7 @@ class AttentionCall(NamedTuple):
     max_seqlen_k: int
     window_left: int = -1
     batch_invariant: bool = False
+    general: bool = False  # with a tree mask, or windows or block tables of KV heads
 
 
 @functools.lru_cache(maxsize=1)
@@ -117,7 +118,9 @@ def attention_call(
     if op == "paged_attention":
         stored, shape = tensors["key_cache"]
         kind = attrs["cache_quant_type"]
-        key, kv_heads = key_dtype(kind, stored, attrs["fp8_format"]), shape[1]
+        tables = tensors["block_tables"][1]
+        kv_heads = tables[1] if len(tables) == 3 else shape[1]  # which may be a pool's 1
+        key = key_dtype(kind, stored, attrs["fp8_format"])
     else:
         stored, shape = tensors["k"]
         wanted = str(attrs["kv_dtype"])
@@ -137,6 +140,9 @@ def attention_call(
         attrs["max_seqlen_k"],
         attrs["window_left"],
         bool(attrs.get("batch_invariant")),
+        "tree_mask" in tensors
+        or "head_windows" in tensors
+        or len(tensors.get("block_tables", ("", []))[1]) == 3,
     )
 
 
@@ -174,12 +180,13 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
         codes are attended as they are. ``reasons``: of kernels that the call does not take, what
         they lack for it, in the words of their rows in ``custom_ops/plan``.
     """
-    facts: Any = call[1:-2]
+    facts: Any = call[1:11]
     prefill, floats, launches = host().decide_attention(
         *facts,
         compute_major=device.major,
         num_sms=device.processors,
         batch_invariant=call.batch_invariant,
+        general=call.general,
     )
     mib, operations = env.dequantized()
     limits: dict[str, Any] = {
@@ -188,6 +195,7 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
         "batch_invariant": call.batch_invariant,
         "memory": int(min(mib, 2**20) * 2**20),
         "operations": operations,
+        "general": call.general,
     }
     room = host().dequantize_plan(*facts, **limits)
     room = {name: value for name, value in room.items() if room["blocks"]}

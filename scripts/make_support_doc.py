@@ -47,7 +47,7 @@ LEGEND = """A cell has the kernel of decode and short sequences, then of long on
 [wgmma_fp8](kernels/wgmma_fp8.md), and `dq` [dequantises K and V once](kernels/dequantize_kv.md)
 first. The calls that were asked: 64 sequences of 8k keys with one new token each, and 4 sequences
 of 4k new tokens, with 32 heads over 8. `python -m fastattn explain` asks for other sizes. A `mma`
-after `dq + fp16` takes the sequences for which there is no room in 16 bits. Heads of 192 channels
+after `dq + q16` takes the sequences for which there is no room in 16 bits. Heads of 192 channels
 have values of 128, and no backend takes them.
 """
 

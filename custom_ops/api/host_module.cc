@@ -18,7 +18,6 @@
 #include "cpu/isa.h"
 #include "plan/attention.h"
 #include "plan/indexer_topk.h"
-#include "plan/step_lengths.h"
 
 namespace fastattn::api {
 
@@ -170,10 +169,11 @@ AttentionParams CallOf(const std::string& q_dtype, const std::string& k_dtype,
 std::tuple<std::string, int64_t, Launches> Decide(
     const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
     int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
-    int max_seqlen_k, int compute_major, int num_sms, bool batch_invariant) {
+    int max_seqlen_k, int compute_major, int num_sms, bool batch_invariant, bool general) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.batch_invariant = batch_invariant;
+  p.seqs.head_tables = general;  // stands for all that IsGeneral() looks at
   const AttentionDecision decision = DecideAttention(p, {compute_major, num_sms});
   const char* name = "";
   for (const WholeKernelRow& row : kWholeKernels) {
@@ -187,11 +187,12 @@ std::map<std::string, int64_t> DequantizePlanOf(
     const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
     int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
     int max_seqlen_k, int compute_major, int window_left, bool batch_invariant, int64_t memory,
-    double operations) {
+    double operations, bool general) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.window_left = window_left;
   p.batch_invariant = batch_invariant;
+  p.seqs.head_tables = general;
   const DequantizePlan plan =
       DecideAttention(p, {compute_major, 132, 0, {memory, operations}}).dequantize;
   return {{"blocks", plan.blocks},
@@ -205,11 +206,13 @@ RoleReasons AttentionReasonsOf(const std::string& q_dtype, const std::string& k_
                                const std::string& cache_type, int num_tokens, int batch,
                                int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
                                int max_seqlen_k, int compute_major, int num_sms, int window_left,
-                               bool batch_invariant, int64_t memory, double operations) {
+                               bool batch_invariant, int64_t memory, double operations,
+                               bool general) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.window_left = window_left;
   p.batch_invariant = batch_invariant;
+  p.seqs.head_tables = general;
   return AttentionReasons(p, {compute_major, num_sms, 0, {memory, operations}});
 }
 
@@ -238,20 +241,21 @@ PYBIND11_MODULE(_host, m) {
   m.def("decide_attention", &api::Decide, arg("q_dtype"), arg("k_dtype"), arg("cache_type"),
         arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"), arg("head_dim"),
         arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9, arg("num_sms") = 132,
-        arg("batch_invariant") = false,
+        arg("batch_invariant") = false, arg("general") = false,
         "Kernel of a call's whole tiles, floats of workspace, and launches on a GPU; cache_type "
-        "ragged: flash_attention.");
+        "ragged: flash_attention; general: with a tree mask, or windows or block tables of heads.");
   m.def("dequantize_plan", &api::DequantizePlanOf, arg("q_dtype"), arg("k_dtype"),
         arg("cache_type"), arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"),
         arg("head_dim"), arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9,
         arg("window_left") = -1, arg("batch_invariant") = false, arg("memory") = kDequantizedBytes,
-        arg("operations") = kDequantizedOperations,
+        arg("operations") = kDequantizedOperations, arg("general") = false,
         "Room for 16-bit keys and values of a call's long sequences over a cache of codes.");
   m.def("attention_kernels", &api::AttentionReasonsOf, arg("q_dtype"), arg("k_dtype"),
         arg("cache_type"), arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"),
         arg("head_dim"), arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9,
         arg("num_sms") = 132, arg("window_left") = -1, arg("batch_invariant") = false,
         arg("memory") = kDequantizedBytes, arg("operations") = kDequantizedOperations,
+        arg("general") = false,
         "Kernels of an attention call: name, what it does, and why it does not take the call.");
   m.def("all_kernels", &api::AllKernels,
         "Rows of the tables of kernels: operators, kernel, first and last compute capability.");
@@ -276,9 +280,7 @@ PYBIND11_MODULE(_host, m) {
       },
       arg("kv_tiles"), arg("tile_rows"), arg("num_kv_heads"),
       "KV tiles of a split, and splits, of a work tile of a batch-invariant call.");
-  m.def("new_tokens_of_longest", &NewTokensOfLongest, arg("tokens"), arg("seqs"),
-        arg("decode_tokens"), arg("prefills"),
-        "New tokens of a step's longest sequence, as far as a server's host can tell.");
+  m.attr("LONG_SEQ") = kLongSeq;
   m.def(
       "plan_indexer_topk",
       [](int64_t rows, int64_t columns, int64_t workspace_bytes, bool makes_lengths) {

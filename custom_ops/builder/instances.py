@@ -168,6 +168,25 @@ FAMILIES = (
         ),
     ),
     Family(
+        folder="cuda/attention/mma_sm80/general",
+        launcher="LaunchGeneralVariant",
+        takes="const AttentionParams&, const AttentionTask&, int, cudaStream_t",
+        declared="cuda/attention/mma_sm80/launch.h",
+        defined="cuda/attention/mma_sm80/general_kernel.cuh",
+        columns={
+            "element": "DType",
+            "head_dim": "int",
+            "scales": "Scales",
+            "tile_rows": "int",
+        },
+        together="tile_rows",
+        rows=(
+            ((*HALF, *FP8, "kInt8"), ALL_HEAD_DIMS, "kStatic", (16, 64)),
+            (("kE4M3", "kInt8", "kInt4"), ALL_HEAD_DIMS, "kToken", (16, 64)),
+            ("kE2M1", ALL_HEAD_DIMS, "kGroup32UE8M0", (16, 64)),
+        ),
+    ),
+    Family(
         folder="cuda/attention/wgmma_sm90/fp8",
         namespace="fastattn::cuda::wgmma_fp8",
         launcher="LaunchVariant",

@@ -45,7 +45,7 @@ def operators() -> list[str]:
         text = path.read_text(encoding="utf-8")
         # A declaration names the operator by a constant, which its errors have too.
         constants = dict(re.findall(r'\bconstexpr .*\b(k\w+)(?:\[\])? = "(\w+)"', headers + text))
-        names = re.findall(r"^FASTATTN_OPERATOR\(\w+, (k\w+),", text, re.M)
+        names = re.findall(r"^FASTATTN_OPERATOR\(\s*\w+, (k\w+),", text, re.M)
         found += [constants[name] for name in names]
     return sorted(found)
 
@@ -122,14 +122,14 @@ class Build:
         self.flags = {"cxx": [*toolchain.CXX_FLAGS], "nvcc": []}
         found = sorted(p.relative_to(CUSTOM_OPS).as_posix() for p in CUSTOM_OPS.rglob("*.c[cu]"))
         self.sources = [s for s in found if s.endswith(".cc") and s not in MODULES.values()]
-        dims = []
+        self.dims: list[str] = []
         if head_dims != instances.ALL_HEAD_DIMS:
-            dims = [f"-DFASTATTN_HEAD_DIM_BITS={instances.head_dim_bits()}"]
-        self.flags["cxx"] += dims
+            self.dims = [f"-DFASTATTN_HEAD_DIM_BITS={instances.head_dim_bits()}"]
+        self.flags["cxx"] += self.dims
         if self.cuda:
             of_gpu = "-DFASTATTN_VIRTUAL_GPU" if self.virtual else "-DPADDLE_WITH_CUDA"
             self.flags["cxx"] += [of_gpu, "-DFASTATTN_WITH_CUDA"]
-            self.flags["nvcc"] = [*self.cuda.flags, *dims]
+            self.flags["nvcc"] = [*self.cuda.flags, *self.dims]
             # The longest compilations come first, so that none of them starts last.
             written = [f"{GENERATED}/{name}" for name in instances.sources()]
             slow = [s for s in self.sources if s.startswith("cpu/attention_")]
@@ -167,6 +167,7 @@ class Build:
         parts = [] if self.modules else [(LIBRARY, self.sources, self.flags, link)]
         if Path(sysconfig.get_paths()["include"], "Python.h").exists():
             cxx = ["-O2", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-I."]
+            cxx += self.dims
             cxx.append(f'-DFASTATTN_ARCHS="{";".join(self.archs)}"')
             cxx.append(f"-DFASTATTN_CUDA={int(self.cuda is not None)}")
             # before Paddle's library, which has some of the same functions

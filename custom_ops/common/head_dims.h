@@ -12,15 +12,26 @@
 
 namespace fastattn {
 
+// What a build compiles of all head dimensions, a bit for each 32 channels: all, or what
+// FASTATTN_HEAD_DIMS names (builder/instances.py).
+constexpr uint32_t kAllHeadDimBits = 0x15C;
+#if !defined(FASTATTN_HEAD_DIM_BITS)
+#define FASTATTN_HEAD_DIM_BITS kAllHeadDimBits
+#endif
+
 template <int... kValues>
 struct HeadDimList {
   static constexpr int kDims[] = {kValues...};
 
   static constexpr bool Has(int64_t head_dim) { return ((head_dim == kValues) || ...); }
 
+  // The values, for a text of an error.
   static std::string Text() {
     std::string text;
     ((text += (text.empty() ? "" : ", ") + std::to_string(kValues)), ...);
+    if (FASTATTN_HEAD_DIM_BITS != kAllHeadDimBits) {
+      text += " (FASTATTN_HEAD_DIMS left out the others when this was built)";
+    }
     return text;
   }
 
@@ -29,12 +40,6 @@ struct HeadDimList {
     dispatch<kValues...>(head_dim, "head_dim", std::forward<F>(f));
   }
 };
-
-// What a build compiles of them, a bit for each 32 channels: all, or what FASTATTN_HEAD_DIMS names
-// (builder/instances.py).
-#if !defined(FASTATTN_HEAD_DIM_BITS)
-#define FASTATTN_HEAD_DIM_BITS 0x15C
-#endif
 
 constexpr bool IsCompiled(int head_dim) { return FASTATTN_HEAD_DIM_BITS >> head_dim / 32 & 1; }
 

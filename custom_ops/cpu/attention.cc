@@ -1,6 +1,11 @@
 // Attention on the CPU: cuts the step into tiles of packed rows and splits of the keys, runs
 // these on all threads through the kernel of the best instruction set, merges the partial results
 // and writes the output.
+//
+// The bits of a row follow from its query and from the keys that it sees. Splits begin at multiples
+// of kSplitKeys of a sequence's positions and passes of the softmax at multiples of kTileKeys,
+// whatever tile the row is in, and splits are added in order (AddSplit). Keys that a row does not
+// see add 0 and rescale by 1. So it makes no difference how a prompt was cut into steps.
 #include "cpu/attention.h"
 
 #include <algorithm>
@@ -12,6 +17,7 @@
 
 #include "common/dispatch.h"
 #include "common/head_dims.h"
+#include "common/holes.h"
 #include "common/normaliser.h"
 #include "common/numeric.h"
 #include "common/seq_lengths.h"
@@ -27,8 +33,11 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Keys of a split. The size is fixed, so that results do not depend on the number of threads.
+// Keys of a split. Results depend neither on the number of threads nor on the tile.
 constexpr int64_t kSplitKeys = 2048;
+static_assert(kSplitKeys % kTileKeys == 0, "a pass is in one split");
+
+constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
 
 // So much of the plan's cost, times channels, is one nanosecond of work (see parallel.h).
 constexpr int64_t kCostPerWork = 16;
@@ -50,7 +59,6 @@ TileFunction ChooseTileFunction(const AttentionParams& p) {
 
 // Lengths of a sequence. The CPU counts positions in 64 bits and so needs no upper bound on them.
 AttentionSeq FindSeq(const AttentionParams& p, int batch_idx) {
-  constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
   const SeqMeta& seqs = p.seqs;
   const int* cu_q = seqs.cu_seqlens_q + batch_idx;
   const TokenRange<int64_t> queries = RaggedTokens<int64_t>(cu_q[0], cu_q[1], seqs.num_tokens);
@@ -69,8 +77,8 @@ AttentionSeq FindSeq(const AttentionParams& p, int batch_idx) {
   return seq;
 }
 
-// A tile of packed rows of one sequence and KV head. Its tasks are the splits of its keys, and
-// its result is the merge of theirs.
+// A tile of packed rows of one sequence and KV head. Its tasks are the splits of its keys, or
+// one task has all of them, where there is work enough without; its result is their sum.
 struct OutputTile {
   int first_task = 0;
   int num_tasks = 0;
@@ -100,17 +108,38 @@ void BoundKeys(const AttentionParams& p, const AttentionSeq& seq, AttentionTask*
   const int64_t last = (task->packed_begin + task->packed_count - 1) / group + offset;
   int64_t num_keys = seq.k_len;
   if (p.paged) num_keys = std::min(num_keys, int64_t{p.seqs.max_blocks} * kBlockSize);
-  task->key_begin = VisibleKeys(p, first, num_keys).begin;
+  KeyRange<int64_t> keys = VisibleKeys(p, first, num_keys);
+  TakeHeadWindow(p.WindowOf(task->kv_head), first, kUnlimited, &keys);
+  task->key_begin = keys.begin;
   task->key_end = std::max(task->key_begin, VisibleKeys(p, last, num_keys).end);
 }
+
+// Takes from the keys that a row of the tile sees those that its head's window hides, and finds the
+// holes among the rest.
+void FindHoles(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task, int r,
+               int64_t query, KeyRange<int64_t>* keys, TileBuffers* buffers) {
+  const int64_t new_begin = seq.k_len - seq.q_len;
+  const KeyRange<int64_t> gap =
+      TakeHeadWindow(p.WindowOf(task.kv_head), query + new_begin, kUnlimited, keys);
+  const bool has_tree = p.tree.data != nullptr && seq.q_len <= p.tree.size;
+  buffers->tree_begin = new_begin;
+  buffers->gap_begin[r] = gap.begin;
+  buffers->gap_end[r] = gap.end;
+  buffers->tree[r] = has_tree ? p.tree.Row(task.batch_idx, query) : nullptr;
+  buffers->holes |= has_tree || gap.begin < gap.end;
+}
+// Where the split that has this key ends.
+int64_t SplitEnd(int64_t key) { return (key / kSplitKeys + 1) * kSplitKeys; }
 
 // Fills the keys of a task that each row of its tile sees.
 void FindVisible(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task,
                  TileBuffers* buffers) {
   const int64_t group = p.num_heads / p.num_kv_heads;
+  buffers->holes = false;
   for (int r = 0; r < task.packed_count; ++r) {
     const int64_t query = (task.packed_begin + r) / group;
     KeyRange<int64_t> keys = VisibleKeys(p, query + seq.k_len - seq.q_len, seq.k_len);
+    if (p.IsGeneral()) FindHoles(p, seq, task, r, query, &keys, buffers);
     keys = Intersect(keys, {task.key_begin, task.key_end});
     if (p.mask_offsets != nullptr) {
       const int* offsets = p.mask_offsets + 2 * (seq.q_begin + query);
@@ -127,7 +156,7 @@ void PlanTile(const AttentionParams& p, AttentionTask task, bool split, Plan* pl
   BoundKeys(p, plan->seqs[task.batch_idx], &task);
   const int64_t end = task.key_end;
   do {
-    if (split) task.key_end = std::min(end, (task.key_begin / kSplitKeys + 1) * kSplitKeys);
+    if (split) task.key_end = std::min(end, SplitEnd(task.key_begin));
     plan->tasks.push_back(task);
     plan->tile_of_task.push_back(static_cast<int>(plan->tiles.size()));
     ++tile.num_tasks;
@@ -228,40 +257,76 @@ void WriteRow(const AttentionParams& p, const AttentionSeq& seq, const Attention
   }
 }
 
-// Merges the partial results of a tile's splits into buffers' acc, row_max and row_sum.
-void Merge(const AttentionParams& p, const AttentionTask& task, int num_splits,
-           const float* partials, TileBuffers* buffers) {
-  const int64_t size = PartialSize(p, task);
-  const int rows = task.packed_count, dim = ValueDim(p.head_dim);
-  for (int r = 0; r < rows; ++r) {
-    const auto maximum = [&](int i) { return partials[i * size + rows * dim + 2 * r]; };
-    const auto sum = [&](int i) { return partials[i * size + rows * dim + 2 * r + 1]; };
-    float largest = -kInf;
-    for (int i = 0; i < num_splits; ++i) largest = std::max(largest, maximum(i));
-    const float shift = largest == -kInf ? 0.0f : largest;
-    float* acc = buffers->acc + r * dim;
-    float total = 0.0f;
-    for (int i = 0; i < num_splits; ++i) {
-      const float weight = std::exp2(maximum(i) - shift);
-      // A split without visible keys has sum 0 and output 0. One with a NaN has NaN in both, and a
-      // weight of 0 leaves them NaN.
-      total = (i == 0 ? 0.0f : total) + weight * sum(i);
-      const float* out = partials + i * size + r * dim;
-      for (int d = 0; d < dim; ++d) acc[d] = (i == 0 ? 0.0f : acc[d]) + weight * out[d];
-    }
-    buffers->row_max[r] = largest;
-    buffers->row_sum[r] = total;
-  }
+// The output of rows over some of their keys, not normalised.
+struct PartialRows {
+  float* acc;     // [rows, dim]
+  float* states;  // [rows, 2]: maximum, sum
+};
+
+// A task's or a tile's place among the partial results.
+PartialRows PartialAt(const AttentionParams& p, const AttentionTask& task, float* partial) {
+  return {partial, partial + static_cast<int64_t>(task.packed_count) * ValueDim(p.head_dim)};
 }
 
 void SavePartial(const AttentionParams& p, const AttentionTask& task, const TileBuffers& buffers,
-                 float* partial) {
-  const int64_t outputs = static_cast<int64_t>(task.packed_count) * ValueDim(p.head_dim);
-  std::memcpy(partial, buffers.acc, outputs * sizeof(float));
+                 const PartialRows& to) {
+  std::memcpy(to.acc, buffers.acc, (to.states - to.acc) * sizeof(float));
   for (int r = 0; r < task.packed_count; ++r) {
-    partial[outputs + 2 * r] = buffers.row_max[r];
-    partial[outputs + 2 * r + 1] = buffers.row_sum[r];
+    to.states[2 * r] = buffers.row_max[r];
+    to.states[2 * r + 1] = buffers.row_sum[r];
   }
+}
+
+void Restore(const AttentionParams& p, const AttentionTask& task, const PartialRows& from,
+             TileBuffers* buffers) {
+  std::memcpy(buffers->acc, from.acc, (from.states - from.acc) * sizeof(float));
+  for (int r = 0; r < task.packed_count; ++r) {
+    buffers->row_max[r] = from.states[2 * r];
+    buffers->row_sum[r] = from.states[2 * r + 1];
+  }
+}
+
+// Adds a split to the splits before it. A split without visible keys, which has sum 0 and output 0,
+// changes no bit. One with a NaN has NaN in both, and a weight of 0 leaves them NaN.
+void AddSplit(const AttentionParams& p, const AttentionTask& task, const PartialRows& split,
+              const PartialRows& total) {
+  const int dim = ValueDim(p.head_dim);
+  for (int r = 0; r < task.packed_count; ++r) {
+    float* state = total.states + 2 * r;
+    const float* added = split.states + 2 * r;
+    const float largest = std::max(state[0], added[0]);
+    const float shift = largest == -kInf ? 0.0f : largest;
+    const float keep = std::exp2(state[0] - shift), weight = std::exp2(added[0] - shift);
+    state[0] = largest;
+    state[1] = state[1] * keep + added[1] * weight;
+    float* acc = total.acc + r * dim;
+    const float* out = split.acc + r * dim;
+    for (int d = 0; d < dim; ++d) acc[d] = acc[d] * keep + out[d] * weight;
+  }
+}
+
+// Runs a task, split by split.
+void RunTask(const AttentionParams& p, TileFunction run, const AttentionSeq& seq,
+             const AttentionTask& task, TileBuffers* buffers, std::vector<float>* memory) {
+  if (task.key_end <= SplitEnd(task.key_begin)) {
+    FindVisible(p, seq, task, buffers);
+    run(p, seq, task, *buffers);
+    return;
+  }
+  memory->resize(2 * PartialSize(p, task));
+  const PartialRows total = PartialAt(p, task, memory->data());
+  const PartialRows split = PartialAt(p, task, memory->data() + PartialSize(p, task));
+  AttentionTask part = task;
+  do {
+    part.key_end = std::min(task.key_end, SplitEnd(part.key_begin));
+    FindVisible(p, seq, part, buffers);
+    run(p, seq, part, *buffers);
+    const bool first = part.key_begin == task.key_begin;
+    SavePartial(p, task, *buffers, first ? total : split);
+    if (!first) AddSplit(p, task, split, total);
+    part.key_begin = part.key_end;
+  } while (part.key_begin < task.key_end);
+  Restore(p, task, total, buffers);
 }
 
 template <DType kOut>
@@ -280,18 +345,18 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
   const int64_t num_tasks = static_cast<int64_t>(plan.order.size());
   ParallelFor(num_tasks, plan.work, [&](int64_t, int64_t) {
     TileBuffers buffers(p.head_dim);
+    std::vector<float> memory;
     for (int64_t i = next++; i < num_tasks; i = next++) {
       const int index = plan.order[i];
       const AttentionTask& task = plan.tasks[index];
       const OutputTile& tile = plan.tiles[plan.tile_of_task[index]];
       const AttentionSeq& seq = plan.seqs[task.batch_idx];
-      FindVisible(p, seq, task, &buffers);
-      run(p, seq, task, buffers);
+      RunTask(p, run, seq, task, &buffers, &memory);
       if (tile.partial < 0) {
         write(task, buffers);
       } else {
-        const int64_t split = index - tile.first_task;
-        SavePartial(p, task, buffers, partial.get() + tile.partial + split * PartialSize(p, task));
+        const int64_t at = tile.partial + (index - tile.first_task) * PartialSize(p, task);
+        SavePartial(p, task, buffers, PartialAt(p, task, partial.get() + at));
       }
     }
   });
@@ -303,7 +368,12 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
       const OutputTile& tile = plan.tiles[i];
       if (tile.partial < 0) continue;
       const AttentionTask& task = plan.tasks[tile.first_task];
-      Merge(p, task, tile.num_tasks, partial.get() + tile.partial, &buffers);
+      float* const first = partial.get() + tile.partial;
+      const PartialRows total = PartialAt(p, task, first);
+      for (int split = 1; split < tile.num_tasks; ++split) {
+        AddSplit(p, task, PartialAt(p, task, first + split * PartialSize(p, task)), total);
+      }
+      Restore(p, task, total, &buffers);
       write(task, buffers);
     }
   });

@@ -95,6 +95,14 @@ struct TileBuffers {
   float row_factor[kMaxTileRows];       // score = row_factor * (q . code) * key scale
   int64_t visible_begin[kMaxTileRows];  // keys that a row sees; none if end <= begin
   int64_t visible_end[kMaxTileRows];
+  // Of these a row does not see the ones in its gap, nor new keys, from `tree_begin` on, whose
+  // entry in its row of the tree is 0. `holes`: some row has a gap or a tree; else the rest is not
+  // set.
+  bool holes;
+  int64_t tree_begin;
+  int64_t gap_begin[kMaxTileRows];
+  int64_t gap_end[kMaxTileRows];
+  const uint8_t* tree[kMaxTileRows];  // null: no tree
 };
 
 using TileFunction = void (*)(const AttentionParams& p, const AttentionSeq& seq,

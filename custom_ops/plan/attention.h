@@ -25,12 +25,16 @@ struct AttentionDevice {
 
 // Kernels of a plan's split launches.
 struct SplitKernelRow : KernelRow<AttentionKernel, AttentionParams> {
-  const SplitTile* tile;
+  const SplitTile* (*tile)(const AttentionParams&);
 };
+
+inline const SplitTile* MmaSm80TileOf(const AttentionParams& p) {
+  return p.IsGeneral() ? &kMmaSm80GeneralTile : &kMmaSm80Tile;
+}
 
 inline constexpr SplitKernelRow kSplitKernels[] = {
     {{AttentionKernel::kMmaSm80, "mma_sm80", kFromSm80, LacksNothing<AttentionParams>},
-     &kMmaSm80Tile},
+     MmaSm80TileOf},
 };
 
 // Kernels of a plan's whole tiles, those of sequences with many new tokens.
@@ -89,7 +93,7 @@ inline AttentionSizes SizesOfCall(const AttentionParams& p, const AttentionDevic
   sizes.max_cluster = device.major >= 9 ? 8 : 1;  // 8 is what every such device can do
   sizes.num_clusters = device.num_clusters;
   sizes.per_token_scales = p.paged && IsDynamic(p.cache.type);
-  sizes.tile = ChooseKernel(kSplitKernels, p, device.major).tile;
+  sizes.tile = ChooseKernel(kSplitKernels, p, device.major).tile(p);
   return sizes;
 }
 

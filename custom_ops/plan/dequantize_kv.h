@@ -87,6 +87,7 @@ inline Reason LacksToDequantize(const AttentionParams& p) {
   // fp16 does not hold the product of any code with any scale.
   if (p.q_dtype != DType::kBFloat16) return "its queries are not bf16";
   if (p.batch_invariant) return "the call is batch-invariant";
+  if (p.IsGeneral()) return kGeneralCall;
   if (p.max_seqlen_q < kLongSeq) return "no sequence has as many as 64 new tokens";
   if (p.window_left >= 0) return "a window leaves most keys unseen";
   if (p.paged && !IsQuantized(p.cache.type)) return "the cache has no codes";

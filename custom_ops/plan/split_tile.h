@@ -1,5 +1,5 @@
 // What the plan asks of the kernel that takes an attention call's split launches: the shapes of its
-// tiles. One object for each such kernel.
+// tiles. One object for each such kernel, or for its variants that have other tiles.
 #pragma once
 
 #include <cstdint>
@@ -40,5 +40,11 @@ inline int TileRowsFor(int64_t packed_rows) {
 }
 
 inline constexpr SplitTile kMmaSm80Tile = {KeysPerKvTile, TileRowsFor, 64, 16, kAttentionCtasPerSm};
+
+// The same where AttentionParams::IsGeneral(): it is compiled for tiles of 16 and 64 packed rows.
+inline int GeneralTileRowsFor(int64_t packed_rows) { return packed_rows <= 16 ? 16 : 64; }
+
+inline constexpr SplitTile kMmaSm80GeneralTile = {KeysPerKvTile, GeneralTileRowsFor, 64, 16,
+                                                  kAttentionCtasPerSm};
 
 }  // namespace fastattn

@@ -127,6 +127,8 @@ inline Reason Q16Ragged(const RaggedKv& kv, DType query) {
 
 }  // namespace wgmma_support
 
+inline constexpr Reason kGeneralCall =
+    "the call has a tree mask, or windows or block tables of KV heads";
 inline constexpr Reason kOtherHeadDim = "it is not compiled for heads of so many channels";
 
 // Blocks of V that wgmma_sm90/fp8 reads: the cache's, or those that ragged values are transposed
@@ -144,6 +146,7 @@ inline int64_t WgmmaFp8Workspace(const AttentionParams& p) {
 
 // What wgmma_sm90/fp8 lacks: it takes e4m3 queries over FP8 keys and values.
 inline Reason WgmmaFp8Lacks(const AttentionParams& p) {
+  if (p.IsGeneral()) return kGeneralCall;
   if (p.q_dtype != DType::kE4M3) return "its queries are not e4m3";
   if (!WgmmaFp8HeadDims::Has(p.head_dim)) return kOtherHeadDim;
   if (const Reason reason = wgmma_support::Common(p); reason != nullptr) return reason;
@@ -157,6 +160,7 @@ inline Reason WgmmaFp8Lacks(const AttentionParams& p) {
 
 // What wgmma_sm90/q16 lacks: it takes 16-bit queries over keys and values of 16, 8 or 4 bits.
 inline Reason WgmmaQ16Lacks(const AttentionParams& p) {
+  if (p.IsGeneral()) return kGeneralCall;
   if (p.q_dtype != DType::kBFloat16 && p.q_dtype != DType::kFloat16) {
     return "its queries are not bf16 or fp16";
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from collections.abc import Sequence
@@ -40,11 +41,13 @@ with --bound the first one that keeps it, static scales first.
 
 With --model the samples are those of a real model, read over texts that this Python carries or over
 --text. --max-loss then takes the fewest bytes whose loss of perplexity is within a bound, layer by
-layer, and in any case the perplexity of other text is measured with what was chosen.
+layer, and --max-bits the least loss that a size allows. In any case the perplexity of other text is
+measured with what was chosen.
 
 Examples:
   python -m fastattn calibrate --model smollm2 --output scales.safetensors
   python -m fastattn calibrate --model smollm2 --max-loss 1 --output mixed.safetensors
+  python -m fastattn calibrate --model smollm2 --max-bits 6 --picture heads.png
   python -m fastattn calibrate samples.npz --bound 0.02 --output scales.safetensors
   python -m fastattn calibrate samples.npz --types block_wise_int8 --output scales.npz
   python -m fastattn calibrate samples.npz --types cache_fp8 --output kv_cache_scale.json
@@ -170,6 +173,20 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="with --model: the fewest bytes whose loss of perplexity is at most this",
     )
     parser.add_argument(
+        "--max-bits",
+        type=_bound,
+        metavar="BITS",
+        help="with --model: the least loss of perplexity with at most as many bits a value, scales "
+        "included, the mean over the layers",
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="with --max-loss or --max-bits: draw what each KV head costs in the smallest type; "
+        "needs matplotlib and a pass of the model for each head",
+    )
+    parser.add_argument(
         "--check-tokens",
         type=int_from(0),
         default=2048,
@@ -186,6 +203,10 @@ def _check_output(path: Path) -> None:
     CalibrationError
     """
     check_suffix(path)
+    _check_writable(path)
+
+
+def _check_writable(path: Path) -> None:
     problem = problem_of_file(path)
     if problem is not None:
         raise CalibrationError(f"{path}: cannot be written: {problem}")
@@ -207,8 +228,18 @@ def _settle(arguments: argparse.Namespace) -> None:
         raise CalibrationError("expected a file of samples, --model, or --scales")
     if arguments.samples and arguments.model:
         raise CalibrationError("--model: name a model or files of samples, not both")
-    if arguments.max_loss is not None and (not arguments.model or arguments.bound is not None):
-        raise CalibrationError("--max-loss: it is for --model, without --bound")
+    budgets = [n for n in ("max_loss", "max_bits") if getattr(arguments, n) is not None]
+    for name in budgets:
+        if not arguments.model or arguments.bound is not None or len(budgets) > 1:
+            option = name.replace("_", "-")
+            other = "--max-bits" if name == "max_loss" else "--max-loss"
+            raise CalibrationError(f"--{option}: it is for --model, without --bound or {other}")
+    if arguments.picture is not None:
+        if not budgets:
+            raise CalibrationError("--picture: it is for --max-loss or --max-bits")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise CalibrationError("--picture: pip install matplotlib")
+        _check_writable(arguments.picture)
     if given and arguments.scales.suffix != ".json":
         raise CalibrationError(
             f"--scales: expected FastDeploy's kv_cache_scale.json, got {arguments.scales}"
@@ -325,14 +356,14 @@ def calibrate_model(
 ) -> tuple[Calibration, Samples, dict[int, float]]:
     """The same for a model's own samples; measures what was chosen on other text.
 
-    The third is each layer's expected divergence, of ``--max-loss``.
+    The third is each layer's expected divergence, of ``--max-loss`` and ``--max-bits``.
     """
     from fastattn.calibrate import with_model
 
     _settle(arguments)
     model, samples = with_model.open_model(arguments, console)
     costs: dict[int, float] = {}
-    if arguments.max_loss is None:
+    if arguments.max_loss is None and arguments.max_bits is None:
         calibration = _choose(arguments, samples)
     else:
         calibration, costs = with_model.choose(arguments, console, model, samples)
@@ -363,7 +394,8 @@ def _rows(
 #: "outliers" the channels of K that are far larger than most.
 _COLUMNS = ("layer", "type", "error", "first", "outliers")
 
-#: With ``--max-loss``: the divergence that the layer is expected to cost, in nats a token.
+#: With ``--max-loss`` or ``--max-bits``: the divergence that the layer is expected to cost, in
+#: nats a token.
 _COST = "KL"
 
 
@@ -378,6 +410,9 @@ def _show(rows: list[tuple[str, ...]], costs: bool) -> None:
             print("  ".join(row))
         return
     table = Table(*columns)
+    table.columns[1].no_wrap = True  # the type and its transforms, never cut
+    table.columns[1].overflow = "ignore"
+    table.columns[1].min_width = max(len(row[1]) for row in rows) if rows else None
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -397,6 +432,10 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.output is not None:
             calibration.write(arguments.output, fastdeploy_prefix=arguments.fastdeploy_prefix)
             print(f"wrote {arguments.output}")
+            if arguments.rotate_values:
+                print(
+                    "it is for the model with rotated values: models.load(..).with_rotated_values()"
+                )
     except (CalibrationError, OSError) as error:
         print(f"fastattn calibrate: {error}", file=sys.stderr)
         return 1

@@ -9,8 +9,9 @@ outputs. One pass a layer, with that layer's cache alone quantised, gives the fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from fastattn.calibrate.choose import (
     try_candidate,
 )
 from fastattn.calibrate.samples import LayerSamples
-from fastattn.evaluate.score import rows_at_a_time, score
+from fastattn.evaluate.score import Scores, rows_at_a_time, score
 from fastattn.functional._cache_types import (
     BLOCK_SIZE,
     DYNAMIC_TYPES,
@@ -85,44 +86,123 @@ def layer_divergences(
     probes : dict
         By layer.
     progress : callable, optional
-        Gets the share of a text that each pass runs over.
+        Gets the number of tokens of each pass.
 
     Returns
     -------
     dict
         By layer, the mean over all tokens.
     """
-    sums = dict.fromkeys(probes, 0.0)
+    every = slice(None)
+    found = _divergences(model, texts, {n: (n, every, x) for n, x in probes.items()}, progress)
+    return {n: found[n] for n in probes}
+
+
+def head_divergences(
+    model: LanguageModel,
+    texts: Sequence[Array],
+    probes: Mapping[int, LayerCalibration],
+    progress: Progress | None = None,
+) -> Array:
+    """The same for one KV head of one layer at a time.
+
+    Returns
+    -------
+    array of float64, shape [layers, KV]
+        Layers in the order of `probes`.
+    """
+    heads = range(model.config.kv_heads)
+    passes = {(n, h): (n, slice(h, h + 1), x) for n, x in probes.items() for h in heads}
+    found = _divergences(model, texts, passes, progress)
+    return np.array([[found[n, h] for h in heads] for n in probes])
+
+
+def joint_loss(
+    model: LanguageModel, texts: Sequence[Array], calibration: Calibration
+) -> tuple[float, float]:
+    """What all layers cost when they are stored as calibrated, in nats a token.
+
+    Returns
+    -------
+    divergence : float
+        Of the next token's distribution.
+    rise : float
+        Of the negative log-likelihood of the texts. It is the divergence where the model's
+        distribution is that of the texts, has far more noise, and may be below 0.
+    """
+
+    def change(layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        return _stored(calibration.layers[layer], slice(None), k, v)
+
+    divergence = rise = 0.0
+    for tokens in texts:
+        base = exact.forward(model.dense, tokens)
+        hidden = exact.forward(model.dense, tokens, change=change)
+        for before, after in _scores(model, base, hidden, tokens):
+            divergence += float(after.divergence.sum())
+            rise += float((after.loss - before.loss).sum())
+    count = sum(len(tokens) - 1 for tokens in texts)
+    return divergence / count, rise / count
+
+
+def _stored(probe: LayerCalibration, heads: slice, k: Array, v: Array) -> tuple[Array, Array]:
+    """K and V, some heads of them as a cache would return them."""
+    key, value = as_stored(probe, k, v)
+    k, v = k.copy(), v.copy()
+    k[:, heads], v[:, heads] = key[:, heads], value[:, heads]
+    return k, v
+
+
+#: A layer, the heads that are stored, and how.
+_Pass = tuple[int, slice, LayerCalibration]
+
+
+def _divergences(
+    model: LanguageModel,
+    texts: Sequence[Array],
+    passes: Mapping[Any, _Pass],
+    progress: Progress | None,
+) -> dict[Any, float]:
+    sums = dict.fromkeys(passes, 0.0)
     for tokens in texts:
         entering: list[Array] = []
         base = exact.forward(model.dense, tokens, entering=entering)
-        for n, probe in probes.items():
+        for name, (n, heads, probe) in passes.items():
 
             def change(
-                layer: int, k: Array, v: Array, n: int = n, probe: LayerCalibration = probe
+                layer: int,
+                k: Array,
+                v: Array,
+                n: int = n,
+                heads: slice = heads,
+                probe: LayerCalibration = probe,
             ) -> tuple[Array, Array]:
-                if layer != n:
-                    return k, v
-                key, value = as_stored(probe, k, v)
-                return key.astype(np.float32), value.astype(np.float32)
+                return _stored(probe, heads, k, v) if layer == n else (k, v)
 
             hidden = exact.forward(model.dense, tokens, change=change, start=(n, entering[n]))
-            sums[n] += _divergence(model, base, hidden, tokens)
+            sums[name] += _divergence(model, base, hidden, tokens)
             if progress is not None:
                 progress(len(tokens), f"layer {n}")
     count = sum(len(tokens) - 1 for tokens in texts)
-    return {n: value / count for n, value in sums.items()}
+    return {name: value / count for name, value in sums.items()}
 
 
 def _divergence(model: LanguageModel, base: Array, hidden: Array, tokens: Array) -> float:
     """Sum over the tokens of a text."""
-    total, step = 0.0, rows_at_a_time(model.config.vocabulary)
+    found = _scores(model, base, hidden, tokens)
+    return max(sum(float(after.divergence.sum()) for _, after in found), 0.0)
+
+
+def _scores(
+    model: LanguageModel, base: Array, hidden: Array, tokens: Array
+) -> Iterator[tuple[Scores, Scores]]:
+    """Scores of a text, some tokens at a time: of the base, and against it."""
+    step = rows_at_a_time(model.config.vocabulary)
     for at in range(0, len(tokens) - 1, step):
         end = min(at + step, len(tokens) - 1)
         logits = [model.dense.logits(x[at:end]) for x in (base, hidden)]
-        _, (found,) = score(logits[0], logits[1:], tokens[at + 1 : end + 1])
-        total += float(found.divergence.sum())
-    return max(total, 0.0)
+        before, (after,) = score(logits[0], logits[1:], tokens[at + 1 : end + 1])
+        yield before, after
 
 
 def best_of_types(
@@ -147,16 +227,18 @@ def best_of_types(
     return found
 
 
-def choose_by_loss(
+def choose_types(
     options: Mapping[int, Mapping[str, LayerCalibration]],
     probed: Mapping[int, tuple[LayerCalibration, float]],
     head_dim: int,
-    budget: float,
+    *,
+    most_loss: float = 0.0,
+    most_bytes: float = math.inf,
 ) -> Choice:
-    """Types of layers with the fewest bytes whose divergences add up to the budget at most.
+    """Types of layers within a loss, with the fewest bytes; or within bytes, with the least loss.
 
     Starts with the smallest type everywhere, then changes the layer where a byte saves most, until
-    the sum is within the budget or nothing saves any more.
+    the divergences add up to the loss at most, nothing saves any more, or no change fits the bytes.
 
     Parameters
     ----------
@@ -165,8 +247,10 @@ def choose_by_loss(
     probed : dict
         By layer, what it was probed with, and the divergence that this cost.
     head_dim : int
-    budget : float
+    most_loss : float
         In nats a token.
+    most_bytes : float
+        Of a token and KV head, K and V together, the mean over the layers.
     """
     expected: dict[int, dict[str, float]] = {}
     for n, by_type in options.items():
@@ -178,20 +262,22 @@ def choose_by_loss(
         n: min(by_type, key=lambda kind: (size[kind], expected[n][kind]))
         for n, by_type in options.items()
     }
+    room = most_bytes * len(options) - sum(size[kind] for kind in chosen.values())
 
     def total() -> float:
         return sum(expected[n][kind] for n, kind in chosen.items())
 
-    while total() > budget:
+    while total() > most_loss:
         steps = [
             ((expected[n][now] - expected[n][kind]) / max(size[kind] - size[now], 1), n, kind)
             for n, now in chosen.items()
             for kind in options[n]
-            if expected[n][kind] < expected[n][now]
+            if expected[n][kind] < expected[n][now] and size[kind] - size[now] <= room
         ]
         if not steps:
             break
         _, n, kind = max(steps)
+        room -= size[kind] - size[chosen[n]]
         chosen[n] = kind
     return Choice(
         Calibration({n: options[n][kind] for n, kind in chosen.items()}),

@@ -44,7 +44,7 @@ def hide(tokenizer: Tokenizer, text: str, length: int, seed: int = 0) -> Needles
     Raises
     ------
     ValueError
-        If the text is too short.
+        If the text is too short, or the length leaves no room for it between the facts.
     """
     rng = np.random.default_rng(seed)
     numbers = rng.choice(np.arange(1000, 10000), len(_CITIES), replace=False)
@@ -60,6 +60,11 @@ def hide(tokenizer: Tokenizer, text: str, length: int, seed: int = 0) -> Needles
         questions.append((np.array(asked), np.array(whole[len(asked) :])))
     longest = max(len(a) + len(b) for a, b in questions)
     room = length - longest - sum(map(len, facts))
+    if room < 1:
+        raise ValueError(
+            f"needles: {length} tokens have no room for {len(facts)} facts and a question; "
+            f"expected at least {length - room + 1}"
+        )
     hay = tokenizer.encode(text)
     if len(hay) < room:
         raise ValueError(f"expected a text of {room} tokens, got {len(hay)}")

@@ -306,6 +306,29 @@ def decide(
     )
 
 
+@pytest.mark.parametrize("major", [8, 9])
+@pytest.mark.parametrize("new", [1, 2, 7, 64, 4096])
+@pytest.mark.parametrize("kind", ["none", "cache_fp8", "block_wise_fp8"])
+def test_general_calls_have_kernels_of_16_and_64_packed_rows(kind, new, major):
+    """With a tree mask, or windows or tables of heads: the kernel that every GPU has."""
+    key = "bfloat16" if kind == "none" else "float8_e4m3fn"
+    call = ("bfloat16", key, kind, 4 * new, 4, 8, 4, 128, new, 8192)
+    prefill, workspace, launches = host.decide_attention(*call, compute_major=major, general=True)
+    assert prefill == "mma_sm80" and launches
+    assert {launch["tile_rows"] for launch in launches} <= {16, 64}
+    assert host.dequantize_plan(*call, compute_major=major, general=True)["blocks"] == 0
+    # Enough room for the partial results of the wider tiles.
+    least = sum(
+        launch["shares"] * 2 * launch["tile_rows"] * 130
+        for launch in launches
+        if launch["split"] and launch["shares"] > 1
+    )
+    assert workspace >= least
+    plain = host.decide_attention(*call, compute_major=9)[2]
+    if new == 1:
+        assert plain[0]["tile_rows"] == 8
+
+
 E4M3, E5M2, BF16, FP16 = "float8_e4m3fn", "float8_e5m2", "bfloat16", "float16"
 
 

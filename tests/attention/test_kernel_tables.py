@@ -113,3 +113,8 @@ def test_reasons_say_what_is_missing():
     assert "channels" in reason("wgmma_q16", head_dim=192, **int8)
     assert "bf16 or fp16" in reason("wgmma_q16", q_dtype="float8_e4m3fn", **int8)
     assert "before it" in reason("mma_sm80")
+    assert "tree mask" in reason("wgmma_q16", general=True)
+    assert reason("mma_sm80", general=True) == ""
+    codes = ("bfloat16", "float8_e4m3fn", "cache_fp8", 4096, 1, 32, 8, 128, 4096, 4096)
+    found = {name: why for name, _, why in host.attention_kernels(*codes, general=True)}
+    assert "tree mask" in found["dequantize_kv"]

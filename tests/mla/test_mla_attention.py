@@ -7,6 +7,7 @@ import paddle
 import pytest
 
 import fastattn.functional as F
+from tests.support.compare import assert_same_bits
 from tests.support.graph import capture
 from tests.support.latent import SCALE, width
 from tests.support.mla_dense import UNASSIGNED, Problem, assert_close, assert_outputs_close
@@ -494,3 +495,24 @@ def test_the_comparator_can_fail(change):
         out[0, 0] = 0
     with pytest.raises(AssertionError):
         assert_close((wrong, wrong_lse), (out, lse))
+
+
+@pytest.mark.parametrize("heads", [5, 16, 128])
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_every_cut_gives_the_same_bits_on_a_cpu(cache_format, heads):
+    """The prompt at once, in chunks, token by token: a query's bits follow from its keys alone."""
+    tokens = 200
+    problem = Problem([0], [tokens], heads=heads, cache_format=cache_format)
+    q = problem.q
+    whole_out, whole_lse = problem.run()
+    for cuts in ([1] * tokens, [7] * 28 + [4], [64, 64, 72], [133, 1, 1, 1, 64]):
+        at = 0
+        for new in cuts:
+            problem.q = q[at : at + new]
+            problem.cached, problem.new = np.array([at]), np.array([new])
+            problem.starts = np.array([0, new])
+            out, lse = problem.run()
+            assert_same_bits(out, whole_out[at : at + new], f"tokens {at} to {at + new}: out")
+            assert_same_bits(lse, whole_lse[:, at : at + new], f"tokens {at} to {at + new}: lse")
+            at += new
+        assert at == tokens

@@ -8,7 +8,14 @@ import pytest
 from fastattn import models
 from fastattn.calibrate import Calibration, LayerCalibration
 from fastattn.calibrate.from_model import collect
-from fastattn.calibrate.loss import best_of_types, bytes_of, choose_by_loss, layer_divergences
+from fastattn.calibrate.loss import (
+    best_of_types,
+    bytes_of,
+    choose_types,
+    head_divergences,
+    joint_loss,
+    layer_divergences,
+)
 from fastattn.cli import main
 from fastattn.evaluate.measure import Measurement, Row
 from fastattn.evaluate.variants import plans_of
@@ -64,14 +71,49 @@ def test_the_budget_is_kept_with_the_fewest_bytes():
     options = options_of([(0.1, 0.01), (0.1, 0.01), (0.2, 0.02)])
     probed = {n: (options[n]["block_wise_int4"], d) for n, d in enumerate((0.001, 0.01, 0.004))}
     for budget, eights in ((1.0, []), (0.006, [1]), (0.002, [1, 2]), (0.0002, [0, 1, 2])):
-        choice = choose_by_loss(options, probed, 64, budget)
+        choice = choose_types(options, probed, 64, most_loss=budget)
         kinds = {n: x.cache_quant_type for n, x in choice.calibration.layers.items()}
         assert [n for n, kind in kinds.items() if kind == "block_wise_int8"] == eights
         expected = sum(d / (100 if n in eights else 1) for n, d in enumerate((0.001, 0.01, 0.004)))
         assert choice.total == pytest.approx(expected)
         assert choice.total <= budget
-    beyond = choose_by_loss(options, probed, 64, 0.0)  # nothing keeps it: the least
+    beyond = choose_types(options, probed, 64)  # nothing keeps it: the least
     assert {x.cache_quant_type for x in beyond.calibration.layers.values()} == {TYPES[1]}
+
+
+def test_the_size_is_kept_with_the_least_loss():
+    """Bytes of int4 and int8 are 72 and 136: room for none, one, two or three layers of 8 bits."""
+    options = options_of([(0.1, 0.01), (0.1, 0.01), (0.2, 0.02)])
+    probed = {n: (options[n]["block_wise_int4"], d) for n, d in enumerate((0.001, 0.01, 0.004))}
+    wanted = ((72, []), (93, []), (94, [1]), (114, [1]), (115, [1, 2]), (136, [0, 1, 2]))
+    for most, eights in wanted:
+        choice = choose_types(options, probed, 64, most_bytes=most)
+        kinds = {n: x.cache_quant_type for n, x in choice.calibration.layers.items()}
+        assert [n for n, kind in kinds.items() if kind == "block_wise_int8"] == eights
+        assert sum(bytes_of(kind, 64) for kind in kinds.values()) <= max(most, 72) * 3
+
+
+def test_divergence_of_heads(model):
+    """All heads of a layer together are the layer; a head alone costs less."""
+    tokens = np.random.default_rng(0).integers(0, 256, 120)
+    probes = {n: LayerCalibration("block_wise_int4") for n in range(tiny.LAYERS)}
+    heads = head_divergences(model, [tokens], probes)
+    layers = layer_divergences(model, [tokens], probes)
+    assert heads.shape == (tiny.LAYERS, tiny.KV) and (heads > 0).all()
+    for n, row in enumerate(heads):
+        assert row.max() < layers[n] and row.sum() == pytest.approx(layers[n], rel=0.5)
+
+
+def test_divergence_of_all_layers(model):
+    """What they cost together is what their caches cost when they are served."""
+    tokens = np.random.default_rng(1).integers(0, 256, 120)
+    plan = Calibration({n: LayerCalibration("block_wise_int4") for n in range(tiny.LAYERS)})
+    rows = [Row("fp32", None), Row("served", plans_of(plan, model.config))]
+    Measurement(model, rows).perplexities([tokens])
+    divergence, rise = joint_loss(model, [tokens], plan)
+    served = rows[1].summary(rows[0])
+    assert divergence == pytest.approx(served.divergence, rel=0.1)
+    assert rise == pytest.approx(np.log1p(served.loss_percent / 100), abs=0.2 * divergence)
 
 
 def test_best_transform_of_each_type(model):
@@ -84,7 +126,9 @@ def test_best_transform_of_each_type(model):
     assert set(found["block_wise_int4"].errors) == {"block_wise_int4", "block_wise_int4+center"}
 
 
-@pytest.mark.parametrize("arguments", [[], ["--max-loss", "0.5"], ["--bound", "0.5"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--max-loss", "0.5"], ["--max-bits", "7"], ["--bound", "0.5"]]
+)
 def test_command(folder, tmp_path, capsys, arguments):
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + (i * i) % 26) for i in range(900)))
@@ -97,9 +141,16 @@ def test_command(folder, tmp_path, capsys, arguments):
     found = Calibration.read(output)
     assert sorted(found.layers) == list(range(tiny.LAYERS))
     kinds = {layer.cache_quant_type for layer in found.layers.values()}
-    if arguments[:1] == ["--max-loss"]:
-        assert "expected loss of perplexity" in shown and "wanted at most 0.5 %" in shown
+    if arguments[:1] in (["--max-loss"], ["--max-bits"]):
+        assert "expected loss of perplexity" in shown and "of all together" in shown.replace(
+            "\n", " "
+        )
         assert kinds <= set(TYPES) and "KL" in shown.split("as chosen")[1]
+    if arguments[:1] == ["--max-loss"]:
+        assert "wanted at most 0.5 %" in shown
+    elif arguments[:1] == ["--max-bits"]:
+        sizes = [bytes_of(x.cache_quant_type, tiny.DIM) for x in found.layers.values()]
+        assert np.mean(sizes) <= 7 * 2 * tiny.DIM / 8 and kinds == set(TYPES)
     elif not arguments:
         assert all(layer.error == min(layer.errors.values()) for layer in found.layers.values())
 
@@ -111,8 +162,25 @@ def test_command(folder, tmp_path, capsys, arguments):
         (["x.npz", "--max-loss", "1"], "--max-loss: it is for --model"),
         (["--model", "smollm2", "--max-loss", "1", "--bound", "1"], "without --bound"),
         (["x.npz", "--model", "smollm2"], "not both"),
+        (["--model", "smollm2", "--max-loss", "1", "--max-bits", "6"], "or --max-bits"),
+        (["--model", "smollm2", "--picture", "x.png"], "--picture: it is for --max-loss or"),
     ],
 )
 def test_command_refuses(capsys, arguments, text):
     assert main(["calibrate", *arguments]) == 1
     assert text in capsys.readouterr().err
+
+
+def test_picture(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i) % 26) for i in range(900)))
+    picture = tmp_path / "heads.png"
+    options = ["--text", text, "--tokens", 200, "--check-tokens", 0, "--picture", picture]
+    options = [*map(str, options), "--max-bits", "6"]
+    assert main(["calibrate", "--model", str(folder), *options]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+    assert f"wrote {picture}" in capsys.readouterr().out.replace("\n", "")
+    missing = str(tmp_path / "no" / "heads.png")
+    assert main(["calibrate", "--model", str(folder), "--max-bits", "6", "--picture", missing]) == 1
+    assert "cannot be written" in capsys.readouterr().err

@@ -198,6 +198,10 @@ def test_needles(model):
     assert positions == sorted(positions) and positions[0] < 0.1 and positions[-1] > 0.85
     with pytest.raises(ValueError, match="expected a text of"):
         needles.hide(model.tokenizer, "short", 500)
+    with pytest.raises(ValueError, match="needles: 100 tokens have no room for 8 facts") as error:
+        needles.hide(model.tokenizer, text, 100)
+    least = int(str(error.value).rpartition(" ")[2])
+    assert len(needles.hide(model.tokenizer, text, least).tokens) < least
 
 
 def test_asking_needles(model):

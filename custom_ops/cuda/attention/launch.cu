@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "common/ceil_div.h"
+#include "cuda/attention/mma_sm80/general/instances.h"
 #include "cuda/attention/mma_sm80/instances.h"
 #include "cuda/attention/mma_sm80/invariant/instances.h"
 #include "cuda/attention/mma_sm80/launch.h"
@@ -24,7 +25,20 @@ Scales ScalesOf(const AttentionParams& p) {
   return p.paged ? FormatOf(p.cache.type).scales : Scales::kStatic;
 }
 
+Launcher FindGeneral(const AttentionParams& p, int tile_rows) {
+  const bool dynamic = IsDynamic(p.cache.type);
+  const std::tuple wanted{Wanted{dynamic ? "dynamic codes" : "cache on a GPU", p.cache.dtype},
+                          Wanted{"head_dim", p.head_dim},
+                          Wanted{"scales of the cache", ScalesOf(p)},
+                          Wanted{"tile_rows", tile_rows}};
+  Launcher found = nullptr;
+  dispatch(GeneralInstances{}, wanted,
+           [&](auto... arguments) { found = LaunchGeneralVariant<decltype(arguments)::value...>; });
+  return found;
+}
+
 Launcher FindMmaSm80(const AttentionParams& p, int tile_rows) {
+  if (p.IsGeneral()) return FindGeneral(p, tile_rows);
   const bool dynamic = p.paged && IsDynamic(p.cache.type);
   const char* keys = dynamic ? "dynamic codes" : p.paged ? "cache on a GPU" : "keys on a GPU";
   const std::tuple wanted{Wanted{keys, p.paged ? p.cache.dtype : p.ragged.dtype},

@@ -447,9 +447,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int count = static_cast<int>(min(schedule.num_work_tiles - done, most));
     if (threadIdx.x < count) {
       if (clustered) {
-        SetClusterSegment<Traits::kTileRows, Traits::kKvTile>(p, task, done, segments);
+        SetClusterSegment<Traits::kTileRows, Traits::kKvTile, Traits::kGeneral>(p, task, done,
+                                                                                segments);
       } else {
-        segments[threadIdx.x] = MakeSegment<Traits::kTileRows, Traits::kKvTile>(
+        segments[threadIdx.x] = MakeSegment<Traits::kTileRows, Traits::kKvTile, Traits::kGeneral>(
             p, task, *share, share->first_work_tile + done + threadIdx.x);
       }
     }

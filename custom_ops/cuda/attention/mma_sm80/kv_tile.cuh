@@ -187,6 +187,15 @@ __device__ __forceinline__ void MaskKeys(const KvTileMask& mask, int first, floa
   for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
+      if constexpr (Traits::kGeneral) {
+        const RowKeys<Traits> seen(mask.row_infos + (8 * n + c) * sizeof(PackedRowInfo));
+#pragma unroll
+        for (int i = 0; i < 2 * Traits::kGroup; ++i) {
+          const int key = mask.first_key + Traits::KeyOf(first + i / 2, g + i % 2 * 8);
+          if (!seen.Sees(key)) scores[i / 2][n][2 * (i % 2) + c] = value;
+        }
+        continue;
+      }
       const uint2 range = LoadShared8(mask.row_infos + (8 * n + c) * sizeof(PackedRowInfo));
       const int begin = static_cast<int>(range.x) - mask.first_key;
       const int end = static_cast<int>(range.y) - mask.first_key;
@@ -447,6 +456,11 @@ __device__ __noinline__ void FindNonFinite(uint32_t stage, const KvTileMask& mas
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
+          if constexpr (Traits::kGeneral) {
+            const RowKeys<Traits> seen(mask.row_infos + (8 * n + c) * sizeof(PackedRowInfo));
+            if (seen.Sees(mask.first_key + key)) poisoned[n][c] |= 1u << i;
+            continue;
+          }
           const uint2 range = LoadShared8(mask.row_infos + (8 * n + c) * sizeof(PackedRowInfo));
           const int position = mask.first_key + key;
           if (position >= static_cast<int>(range.x) && position < static_cast<int>(range.y)) {

@@ -13,6 +13,11 @@ template <DType kElement, int kHeadDim, bool kPaged, Scales kScales, int kTileRo
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream);
 
+// The same over a paged cache where p.IsGeneral(). Its work tiles have 16 packed rows or 64.
+template <DType kElement, int kHeadDim, Scales kScales, int kTileRows>
+cudaError_t LaunchGeneralVariant(const AttentionParams& p, const AttentionTask& task, int grid,
+                                 cudaStream_t stream);
+
 template <DType kElement, int kHeadDim, Scales kScales, int kTileRows>
 cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask& task, int grid,
                                    cudaStream_t stream);

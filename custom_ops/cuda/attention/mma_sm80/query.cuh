@@ -7,6 +7,7 @@
 #include "common/normaliser.h"
 #include "common/numeric.h"
 #include "cuda/attention/mma_sm80/nibbles.cuh"
+#include "cuda/attention/mma_sm80/row_holes.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/shared/scales.cuh"
 #include "cuda/attention/split_kv/shared/packed_rows.cuh"
@@ -144,13 +145,15 @@ __device__ __forceinline__ float LargestOf(const float (&x)[4]) {
 
 template <typename Traits>
 __device__ __forceinline__ PackedRowInfo InfoOf(const AttentionParams& p, const AttentionTask& task,
-                                                const Segment& segment, int c, float key_scale) {
+                                                const Segment& segment, int c, float key_scale,
+                                                RowHoles* holes) {
   const PackedRow packed_row =
       PackedRowOf(task, segment.shape, segment.head, segment.tile * Traits::kTileRows + c);
   PackedRowInfo info;
   info.keys = {0, 0};
   info.score_factor = 0.0f;
   info.out = -1;
+  if constexpr (Traits::kGeneral) *holes = {};
   if (!packed_row.valid) return info;
   info.score_factor = ScoreFactor<Traits>(p, segment.batch_idx, packed_row.token, segment.head,
                                           packed_row.head, key_scale) *
@@ -162,6 +165,10 @@ __device__ __forceinline__ PackedRowInfo InfoOf(const AttentionParams& p, const 
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(packed_row.token);
     info.keys = Intersect(info.keys, {__ldg(offsets), __ldg(offsets + 1)});
     info.keys.end = max(info.keys.end, 0);
+  }
+  if constexpr (Traits::kGeneral) {
+    *holes = TakeHoles(p, segment.shape, segment.batch_idx, segment.head,
+                       packed_row.token - segment.shape.q_begin, &info.keys);
   }
   info.out =
       (static_cast<int64_t>(packed_row.token) * p.num_heads + packed_row.head) * Traits::kValueDim;
@@ -237,7 +244,12 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
     if (pass > 0) loads->StartBatch(p, task, segment, pass);
     // Meanwhile, what the packed rows see and their scales.
     if (pass == 0 && threadIdx.x < Traits::kTileRows) {
-      const PackedRowInfo info = InfoOf<Traits>(p, task, segment, threadIdx.x, loads->key_scale);
+      RowHoles holes;
+      const PackedRowInfo info =
+          InfoOf<Traits>(p, task, segment, threadIdx.x, loads->key_scale, &holes);
+      if constexpr (Traits::kGeneral) {
+        reinterpret_cast<RowHoles*>(shared + Traits::kHolesOffset)[threadIdx.x] = holes;
+      }
       PackedRowInfo& target = infos[threadIdx.x];
       target.keys = info.keys;
       target.score_factor = info.score_factor;

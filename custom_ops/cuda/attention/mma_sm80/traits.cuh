@@ -42,10 +42,12 @@ constexpr int MergeDims(int most, int dim) {
 }
 
 // kWide: twice the warps in a CTA, for calls whose clusters have a multiprocessor for each CTA.
+// kGeneral: packed rows may have holes in what they see, and heads block tables (row_holes.cuh).
 template <DType kElement_, int kHeadDim_, bool kPaged_, Scales kScales_, int kTileRows_,
-          bool kWide_ = false>
+          bool kWide_ = false, bool kGeneral_ = false>
 struct AttentionTraits {
   static constexpr bool kWide = kWide_;
+  static constexpr bool kGeneral = kGeneral_;
   static constexpr int kThreads = kAttentionThreads * (kWide ? 2 : 1);
   static constexpr int kCtasPerSm = kWide ? 1 : kAttentionCtasPerSm;
   static constexpr DType kElement = kElement_;
@@ -160,7 +162,9 @@ struct AttentionTraits {
   static constexpr int kStateBytes = kPipelines * kTileRows * 8;  // maximum, sum
   static constexpr int kRowInfoOffset = kStateOffset + kStateBytes;
   static constexpr int kRowInfoBytes = kTileRows * 32;  // PackedRowInfo
-  static constexpr int kScanOffset = kRowInfoOffset + kRowInfoBytes;
+  static constexpr int kHolesOffset = kRowInfoOffset + kRowInfoBytes;
+  static constexpr int kHolesBytes = kGeneral ? kTileRows * 32 : 0;  // RowHoles
+  static constexpr int kScanOffset = kHolesOffset + kHolesBytes;
   static constexpr int kScanBytes = kThreads / 32 * 8;
   static constexpr int kShareOffset = kScanOffset + kScanBytes;
   static constexpr int kShareBytes = 48;  // Schedule

@@ -57,6 +57,10 @@ __device__ __noinline__ void RaiseRowExponents(uint32_t stage, DType dtype, uint
     for (int j = 0; j < 2 * Traits::kGroup; ++j) {
       const int key = Traits::KeyOf(first + j / 2, g + 8 * (j % 2));
       const uint32_t bits = __float_as_uint(TokenScale<Traits>(stage, key, dtype)) & 0x7FFFFFFFu;
+      if constexpr (Traits::kGeneral) {
+        const RowKeys<Traits> seen(row_infos + packed_row * sizeof(PackedRowInfo));
+        if (!seen.Sees(first_key + key)) continue;
+      }
       if (key >= begin && key < end && bits < 0x7F800000u) largest = max(largest, bits);
     }
 #pragma unroll

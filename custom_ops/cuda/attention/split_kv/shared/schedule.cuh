@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/holes.h"
 #include "common/visible_keys.h"
 #include "cuda/attention/shared/forms.cuh"
 #include "cuda/attention/shared/seq_lengths.cuh"
@@ -177,8 +178,26 @@ __device__ __forceinline__ void IntersectMasks(const AttentionParams& p, int fir
   s->seen_by_all = Intersect(s->seen_by_all, all);
 }
 
-// Sets what the packed rows of a work tile see.
-template <int kTileRows>
+// Narrows what all packed rows of a work tile see, and any of them, where they may have holes. Its
+// queries are [first, last] of the sequence.
+__device__ __forceinline__ void TakeHolesOfTile(const AttentionParams& p, int first, int last,
+                                                Segment* s) {
+  const int new_begin = s->shape.k_len - s->shape.q_len;
+  const HeadWindow window = p.WindowOf(s->head);
+  TakeHeadWindow(window, new_begin + first, kMaxKeys, &s->seen_by_any);
+  const KeyRange<int> gap = TakeHeadWindow(window, new_begin + last, kMaxKeys, &s->seen_by_all);
+  if (gap.begin < gap.end) {
+    s->seen_by_all.begin = max(s->seen_by_all.begin, gap.end);
+    s->packed_rows_differ = 1;  // from the interval of all
+  }
+  if (p.tree.data != nullptr && s->shape.q_len <= p.tree.size) {
+    s->seen_by_all.end = min(s->seen_by_all.end, new_begin);
+    s->packed_rows_differ = 1;
+  }
+}
+
+// Sets what the packed rows of a work tile see. kGeneral: they may have holes in it.
+template <int kTileRows, bool kGeneral = false>
 __device__ __forceinline__ void SetVisibleKeys(const AttentionParams& p, const AttentionTask& task,
                                                Segment* s) {
   const int first = s->tile * kTileRows / task.group;
@@ -188,10 +207,11 @@ __device__ __forceinline__ void SetVisibleKeys(const AttentionParams& p, const A
   s->seen_by_all = {high.begin, low.end};
   if (p.mask_offsets != nullptr) IntersectMasks(p, first, last, s);
   s->packed_rows_differ = first != last;
+  if constexpr (kGeneral) TakeHolesOfTile(p, first, last, s);
 }
 
 // The CTA's segment of a work tile.
-template <int kTileRows, int kKvTile>
+template <int kTileRows, int kKvTile, bool kGeneral = false>
 __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const AttentionTask& task,
                                                const Schedule& schedule, uint32_t work_tile) {
   int seq = schedule.first_seq;
@@ -217,7 +237,7 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
     s.first_cta = static_cast<int>((cost + kWorkTileCost) / schedule.share);
     s.num_splits = static_cast<int>((cost + length - 1) / schedule.share) - s.first_cta + 1;
   }
-  SetVisibleKeys<kTileRows>(p, task, &s);
+  SetVisibleKeys<kTileRows, kGeneral>(p, task, &s);
   const int kv_tiles_begin = task.split ? max(static_cast<int>(begin - kWorkTileCost), 0) : 0;
   const int kv_tiles_end = task.split ? static_cast<int>(end - kWorkTileCost) : work.kv_tiles;
   s.kv_tile_begin = max(work.first + kv_tiles_begin, s.seen_by_any.begin / kKvTile);
@@ -252,7 +272,7 @@ __device__ __forceinline__ Schedule MakeClusterSchedule(const AttentionParams& p
 }
 
 // Completes the segment for the split of work tile `tile` that this CTA of the cluster has.
-template <int kTileRows, int kKvTile>
+template <int kTileRows, int kKvTile, bool kGeneral = false>
 __device__ __forceinline__ void SetClusterSegment(const AttentionParams& p,
                                                   const AttentionTask& task, uint32_t tile,
                                                   Segment* segment) {
@@ -261,7 +281,7 @@ __device__ __forceinline__ void SetClusterSegment(const AttentionParams& p,
   s.tile = static_cast<int>(tile);
   s.begins_work_tile = s.ends_work_tile = false;
   s.num_splits = s.first_cta = 0;
-  SetVisibleKeys<kTileRows>(p, task, &s);
+  SetVisibleKeys<kTileRows, kGeneral>(p, task, &s);
   const int first = s.seen_by_any.begin / kKvTile;
   const int kv_tiles = max((s.seen_by_any.end + kKvTile - 1) / kKvTile - first, 0);
   const int each = kv_tiles / task.cluster, more = kv_tiles - each * task.cluster;
