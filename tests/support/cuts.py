@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 import fastattn.functional as F
+from fastattn import _plan
 from tests.support.tensors import to_numpy, to_paddle
 
 BLOCK = 64
@@ -24,6 +25,8 @@ CACHES = [
     ("block_wise_int4", ""),
     ("block_wise_mxfp4", ""),
 ]
+#: Of this build, which may be limited to some (FASTATTN_HEAD_DIMS).
+_HEAD_DIMS = sorted(set(_plan.host().head_dims()))
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
@@ -193,7 +196,7 @@ def draw_sequence(rng: np.random.Generator, tokens: int | None = None) -> Sequen
     if tokens is None:
         tokens = int(rng.choice([rng.integers(1, 90), rng.integers(90, 700)]))
     cache = CACHES[rng.integers(len(CACHES))]
-    dim = int(rng.choice([64, 96, 128, 192, 256]))
+    dim = int(rng.choice(_HEAD_DIMS))
     kv_heads, group = int(rng.integers(1, 4)), int(rng.choice([1, 2, 3, 4, 7, 8]))
     dtype = _DTYPES[str(rng.choice(["bfloat16", "float16"]))]
     value_dim = 128 if dim == 192 else dim

@@ -1,5 +1,5 @@
 // The attention kernel whose bits follow from the keys that a query sees: mma_sm80's mainloop over
-// chains of keys, which lie at fixed positions (heuristics/invariant_plan.h).
+// chains of keys, which lie at fixed positions (plan/invariant_plan.h).
 //
 // A CTA takes neighbouring splits of any work tiles, and its warp pipelines the chains of a split,
 // all at once or in rounds. Where a round ends, the chains' results are added up in their order,
@@ -21,9 +21,9 @@
 #include <cstdint>
 
 #include "cuda/attention/mma_sm80/invariant_epilogue.cuh"
-#include "cuda/attention/mma_sm80/invariant_schedule.cuh"
 #include "cuda/attention/mma_sm80/kernel.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/split_kv/shared/invariant_schedule.cuh"
 
 namespace fastattn::cuda {
 
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
       const int first_split = splits.Of(segment.kv_tile_begin);
       const bool empty = segment.kv_tile_begin == segment.kv_tile_end;
       // A work tile without a visible key is one split; nothing may be left of one found begun.
-      const int num_splits = empty ? segment.begins_work_tile
-                                   : splits.Of(segment.kv_tile_end - 1) + 1 - first_split;
+      const int num_splits =
+          empty ? segment.begins_work_tile : splits.Of(segment.kv_tile_end - 1) + 1 - first_split;
       bool stored = false;  // queries
       QueryTile<Traits> query;
       const int first_row = warp_row + 2 * (threadIdx.x % 4);
@@ -175,8 +175,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
 template <DType kElement, int kHeadDim, Scales kScales, int kTileRows>
 cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask& task, int grid,
                                    cudaStream_t stream) {
-  using Traits =
-      AttentionTraits<kElement, kHeadDim, true, kScales, kTileRows, false, false, true>;
+  using Traits = AttentionTraits<kElement, kHeadDim, true, kScales, kTileRows, false, false, true>;
   constexpr auto kKernel = InvariantKernel<Traits>;
   int stages = 0;
   const cudaError_t status = PrepareLaunch<kKernel, Traits>(&stages);

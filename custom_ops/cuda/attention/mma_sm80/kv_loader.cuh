@@ -5,10 +5,10 @@
 #include <cstdint>
 
 #include "common/block_table.h"
-#include "cuda/attention/mma_sm80/invariant_schedule.cuh"
 #include "cuda/attention/mma_sm80/row_holes.cuh"
-#include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/attention/split_kv/shared/invariant_schedule.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
 #include "cuda/common/mma.cuh"
 
 namespace fastattn::cuda {
@@ -31,6 +31,16 @@ struct StageRing {
     return stage;
   }
 };
+
+// KV tiles of a segment that a warp pipeline takes in round `round` of a split; none: begin == end.
+template <typename Traits>
+__device__ __forceinline__ KeyRange<int> ChainIn(const Segment& segment,
+                                                 const KeySplits<Traits::kKvTile>& splits,
+                                                 int split, int round, int pipeline) {
+  const KeyRange<int> chain = splits.Chains(split, round * Traits::kPipelines + pipeline, 1);
+  const int begin = max(chain.begin, segment.kv_tile_begin);
+  return {begin, max(min(chain.end, segment.kv_tile_end), begin)};
+}
 
 // Walks over a pipeline's KV tiles ahead of the computation, K before V of each. The block id of
 // the next KV tile is read while the current one is loaded.

@@ -14,7 +14,7 @@
 #include "common/types.h"
 #include "cuda/attention/shared/format.cuh"
 #include "formats/kv_format.h"
-#include "heuristics/attention_plan.h"
+#include "plan/attention_plan.h"
 
 namespace fastattn::cuda {
 
@@ -82,7 +82,8 @@ struct AttentionTraits {
                                                           : 1;
   static constexpr int kPipelineThreads = 32 * kPipelineWarps;
   static constexpr int kPipelines = kThreads / kPipelineThreads;
-  static constexpr int kRounds = std::max(4 / kPipelines, 1);  // in which they take a split's chains
+  static constexpr int kRounds =
+      std::max(4 / kPipelines, 1);  // in which they take a split's chains
   static constexpr int kTiles = kTileRows / 8 / kPipelineWarps;  // 8-column tiles of a warp
 
   static constexpr bool kQuantized = Format::kBytes == 1;

@@ -1,5 +1,5 @@
-// The launches of a call whose bits must not depend on what else is in the batch, nor (split_invariant)
-// on how a sequence was cut into steps.
+// The launches of a call whose bits must not depend on what else is in the batch, nor, with
+// split_invariant, on how a sequence was cut into steps.
 //
 // A sequence's keys are cut into splits at fixed positions, counted from key 0, and a split into
 // four chains. A warp pipeline accumulates one chain; the results of a split's chains are added up
@@ -13,15 +13,11 @@
 
 #include "common/ceil_div.h"
 #include "common/types.h"
-#include "heuristics/attention_plan.h"
+#include "plan/attention_plan.h"
+#include "plan/limits.h"
 
 namespace fastattn {
 
-// Splits of 1024 keys up to 8192, of 2048 up to 32768, of 8192 up to 131072, and so on: a short
-// sequence gives work to many CTAs, and a long one does not have too many results to add up.
-inline constexpr int kFirstSplitKeys = 1024;
-inline constexpr int kFirstSplits = 8;
-inline constexpr int kSplitsOfSize = 12;  // of each larger size
 inline constexpr int kChainsOfSplit = 4;
 
 struct KeySplit {
@@ -56,9 +52,6 @@ inline int64_t InvariantFloats(int64_t grid, int64_t shares, int64_t most_splits
   return shares * kPartialHeader + (2 * grid + shares * most_splits) * tile_rows * (head_dim + 2);
 }
 
-// Bytes that results of single splits may take. Tiles of 64 packed rows have large ones.
-inline constexpr int64_t kInvariantBytes = int64_t{128} << 20;
-
 // The launch of the sequences with min_packed_rows to max_packed_rows a KV head.
 inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int tile_rows,
                                        int64_t min_packed_rows, int64_t max_packed_rows) {
@@ -68,17 +61,17 @@ inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int tile_rows,
   launch.min_packed_rows = min_packed_rows;
   launch.max_packed_rows = max_packed_rows;
   const int64_t keys =
-      KeysPerKvTile(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
+      s.tile->keys(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
   const int64_t most_keys = std::clamp<int64_t>(s.max_seqlen_k, 1, int64_t{1} << 30);
   // A sequence of more keys than max_seqlen_k says has the rest of them in its last split.
   launch.invariant_splits = KeySplitOf(static_cast<uint32_t>(most_keys - 1)) + 1;
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t longest = std::max<int64_t>(std::min(s.max_seqlen_q, s.num_tokens), 1);
-  const int64_t tiles = std::min(s.batch * CeilDiv(std::min(longest * group, max_packed_rows),
-                                                   int64_t{tile_rows}),
-                                 CeilDiv(s.num_tokens * group, int64_t{tile_rows}) + s.batch) *
-                        s.num_kv_heads;
-  const int64_t ctas = s.num_sms * kAttentionCtasPerSm;
+  const int64_t tiles =
+      std::min(s.batch * CeilDiv(std::min(longest * group, max_packed_rows), int64_t{tile_rows}),
+               CeilDiv(s.num_tokens * group, int64_t{tile_rows}) + s.batch) *
+      s.num_kv_heads;
+  const int64_t ctas = s.num_sms * s.tile->ctas_per_sm;
   // A call of few keys whose work tiles fill most of the GPU: a second kernel would take longer
   // than half of a tile's keys.
   launch.whole_tiles = tile_rows < 64 && s.batch <= kMaxPlanSeqs && 4 * tiles >= 3 * s.num_sms &&
@@ -94,11 +87,11 @@ inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int tile_rows,
     launch.shares = std::clamp<int64_t>(most, 1, launch.grid);
   }
   // Totals of 8 packed rows lie in registers, and so does a single split of four pipelines.
-  const bool small = s.head_dim <= 128 && (tile_rows == 8 || (tile_rows == 16 &&
-                                           launch.invariant_splits == 1));
+  const bool small =
+      s.head_dim <= 128 && (tile_rows == 8 || (tile_rows == 16 && launch.invariant_splits == 1));
   if (!small || (launch.invariant_splits > 1 && !launch.whole_tiles)) {
-    launch.workspace = InvariantFloats(launch.grid, launch.shares, launch.invariant_splits,
-                                       tile_rows, head_dim);
+    launch.workspace =
+        InvariantFloats(launch.grid, launch.shares, launch.invariant_splits, tile_rows, head_dim);
   }
   return launch;
 }

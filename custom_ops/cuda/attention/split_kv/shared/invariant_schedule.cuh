@@ -1,11 +1,11 @@
 // Which splits of which work tiles a CTA takes, and the chains of a split. What they are follows
-// from positions of keys (heuristics/invariant_plan.h); the CTAs share all keys of a launch.
+// from positions of keys (plan/invariant_plan.h); the CTAs share all keys of a launch.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/attention/mma_sm80/launch.h"
-#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
+#include "cuda/attention/split_kv/shared/task.h"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
@@ -33,16 +33,6 @@ struct KeySplits {
     return {begin + first * each, last ? End(split) : begin + (first + count) * each};
   }
 };
-
-// KV tiles of a segment that a warp pipeline takes in round `round` of a split; none: begin == end.
-template <typename Traits>
-__device__ __forceinline__ KeyRange<int> ChainIn(const Segment& segment,
-                                                 const KeySplits<Traits::kKvTile>& splits,
-                                                 int split, int round, int pipeline) {
-  const KeyRange<int> chain = splits.Chains(split, round * Traits::kPipelines + pipeline, 1);
-  const int begin = max(chain.begin, segment.kv_tile_begin);
-  return {begin, max(min(chain.end, segment.kv_tile_end), begin)};
-}
 
 // Cost of a work tile beside its keys, in quarters of a KV tile.
 inline constexpr uint32_t kTileCost = 24;
@@ -84,7 +74,8 @@ __device__ __forceinline__ SplitEdge SplitEdgeAt(const AttentionParams& p,
   if (task.whole_tiles) return edge;
   // The nearest split: neighbouring shares find the same one.
   const KeySplits<kKvTile> splits{task.most_splits};
-  const int kv_tile = work.first + static_cast<int>(inside > kTileCost ? (inside - kTileCost) / 4 : 0);
+  const int kv_tile =
+      work.first + static_cast<int>(inside > kTileCost ? (inside - kTileCost) / 4 : 0);
   const int end = work.first + work.kv_tiles, first = splits.Of(work.first);
   const int split = splits.Of(min(kv_tile, end - 1));
   const int split_begin = max(splits.Begin(split), work.first);
