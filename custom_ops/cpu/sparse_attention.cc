@@ -1,0 +1,238 @@
+// Attention of chosen keys on the CPU: a thread gathers the keys and values of one query token and
+// KV head into rows of fp32, and attends these rows with the kernel of flash_attention.
+//
+// The bits of a query follow from the query and from the keys that it sees, in the order in which
+// they are gathered: the first ones, those of the list, the last ones. So they depend neither on
+// the other queries nor on the number of threads.
+#include "cpu/sparse_attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <vector>
+
+#include "common/block_table.h"
+#include "common/dispatch.h"
+#include "common/normaliser.h"
+#include "common/numeric.h"
+#include "common/selected_keys.h"
+#include "common/seq_lengths.h"
+#include "cpu/attention_tile.h"
+#include "cpu/cache_codec.h"
+#include "cpu/parallel.h"
+#include "cpu/partial_row.h"
+
+namespace fastattn::cpu {
+
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// Keys that are gathered before they are attended: one pass of the kernel's softmax.
+constexpr int kGathered = kTileKeys;
+
+// A query token.
+struct Query {
+  int batch_idx = -1;    // -1: of no sequence
+  int64_t position = 0;  // in its sequence
+};
+
+// Where every token belongs. Of two sequences that claim a token the first has it.
+std::vector<Query> FindQueries(const SeqMeta& seqs) {
+  constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
+  std::vector<Query> queries(seqs.num_tokens);
+  for (int b = seqs.batch - 1; b >= 0; --b) {
+    const int* cu = seqs.cu_seqlens_q + b;
+    const auto tokens = RaggedTokens<int64_t>(cu[0], cu[1], seqs.num_tokens);
+    const int64_t count = NewTokens(int64_t{seqs.seq_lens_this_time[b]}, tokens.count);
+    const int64_t keys = PagedKeys(int64_t{seqs.seq_lens_decoder[b]}, count, kUnlimited);
+    for (int64_t i = 0; i < count; ++i) queries[tokens.begin + i] = {b, keys - count + i};
+  }
+  return queries;
+}
+
+// Gathers and attends the keys of one query token and KV head after the other. One for each thread.
+template <typename Kv>
+class Attender {
+  using Reader = CacheReader<Kv, CacheLayout::kFastattn>;
+
+ public:
+  Attender(const SparseAttentionParams& p, TileFunction run)
+      : p_(p),
+        run_(run),
+        reader_(p.attention.cache),
+        tile_(p.attention),
+        group_(p.attention.num_heads / p.attention.num_kv_heads),
+        dim_(p.attention.head_dim),
+        value_dim_(ValueDim(p.attention.head_dim)),
+        buffers_(p.attention.head_dim),
+        keys_(static_cast<size_t>(kGathered) * dim_),
+        values_(static_cast<size_t>(kGathered) * value_dim_),
+        acc_(static_cast<size_t>(kMaxTileRows) * value_dim_),
+        key_codes_(static_cast<size_t>(kBlockSize) * dim_),
+        value_codes_(static_cast<size_t>(kBlockSize) * value_dim_) {
+    tile_.paged = false;
+    RaggedKv& rows = tile_.ragged;
+    rows = {};
+    rows.dtype = DType::kFloat32;
+    rows.key = keys_.get();
+    rows.value = values_.get();
+    rows.key_token_stride = dim_;  // the rows are of one KV head, whichever it is
+    rows.value_token_stride = value_dim_;
+    rows.num_tokens = kGathered;
+  }
+
+  // Attends for up to kMaxTileRows heads of a KV head, of which `first` is the first.
+  void Attend(int64_t token, const Query& query, int kv_head, int first) {
+    query_ = query;
+    task_.batch_idx = query.batch_idx;
+    task_.kv_head = kv_head;
+    task_.packed_begin = first;
+    task_.packed_count = std::min(group_ - first, kMaxTileRows);
+    seq_.q_begin = token;
+    seq_.q_len = 1;
+    count_ = 0;
+    std::fill_n(acc_.get(), task_.packed_count * value_dim_, 0.0f);
+    for (int r = 0; r < task_.packed_count; ++r) {
+      states_[2 * r] = -kInf;
+      states_[2 * r + 1] = 0.0f;
+    }
+    const auto keys = SelectKeys<int64_t>(query.position, p_.window, p_.sink_tokens);
+    Gather({0, keys.sink_end});
+    const int* list = p_.lists.At(token, kv_head);
+    const int length = LengthOf(token, kv_head);
+    for (int i = 0; i < length; ++i) Gather(keys.Listed(list[i], p_.lists.granularity));
+    Gather({keys.window_begin, keys.limit});
+    Flush();
+  }
+
+  template <DType kOut>
+  void Write() const {
+    const AttentionParams& a = p_.attention;
+    const float inverse = a.out_scale == nullptr ? 1.0f : 1.0f / a.out_scale[0];
+    for (int r = 0; r < task_.packed_count; ++r) {
+      const int64_t token = seq_.q_begin;
+      const int64_t head = int64_t{task_.kv_head} * group_ + task_.packed_begin + r;
+      const float maximum = states_[2 * r], sum = states_[2 * r + 1];
+      const bool empty = sum == 0.0f;
+      const Normaliser found = NormaliserOf<0>(
+          empty, maximum, sum, a.sinks, [&] { return LoadScale(a.sinks, a.sinks_dtype, head); });
+      if (a.lse != nullptr) a.lse[head * a.seqs.num_tokens + token] = found.lse;
+      auto* out = static_cast<typename Element<kOut>::Storage*>(a.out) +
+                  (token * a.num_heads + head) * value_dim_;
+      const float* acc = acc_.get() + r * value_dim_;
+      for (int d = 0; d < value_dim_; ++d) {
+        out[d] = Element<kOut>::Store(empty ? 0.0f : acc[d] * found.factor * inverse);
+      }
+    }
+  }
+
+ private:
+  int LengthOf(int64_t token, int kv_head) const {
+    const KeyLists& lists = p_.lists;
+    if (lists.lengths == nullptr) return lists.width;
+    const int64_t at = token * lists.groups + lists.GroupOf(kv_head);
+    return ListLength(lists.lengths[at], lists.width);
+  }
+
+  // Adds keys and values to the rows, and attends these whenever they are full.
+  void Gather(KeyRange<int64_t> keys) {
+    const SeqMeta& seqs = p_.attention.seqs;
+    while (keys.begin < keys.end) {
+      const int slot = static_cast<int>(keys.begin % kBlockSize);
+      const int n = static_cast<int>(std::min<int64_t>(
+          keys.end - keys.begin, std::min(kBlockSize - slot, kGathered - count_)));
+      const int block = BlockOf(seqs.block_tables, seqs.max_blocks, p_.attention.cache.num_blocks,
+                                query_.batch_idx, keys.begin / kBlockSize);
+      if (block >= 0) Decode(block, slot, n);
+      if (count_ == kGathered) Flush();
+      keys.begin += n;
+    }
+  }
+
+  void Decode(int block, int slot, int n) {
+    const int head = task_.kv_head;
+    reader_.KeyCodes(block, head, slot, slot + n, key_codes_.data());
+    reader_.ValueCodes(block, head, slot, slot + n, value_codes_.data());
+    for (int i = 0; i < n; ++i, ++count_) {
+      reader_.DecodeKey(block, head, slot + i, key_codes_.data() + i * dim_,
+                        keys_.get() + count_ * dim_);
+      reader_.DecodeValue(block, head, slot + i, value_codes_.data() + i * value_dim_,
+                          values_.get() + count_ * value_dim_);
+    }
+  }
+
+  void Flush() {
+    if (count_ == 0) return;
+    seq_.k_len = task_.key_end = count_;
+    for (int r = 0; r < task_.packed_count; ++r) {
+      buffers_.visible_begin[r] = 0;
+      buffers_.visible_end[r] = count_;
+    }
+    run_(tile_, seq_, task_, buffers_);
+    for (int r = 0; r < task_.packed_count; ++r) {
+      const float added[2] = {buffers_.row_max[r], buffers_.row_sum[r]};
+      AddPartialRow(added, buffers_.acc + r * value_dim_, value_dim_, states_ + 2 * r,
+                    acc_.get() + r * value_dim_);
+    }
+    count_ = 0;
+  }
+
+  const SparseAttentionParams& p_;
+  const TileFunction run_;
+  const Reader reader_;
+  AttentionParams tile_;  // of the kernel, whose K and V are the gathered rows
+  const int group_, dim_, value_dim_;
+  TileBuffers buffers_;
+  AlignedFloats keys_, values_;  // [kGathered, D]
+  AlignedFloats acc_;            // [rows, D]
+  float states_[2 * kMaxTileRows];
+  std::vector<typename Reader::KeyStorage> key_codes_;
+  std::vector<typename Reader::ValueStorage> value_codes_;
+  Query query_;
+  AttentionSeq seq_;
+  AttentionTask task_;
+  int count_ = 0;  // rows that are gathered
+};
+
+template <typename Kv, DType kOut>
+void Run(const SparseAttentionParams& p, TileFunction run) {
+  const AttentionParams& a = p.attention;
+  const std::vector<Query> queries = FindQueries(a.seqs);
+  const int group = a.num_heads / a.num_kv_heads;
+  const int64_t most = int64_t{a.seqs.max_blocks} * kBlockSize;
+  const int64_t named =
+      int64_t{p.lists.width} * p.lists.granularity + p.window + int64_t{p.sink_tokens};
+  // About 2 ns to gather a channel of K and V, 1/8 ns for a product of a head.
+  const int64_t work = std::min(named, most) * a.head_dim * (16 + group) / 8;
+  // Queries differ in their keys, so every thread takes the next one when it is done with its own.
+  std::atomic<int64_t> next{0};
+  const int64_t count = int64_t{a.seqs.num_tokens} * a.num_kv_heads;
+  ParallelFor(count, work, [&](int64_t, int64_t) {
+    Attender<Kv> attender(p, run);
+    for (int64_t i = next++; i < count; i = next++) {
+      const int64_t token = i / a.num_kv_heads;
+      if (queries[token].batch_idx < 0) continue;
+      for (int first = 0; first < group; first += kMaxTileRows) {
+        attender.Attend(token, queries[token], static_cast<int>(i % a.num_kv_heads), first);
+        attender.template Write<kOut>();
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void SparseAttention(const SparseAttentionParams& p) {
+  AttentionParams rows = p.attention;  // the kernel attends gathered rows of fp32
+  rows.paged = false;
+  rows.ragged.dtype = DType::kFloat32;
+  const TileFunction run = ChooseTileFunction(rows);
+  DispatchCache(p.attention.cache, [&](auto format) {
+    dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3>(
+        p.attention.out_dtype, "out_dtype",
+        [&](auto dtype) { Run<decltype(format), decltype(dtype)::value>(p, run); });
+  });
+}
+
+}  // namespace fastattn::cpu
