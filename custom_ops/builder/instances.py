@@ -286,6 +286,15 @@ FAMILIES = (
         ),
     ),
     Family(
+        folder="cuda/sparse_attention",
+        launcher="LaunchSparseVariant",
+        takes="const SparseAttentionParams&, cudaStream_t",
+        declared="launch.h",
+        defined="kernel.cuh",
+        columns={"code": "DType"},
+        rows=(((*HALF, *FP8, "kInt8", "kInt4", "kE2M1"),),),
+    ),
+    Family(
         folder="cuda/merge",
         launcher="LaunchMergeVariant",
         takes="const MergeParams&, cudaStream_t",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import paddle
 import pytest
 
 import fastattn.functional as F
@@ -179,8 +180,8 @@ def test_the_arguments_of_a_cache(place):
     rng = np.random.default_rng(5)
     key, value = (rng.normal(size=(150, 2, 64)).astype(np.float32) for _ in range(2))
     center = to_paddle(key.mean(0).astype(np.float32), place)
-    target = {"place": "cpu" if place == "cpu" else "gpu:0"}
-    cache = F.make_cache(4, 2, 64, "block_wise_int8", k_center=center, **target)
+    target = paddle.CPUPlace() if place == "cpu" else paddle.CUDAPlace(0)
+    cache = F.make_cache(4, 2, 64, "block_wise_int8", k_center=center, place=target)
     tables = int32([[2, 0, 3]], place)
     seqs = [int32(x, place) for x in ([0, 150], [0], [150])]
     k, v = (to_paddle(x.astype(np.float16), place) for x in (key, value))
