@@ -1,9 +1,12 @@
-// Attention of chosen keys on the CPU: a thread gathers the keys and values of one query token and
-// KV head into rows of fp32, and attends these rows with the kernel of flash_attention.
+// Attention of chosen keys on the CPU, one query token and KV head after the other.
+//
+// Whole blocks are attended where they lie, by the kernel of paged_attention over a block table of
+// their own. Other keys and values are gathered into rows of fp32, which the kernel of
+// flash_attention attends.
 //
 // The bits of a query follow from the query and from the keys that it sees, in the order in which
-// they are gathered: the first ones, those of the list, the last ones. So they depend neither on
-// the other queries nor on the number of threads.
+// they are named: the first ones, those of the list, the last ones. So they depend neither on the
+// other queries nor on the number of threads.
 #include "cpu/sparse_attention.h"
 
 #include <algorithm>
@@ -17,6 +20,7 @@
 #include "common/numeric.h"
 #include "common/selected_keys.h"
 #include "common/seq_lengths.h"
+#include "common/static_scales.h"
 #include "cpu/attention_tile.h"
 #include "cpu/cache_codec.h"
 #include "cpu/parallel.h"
@@ -28,8 +32,16 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Keys that are gathered before they are attended: one pass of the kernel's softmax.
+// Keys, and whole blocks of them, that are collected before they are attended: one pass of the
+// kernel's softmax.
 constexpr int kGathered = kTileKeys;
+constexpr int kWholeBlocks = kMaxChunks;
+
+// The kernels for rows that are gathered, and for blocks.
+struct Kernels {
+  TileFunction rows;
+  TileFunction blocks;
+};
 
 // A query token.
 struct Query {
@@ -57,11 +69,12 @@ class Attender {
   using Reader = CacheReader<Kv, CacheLayout::kFastattn>;
 
  public:
-  Attender(const SparseAttentionParams& p, TileFunction run)
+  Attender(const SparseAttentionParams& p, const Kernels& kernels)
       : p_(p),
-        run_(run),
+        kernels_(kernels),
         reader_(p.attention.cache),
         tile_(p.attention),
+        blocks_(p.attention),
         group_(p.attention.num_heads / p.attention.num_kv_heads),
         dim_(p.attention.head_dim),
         value_dim_(ValueDim(p.attention.head_dim)),
@@ -80,18 +93,20 @@ class Attender {
     rows.key_token_stride = dim_;  // the rows are of one KV head, whichever it is
     rows.value_token_stride = value_dim_;
     rows.num_tokens = kGathered;
+    blocks_.seqs.batch = 1;
+    blocks_.seqs.block_tables = whole_;
   }
 
   // Attends for up to kMaxTileRows heads of a KV head, of which `first` is the first.
   void Attend(int64_t token, const Query& query, int kv_head, int first) {
     query_ = query;
-    task_.batch_idx = query.batch_idx;
     task_.kv_head = kv_head;
     task_.packed_begin = first;
     task_.packed_count = std::min(group_ - first, kMaxTileRows);
     seq_.q_begin = token;
     seq_.q_len = 1;
-    count_ = 0;
+    count_ = num_whole_ = 0;
+    TakeScales();
     std::fill_n(acc_.get(), task_.packed_count * value_dim_, 0.0f);
     for (int r = 0; r < task_.packed_count; ++r) {
       states_[2 * r] = -kInf;
@@ -103,6 +118,7 @@ class Attender {
     const int length = LengthOf(token, kv_head);
     for (int i = 0; i < length; ++i) Gather(keys.Listed(list[i], p_.lists.granularity));
     Gather({keys.window_begin, keys.limit});
+    FlushBlocks();
     Flush();
   }
 
@@ -135,18 +151,44 @@ class Attender {
     return ListLength(lists.lengths[at], lists.width);
   }
 
-  // Adds keys and values to the rows, and attends these whenever they are full.
+  // The query's scales by sequence, as the kernels' only sequence is the first; and the scales of V
+  // that are constant over the keys, which the kernel of blocks leaves out.
+  void TakeScales() {
+    const AttentionParams& a = p_.attention;
+    const Descale& descale = a.q_descale;
+    if (descale.data != nullptr) {
+      const int64_t bytes = query_.batch_idx * descale.batch_stride * SizeOf(descale.dtype);
+      tile_.q_descale.data = static_cast<const char*>(descale.data) + bytes;
+      blocks_.q_descale.data = tile_.q_descale.data;
+    }
+    const PagedCache& cache = a.cache;
+    scales_values_ = IsQuantized(cache.type) && !IsDynamic(cache.type);
+    for (int d = 0; d < value_dim_ && scales_values_; ++d) {
+      value_scales_[d] =
+          LoadScale(cache.v_scales, cache.scale_dtype,
+                    StaticScaleIndex(cache.v_granularity, task_.kv_head, d, value_dim_));
+    }
+  }
+
+  // Collects whole blocks, adds other keys and values to the rows, and attends either whenever they
+  // are full.
   void Gather(KeyRange<int64_t> keys) {
     const SeqMeta& seqs = p_.attention.seqs;
     while (keys.begin < keys.end) {
       const int slot = static_cast<int>(keys.begin % kBlockSize);
-      const int n = static_cast<int>(std::min<int64_t>(
-          keys.end - keys.begin, std::min(kBlockSize - slot, kGathered - count_)));
+      int n = static_cast<int>(std::min<int64_t>(keys.end - keys.begin, kBlockSize - slot));
+      if (n < kBlockSize) n = std::min(n, kGathered - count_);
       const int block = BlockOf(seqs.block_tables, seqs.max_blocks, p_.attention.cache.num_blocks,
                                 query_.batch_idx, keys.begin / kBlockSize);
-      if (block >= 0) Decode(block, slot, n);
-      if (count_ == kGathered) Flush();
       keys.begin += n;
+      if (block < 0) continue;
+      if (n == kBlockSize) {
+        whole_[num_whole_++] = block;
+        if (num_whole_ == kWholeBlocks) FlushBlocks();
+      } else {
+        Decode(block, slot, n);
+        if (count_ == kGathered) Flush();
+      }
     }
   }
 
@@ -164,24 +206,38 @@ class Attender {
 
   void Flush() {
     if (count_ == 0) return;
-    seq_.k_len = task_.key_end = count_;
-    for (int r = 0; r < task_.packed_count; ++r) {
-      buffers_.visible_begin[r] = 0;
-      buffers_.visible_end[r] = count_;
-    }
-    run_(tile_, seq_, task_, buffers_);
-    for (int r = 0; r < task_.packed_count; ++r) {
-      const float added[2] = {buffers_.row_max[r], buffers_.row_sum[r]};
-      AddPartialRow(added, buffers_.acc + r * value_dim_, value_dim_, states_ + 2 * r,
-                    acc_.get() + r * value_dim_);
-    }
+    Run(tile_, kernels_.rows, count_, false);
     count_ = 0;
   }
 
+  void FlushBlocks() {
+    if (num_whole_ == 0) return;
+    blocks_.seqs.max_blocks = num_whole_;
+    Run(blocks_, kernels_.blocks, num_whole_ * kBlockSize, scales_values_);
+    num_whole_ = 0;
+  }
+
+  // Attends `count` keys, all of which every row sees, and adds the result to the keys before.
+  void Run(const AttentionParams& keys, TileFunction run, int count, bool scales_values) {
+    seq_.k_len = task_.key_end = count;
+    for (int r = 0; r < task_.packed_count; ++r) {
+      buffers_.visible_begin[r] = 0;
+      buffers_.visible_end[r] = count;
+    }
+    run(keys, seq_, task_, buffers_);
+    for (int r = 0; r < task_.packed_count; ++r) {
+      float* acc = buffers_.acc + r * value_dim_;
+      for (int d = 0; d < value_dim_ && scales_values; ++d) acc[d] *= value_scales_[d];
+      const float added[2] = {buffers_.row_max[r], buffers_.row_sum[r]};
+      AddPartialRow(added, acc, value_dim_, states_ + 2 * r, acc_.get() + r * value_dim_);
+    }
+  }
+
   const SparseAttentionParams& p_;
-  const TileFunction run_;
+  const Kernels kernels_;
   const Reader reader_;
-  AttentionParams tile_;  // of the kernel, whose K and V are the gathered rows
+  AttentionParams tile_;    // of the kernel whose K and V are the gathered rows
+  AttentionParams blocks_;  // and of the one whose block table is whole_
   const int group_, dim_, value_dim_;
   TileBuffers buffers_;
   AlignedFloats keys_, values_;  // [kGathered, D]
@@ -192,11 +248,15 @@ class Attender {
   Query query_;
   AttentionSeq seq_;
   AttentionTask task_;
-  int count_ = 0;  // rows that are gathered
+  int count_ = 0;            // rows that are gathered
+  int whole_[kWholeBlocks];  // physical blocks
+  int num_whole_ = 0;
+  bool scales_values_ = false;
+  float value_scales_[kMaxHeadDim];
 };
 
 template <typename Kv, DType kOut>
-void Run(const SparseAttentionParams& p, TileFunction run) {
+void Run(const SparseAttentionParams& p, const Kernels& kernels) {
   const AttentionParams& a = p.attention;
   const std::vector<Query> queries = FindQueries(a.seqs);
   const int group = a.num_heads / a.num_kv_heads;
@@ -209,7 +269,7 @@ void Run(const SparseAttentionParams& p, TileFunction run) {
   std::atomic<int64_t> next{0};
   const int64_t count = int64_t{a.seqs.num_tokens} * a.num_kv_heads;
   ParallelFor(count, work, [&](int64_t, int64_t) {
-    Attender<Kv> attender(p, run);
+    Attender<Kv> attender(p, kernels);
     for (int64_t i = next++; i < count; i = next++) {
       const int64_t token = i / a.num_kv_heads;
       if (queries[token].batch_idx < 0) continue;
@@ -227,11 +287,11 @@ void SparseAttention(const SparseAttentionParams& p) {
   AttentionParams rows = p.attention;  // the kernel attends gathered rows of fp32
   rows.paged = false;
   rows.ragged.dtype = DType::kFloat32;
-  const TileFunction run = ChooseTileFunction(rows);
+  const Kernels kernels{ChooseTileFunction(rows), ChooseTileFunction(p.attention)};
   DispatchCache(p.attention.cache, [&](auto format) {
     dispatch<DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kE4M3>(
         p.attention.out_dtype, "out_dtype",
-        [&](auto dtype) { Run<decltype(format), decltype(dtype)::value>(p, run); });
+        [&](auto dtype) { Run<decltype(format), decltype(dtype)::value>(p, kernels); });
   });
 }
 

@@ -24,7 +24,7 @@ from tests.support.attention import (
 from tests.support.bounds import assert_error_ratio
 from tests.support.compare import assert_same_bits
 from tests.support.sparse import sparse_problem
-from tests.support.tensors import EMPTY_OUTPUTS, int32, to_numpy, to_paddle
+from tests.support.tensors import EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy, to_paddle
 
 #: (cached, new) tokens: prefill, chunks, decoding, drafts and a resting sequence in one step.
 MIXED = [(0, 5), (1023, 1), (320, 3), (0, 0), (64, 1), (1, 9), (0, 1), (70, 4)]
@@ -314,6 +314,34 @@ def test_strided_lists(place):
     got = F.sparse_paged_attention(
         *positional,
         lists,
+        selected_lens=int32(problem.selected_lens, place),
+        return_softmax_lse=True,
+        **problem.lists(),
+        **keywords,
+    )
+    assert_same_bits(to_numpy(got[0]), out)
+    assert_same_bits(to_numpy(got[1]), lse)
+
+
+@pytest.mark.parametrize("kind", [PLAIN, BLOCK_WISE_FP8, BLOCK_WISE_INT4], ids=str)
+@pytest.mark.parametrize("granularity", [1, 64])
+def test_views_of_a_pool_and_of_projections(place, kind, granularity):
+    """K and V are halves of one pool, with their heads in another order; Q is part of a tensor."""
+    skip_slices_on(place)
+    problem = sparse_problem(SHORT, kind=kind, granularity=granularity, window=5)
+    out, lse = problem.run(place)
+    positional, keywords = problem.arguments(place)
+    wide = np.zeros((len(problem.q), 7, 64), problem.q.dtype)
+    wide[:, 2:6] = problem.q
+    positional[0] = to_paddle(wide, place)[:, 2:6]
+    for i, stored in ((1, problem.k.packed()), (2, problem.v.packed())):
+        pool = np.zeros((stored.shape[1], len(stored), 2, *stored.shape[2:]), stored.dtype)
+        pool[:, :, i - 1] = stored.swapaxes(0, 1)
+        positional[i] = to_paddle(pool, place)[:, :, i - 1].transpose([1, 0, 2, 3])
+        assert not positional[i].is_contiguous()
+    got = F.sparse_paged_attention(
+        *positional,
+        int32(problem.selected, place),
         selected_lens=int32(problem.selected_lens, place),
         return_softmax_lse=True,
         **problem.lists(),
