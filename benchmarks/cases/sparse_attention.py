@@ -1,6 +1,6 @@
 """Attention of chosen keys in a decode step, beside reading them once and beside all keys.
 
-The bytes are those of the chosen keys' K, V and scales, for each query and KV head once.
+A row counts the bytes of the chosen keys: K, V and scales, for each query and KV head once.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class _Decode:
         self.cache = Cache(device, quant, self.step.blocks)
 
     def dense(self) -> Call:
-        """Over all keys."""
+        """Make a call over all keys."""
         return bind(F.paged_attention, *self._common(), **self._options())
 
     def sparse(self, chosen: int, granularity: int, seed: int = 0) -> Call:
-        """Over keys that `seed` chooses."""
+        """Make a call over keys that `seed` chooses."""
         lists = self.device.int32(_lists(self.batch, self.context, chosen, granularity, seed))
         options = {**self._options(), "granularity": granularity}
         return bind(F.sparse_paged_attention, *self._common(), selected=lists, **options)

@@ -291,8 +291,11 @@ FAMILIES = (
         takes="const SparseAttentionParams&, cudaStream_t",
         declared="launch.h",
         defined="kernel.cuh",
-        columns={"code": "DType"},
-        rows=(((*HALF, *FP8, "kInt8", "kInt4", "kE2M1"),),),
+        columns={"code": "DType", "scales": "Scales"},  # kStatic: or scales of tokens
+        rows=(
+            ((*HALF, *FP8, "kInt8", "kInt4"), "kStatic"),
+            ("kE2M1", "kGroup32UE8M0"),
+        ),
     ),
     Family(
         folder="cuda/merge",

@@ -1,6 +1,6 @@
 // Which keys a query of sparse_paged_attention sees: the first ones of its sequence, the last ones
-// up to itself, and between them those that its list names. The list's entries are cut to what
-// lies between, so that no key counts twice.
+// up to itself, and between them the keys that its list names. Entries of the list are cut to these
+// positions, so that no key counts twice.
 //
 // Entries are not trusted: a negative one names nothing, and one past the query is cut away.
 #pragma once

@@ -1,12 +1,12 @@
 // Attention of chosen keys on the CPU, one query token and KV head after the other.
 //
-// Whole blocks are attended where they lie, by the kernel of paged_attention over a block table of
-// their own. Other keys and values are gathered into rows of fp32, which the kernel of
-// flash_attention attends.
+// The kernel of paged_attention attends whole blocks in place, over a block table of their own.
+// Other keys and values are gathered into rows of fp32, which the kernel of flash_attention
+// attends.
 //
 // The bits of a query follow from the query and from the keys that it sees, in the order in which
-// they are named: the first ones, those of the list, the last ones. So they depend neither on the
-// other queries nor on the number of threads.
+// they are named: the first ones, the ones of the list, the last ones. So they depend neither on
+// the other queries nor on the number of threads.
 #include "cpu/sparse_attention.h"
 
 #include <algorithm>

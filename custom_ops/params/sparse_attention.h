@@ -13,7 +13,7 @@ namespace fastattn {
 struct KeyLists {
   const int* entries = nullptr;  // [num_tokens, groups, width]
   const int* lengths = nullptr;  // [num_tokens, groups] or null: width. Clamped to [0, width]
-  int64_t token_stride = 0;      // elements of `entries`; a list lies side by side
+  int64_t token_stride = 0;      // elements of `entries`; the entries of a list are contiguous
   int64_t group_stride = 0;
   int groups = 1;  // 1 or the number of KV heads
   int width = 0;

@@ -1,4 +1,4 @@
-"""sparse_paged_attention against the fp64 model, and the model against that of paged_attention."""
+"""sparse_paged_attention against its fp64 model, and this against the model of all keys."""
 
 from __future__ import annotations
 

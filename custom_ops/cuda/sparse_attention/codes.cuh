@@ -33,17 +33,29 @@ __device__ __forceinline__ void E2M1ToFloat(uint32_t codes, float (&x)[4]) {
 
 // Four codes, a byte each.
 template <DType kCode>
-__device__ __forceinline__ void QuadToFloat(uint32_t codes, float (&x)[4]) {
-  if constexpr (kCode == DType::kInt8) {
-    BytesToFloat(codes ^ 0x80808080u, 128.0f, x);
-  } else if constexpr (kCode == DType::kInt4) {
-    BytesToFloat(codes, 8.0f, x);
-  } else if constexpr (kCode == DType::kE2M1) {
-    E2M1ToFloat(codes, x);
-  } else {
+struct Quad {
+  static __device__ __forceinline__ void ToFloat(uint32_t codes, float (&x)[4]) {
     CodesToFloat<kCode>(codes, x);
   }
-}
+};
+template <>
+struct Quad<DType::kInt8> {
+  static __device__ __forceinline__ void ToFloat(uint32_t codes, float (&x)[4]) {
+    BytesToFloat(codes ^ 0x80808080u, 128.0f, x);
+  }
+};
+template <>
+struct Quad<DType::kInt4> {
+  static __device__ __forceinline__ void ToFloat(uint32_t codes, float (&x)[4]) {
+    BytesToFloat(codes, kInt4Bias, x);
+  }
+};
+template <>
+struct Quad<DType::kE2M1> {
+  static __device__ __forceinline__ void ToFloat(uint32_t codes, float (&x)[4]) {
+    E2M1ToFloat(codes, x);
+  }
+};
 
 // Two 16-bit values.
 template <DType kCode>
@@ -58,10 +70,15 @@ __device__ __forceinline__ void PairToFloat(uint32_t pair, float* low, float* hi
   }
 }
 
-// GroupScale<kUE8M0>::Value without branches: a byte of 0 is 2^-127, one of 255 a NaN.
-__device__ __forceinline__ float GroupScaleOf(uint32_t byte) {
-  return __uint_as_float(byte << 23 | ((byte + 1 & 0xFEu) == 0 ? 0x00400000u : 0u));
-}
+// The value of a group's scale, as GroupScale<kType> has it, without branches.
+template <DType kType>
+struct GroupScaleOf;
+template <>
+struct GroupScaleOf<DType::kUE8M0> {
+  static __device__ __forceinline__ float Value(uint32_t byte) {  // 0: 2^-127, 255: NaN
+    return __uint_as_float(byte << 23 | ((byte + 1 & 0xFEu) == 0 ? 0x00400000u : 0u));
+  }
+};
 
 // 0xFF for each of four bits that is set.
 __device__ __forceinline__ uint32_t ByteMask(uint32_t bits) {

@@ -1,9 +1,9 @@
 // Which keys a warp attends at a time.
 //
-// The keys of a query are cut into units of 16: the first keys of its sequence, those of its list,
-// the last keys. Where an entry of the list stands for 16 tokens or more, and among the first and
-// the last keys, a unit is 16 neighbouring slots of one block (wide). Finer entries are gathered
-// one by one. A tile is two units, and its 32 keys are the columns of the warp's lanes.
+// The keys of a query are cut into units of 16: the first keys of its sequence, the keys of its
+// list, the last keys. Where an entry of the list stands for 16 tokens or more, and among the first
+// and the last keys, a unit is 16 neighbouring slots of one block (wide). Finer entries are
+// gathered one by one. A tile is two units, and its 32 keys are the columns of the warp's lanes.
 #pragma once
 
 #include <cstdint>

@@ -28,23 +28,27 @@
 #include "cuda/sparse_attention/codes.cuh"
 #include "cuda/sparse_attention/columns.cuh"
 #include "cuda/sparse_attention/launch.h"
+#include "formats/kv_format.h"
 
 namespace fastattn::cuda::sparse {
 
 inline constexpr int kHeads = 8;  // of a CTA, at most
 
-template <DType kCode_, int kMaxDim_>
+template <DType kCode_, Scales kScales_, int kMaxDim_>
 struct Traits {
+  using Side = SideFormat<kCode_, kScales_>;
   static constexpr DType kCode = kCode_;
   static constexpr int kMaxDim = kMaxDim_;
   static constexpr int kPairs = kMaxDim / 64;  // of channels, of a lane
-  static constexpr bool kQuantized = InfoOf(kCode).bits <= 8;
+  static constexpr bool kQuantized = Side::kQuantized;
   // A thread's outputs, and V of 16 bits as it is loaded, need registers.
   static constexpr int kWarps = kMaxDim > 128 ? 8 : kQuantized ? 16 : 12;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr bool kNibbles = CodesPerByte(kCode) == 2;
-  static constexpr bool kGrouped = kCode == DType::kE2M1;
+  static constexpr bool kNibbles = Side::kNibbles;
+  static constexpr bool kGrouped = Side::kGrouped;
+  static constexpr int kGroup = kGrouped ? Side::kGroup : 32;    // channels of a scale
   static constexpr int kPieceValues = 128 / InfoOf(kCode).bits;  // channels of 16 bytes
+  static_assert(kGroup % kPieceValues == 0, "the channels of 16 bytes have one scale");
   using Storage = typename Element<kCode>::Storage;
 };
 
@@ -138,7 +142,7 @@ __device__ __forceinline__ void Multiply(const AttentionParams& a, const Work& w
   const auto* scales = static_cast<const uint8_t*>(cache.k_scales);
   if constexpr (T::kGrouped) {
     scales += cache.k_scale_strides.Plane(column.block, work.kv_head) +
-              column.row * (a.head_dim / T::kPieceValues);
+              column.row * (a.head_dim / T::kGroup);
   }
 #pragma unroll 4
   for (int piece = 0; piece < a.head_dim / T::kPieceValues; ++piece) {
@@ -156,17 +160,19 @@ __device__ __forceinline__ void Multiply(const AttentionParams& a, const Work& w
     } else if constexpr (!T::kNibbles) {
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        QuadToFloat<T::kCode>(words[w], x);
+        Quad<T::kCode>::ToFloat(words[w], x);
         AddProducts(x, first + 4 * w, work.heads, shared, dots);
       }
     } else {
       float scale = 1.0f;
-      if constexpr (T::kGrouped) scale = GroupScaleOf(__ldg(scales + piece));
+      if constexpr (T::kGrouped) {
+        scale = GroupScaleOf<T::Side::kScaleType>::Value(__ldg(scales + first / T::kGroup));
+      }
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         float even[4], odd[4];
-        QuadToFloat<T::kCode>(words[w] & 0x0F0F0F0Fu, even);
-        QuadToFloat<T::kCode>(words[w] >> 4 & 0x0F0F0F0Fu, odd);
+        Quad<T::kCode>::ToFloat(words[w] & 0x0F0F0F0Fu, even);
+        Quad<T::kCode>::ToFloat(words[w] >> 4 & 0x0F0F0F0Fu, odd);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float both[4] = {even[2 * half], odd[2 * half], even[2 * half + 1],
@@ -283,11 +289,11 @@ __device__ __forceinline__ void Widen(const Values<T>& values, int quad, float (
       PairToFloat<T::kCode>(values.even[4 * quad + i], &even[i], &odd[i]);
     }
   } else if constexpr (T::kNibbles) {
-    QuadToFloat<T::kCode>(values.even[quad] & 0x0F0F0F0Fu, even);
-    QuadToFloat<T::kCode>(values.even[quad] >> 4 & 0x0F0F0F0Fu, odd);
+    Quad<T::kCode>::ToFloat(values.even[quad] & 0x0F0F0F0Fu, even);
+    Quad<T::kCode>::ToFloat(values.even[quad] >> 4 & 0x0F0F0F0Fu, odd);
   } else {
-    QuadToFloat<T::kCode>(values.even[quad], even);
-    QuadToFloat<T::kCode>(values.odd[quad], odd);
+    Quad<T::kCode>::ToFloat(values.even[quad], even);
+    Quad<T::kCode>::ToFloat(values.odd[quad], odd);
   }
 }
 
@@ -309,12 +315,13 @@ __device__ __forceinline__ void AddValues(const AttentionParams& a, const Work& 
       float even[4], odd[4];
       Widen(values, quad, even, odd);
       if constexpr (T::kGrouped) {
-        const auto* scales = static_cast<const uint8_t*>(cache.v_scales) + pair / 16;
+        const auto* scales = static_cast<const uint8_t*>(cache.v_scales) + 2 * pair / T::kGroup;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           float scale = 0.0f;
           if (seen >> (4 * quad + j) & 1) {
-            scale = GroupScaleOf(__ldg(scales + columns.scales[column + j]));
+            scale = GroupScaleOf<T::Side::kScaleType>::Value(
+                __ldg(scales + columns.scales[column + j]));
           }
           even[j] *= scale;
           odd[j] *= scale;
@@ -346,7 +353,7 @@ __device__ __forceinline__ void PlaceValues(const PagedCache& cache, int kv_head
       T::kQuantized ? plane + TokenSlot(column.row) : plane + column.row * cache.value_strides.row;
   if constexpr (T::kGrouped) {
     const int64_t scales = cache.v_scale_strides.Plane(column.block, kv_head);
-    columns->scales[lane] = scales + column.row * (cache.ValueDim() / 32);
+    columns->scales[lane] = scales + column.row * (cache.ValueDim() / T::kGroup);
   }
 }
 
@@ -511,10 +518,12 @@ cudaError_t Launch(const SparseAttentionParams& p, cudaStream_t stream) {
 
 namespace fastattn::cuda {
 
-template <DType kCode>
+template <DType kCode, Scales kScales>
 cudaError_t LaunchSparseVariant(const SparseAttentionParams& p, cudaStream_t stream) {
-  if (p.attention.head_dim <= 128) return sparse::Launch<sparse::Traits<kCode, 128>>(p, stream);
-  return sparse::Launch<sparse::Traits<kCode, 256>>(p, stream);
+  if (p.attention.head_dim <= 128) {
+    return sparse::Launch<sparse::Traits<kCode, kScales, 128>>(p, stream);
+  }
+  return sparse::Launch<sparse::Traits<kCode, kScales, 256>>(p, stream);
 }
 
 }  // namespace fastattn::cuda

@@ -10,7 +10,10 @@ cudaError_t LaunchSparseAttention(const SparseAttentionParams& p, cudaStream_t s
   const AttentionParams& a = p.attention;
   if (a.seqs.num_tokens == 0 || a.num_heads == 0) return cudaSuccess;
   cudaError_t status = cudaErrorInvalidValue;
-  const std::tuple wanted{Wanted{"elements of the cache", a.cache.dtype}};
+  const bool grouped = HasGroupScales(a.cache.type);
+  const std::tuple wanted{
+      Wanted{"elements of the cache", a.cache.dtype},
+      Wanted{"scales of the cache", grouped ? FormatOf(a.cache.type).scales : Scales::kStatic}};
   dispatch(SparseInstances{}, wanted, [&](auto... arguments) {
     status = LaunchSparseVariant<decltype(arguments)::value...>(p, stream);
   });

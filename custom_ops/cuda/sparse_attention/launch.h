@@ -1,5 +1,5 @@
-// Launcher of sparse_paged_attention: one kernel for each type of codes, those of
-// builder/instances.py; LaunchSparseAttention picks one.
+// Launcher of sparse_paged_attention: one kernel for each type of codes
+// (builder/instances.py); LaunchSparseAttention picks one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,12 +8,13 @@
 
 namespace fastattn::cuda {
 
-// Writes output and LSE of every token; p.attention.clear_padding says whether those of no sequence
-// get an output of 0. Caches are aligned as PagedCache says, queries and outputs need no alignment.
-// Throws std::invalid_argument for a combination that is not compiled.
+// Writes output and LSE of every token; p.attention.clear_padding says whether tokens of no
+// sequence get an output of 0. Caches are aligned as PagedCache says, queries and outputs need no
+// alignment. Throws std::invalid_argument for a combination that is not compiled.
 cudaError_t LaunchSparseAttention(const SparseAttentionParams& p, cudaStream_t stream);
 
-template <DType kCode>
+// kScales: scales of groups, or kStatic for all other ones, which a kernel tells apart itself.
+template <DType kCode, Scales kScales>
 cudaError_t LaunchSparseVariant(const SparseAttentionParams& p, cudaStream_t stream);
 
 }  // namespace fastattn::cuda
