@@ -104,6 +104,54 @@ def _paged_attention(args: Arguments) -> None:
     _check_read(args, seqs, None)
 
 
+def _sparse_paged_attention(args: Arguments) -> None:
+    seqs = sequences(args, args.shape("q", 3)[0])
+    selected, size = args.ints("selected", 3).astype(np.int64), args.number("granularity")
+    queries, groups, width = selected.shape
+    if size < 1 or queries != args.shape("q", 3)[0]:
+        raise Malformed
+    counts = np.full((queries, groups), width)
+    if args.has("selected_lens"):
+        counts = args.ints("selected_lens", 2)
+        if counts.shape != (queries, groups):
+            raise Malformed
+    for seq in np.flatnonzero(seqs.new).tolist():
+        own = seqs.own(seq)
+        _within(args, "selected_lens", counts[own], 0, width, "query group")
+        lists = np.where(np.arange(width) < counts[own][..., None], selected[own], -1)
+        ordered = np.sort(lists, axis=-1)
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+        if twice.any():
+            query, group, at = (int(i) for i in np.argwhere(twice)[0])
+            text = f"distinct entries for query {own.start + query}, group {group}"
+            args.refuse("selected", text, f"{ordered[query, group, at]} twice")
+        limits = (seqs.cached[seq] + 1 + np.arange(seqs.new[seq]))[:, None]
+        listed = lists.reshape(len(lists), -1)
+        begin = np.where(listed < 0, limits, np.minimum(listed * size, limits))
+        first = np.zeros_like(limits), np.maximum(limits - args.number("window"), 0)
+        begin = np.concatenate([begin, *first], 1)
+        end = np.minimum(begin + size, limits)
+        end[:, -2] = np.minimum(args.number("sink_tokens"), limits[:, 0])
+        end[:, -1] = limits[:, 0]
+        begin, end = begin.reshape(-1), end.reshape(-1)
+        rows = np.full(len(begin), seq)
+        tables = np.broadcast_to(seqs.tables[seq], (len(begin), seqs.tables.shape[1]))
+        _needed(args, tables, begin, end, _BLOCK, args.shape("key_cache", 4)[0], rows)
+        seen = np.zeros(int(seqs.end[seq]) + 1, np.int64)  # +1 and -1 at begins and ends
+        np.add.at(seen, begin[begin < end], 1)
+        np.add.at(seen, end[begin < end], -1)
+        _check_seen_scales(args, seqs.tables, seq, np.cumsum(seen)[:-1] > 0)
+
+
+def _check_seen_scales(args: Arguments, tables: Array, seq: int, seen: Array) -> None:
+    """Check the dynamic scales of the keys of a sequence that some query sees, span by span."""
+    edges = np.diff(np.concatenate([[0], seen.astype(np.int64), [0]]))
+    first, last = (np.zeros(len(tables), np.int64) for _ in range(2))
+    for begin, end in zip(np.flatnonzero(edges > 0), np.flatnonzero(edges < 0)):
+        first[seq], last[seq] = begin, end
+        check_dynamic(args, tables, first, last, _BLOCK)
+
+
 def _attention_step(args: Arguments) -> None:
     _write(args)
     seqs = sequences(args, args.shape("qkv", 2)[0], head_tables=True)
@@ -463,6 +511,7 @@ _RULES: dict[str, Callable[[Arguments], None]] = {
     "paged_mqa_logits": _context,
     "rope_write_cache_kv": _write,
     "save_partial_states": _partial_states,
+    "sparse_paged_attention": _sparse_paged_attention,
     "token_maps": _token_maps,
     "topk_indices": _topk_indices,
     "topk_to_slots": _topk_to_slots,

@@ -39,6 +39,7 @@ _PER_TOKEN = frozenset(
         "topk_lengths",
         "q_scales",
         "row_ids",
+        "selected_lens",
         "starts",
         "token_of_query",
         "v_descale",

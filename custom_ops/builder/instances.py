@@ -305,6 +305,18 @@ FAMILIES = (
         ),
     ),
     Family(
+        folder="cuda/sparse_attention",
+        launcher="LaunchSparseVariant",
+        takes="const SparseAttentionParams&, cudaStream_t",
+        declared="launch.h",
+        defined="kernel.cuh",
+        columns={"code": "DType", "scales": "Scales"},  # kStatic: or scales of tokens
+        rows=(
+            ((*HALF, *FP8, "kInt8", "kInt4"), "kStatic"),
+            ("kE2M1", "kGroup32UE8M0"),
+        ),
+    ),
+    Family(
         folder="cuda/merge",
         launcher="LaunchMergeVariant",
         takes="const MergeParams&, cudaStream_t",

@@ -26,6 +26,7 @@
 #include "cpu/attention_tile.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/partial_row.h"
 
 namespace fastattn::cpu {
 
@@ -44,18 +45,6 @@ constexpr int64_t kCostPerWork = 16;
 
 // The best instruction set that kernels may use; only tests lower it.
 std::atomic<int> isa_limit{static_cast<int>(Isa::kAvx512)};
-
-TileFunction ChooseTileFunction(const AttentionParams& p) {
-  switch (ChosenIsa()) {
-    case Isa::kAvx512:
-      return avx512::FindTileFunction(p);
-    case Isa::kAvx2:
-      return avx2::FindTileFunction(p);
-    case Isa::kBaseline:
-      break;
-  }
-  return baseline::FindTileFunction(p);
-}
 
 // Lengths of a sequence. The CPU counts positions in 64 bits and so needs no upper bound on them.
 AttentionSeq FindSeq(const AttentionParams& p, int batch_idx) {
@@ -286,22 +275,13 @@ void Restore(const AttentionParams& p, const AttentionTask& task, const PartialR
   }
 }
 
-// Adds a split to the splits before it. A split without visible keys, which has sum 0 and output 0,
-// changes no bit. One with a NaN has NaN in both, and a weight of 0 leaves them NaN.
+// Adds a split to the splits before it.
 void AddSplit(const AttentionParams& p, const AttentionTask& task, const PartialRows& split,
               const PartialRows& total) {
   const int dim = ValueDim(p.head_dim);
   for (int r = 0; r < task.packed_count; ++r) {
-    float* state = total.states + 2 * r;
-    const float* added = split.states + 2 * r;
-    const float largest = std::max(state[0], added[0]);
-    const float shift = largest == -kInf ? 0.0f : largest;
-    const float keep = std::exp2(state[0] - shift), weight = std::exp2(added[0] - shift);
-    state[0] = largest;
-    state[1] = state[1] * keep + added[1] * weight;
-    float* acc = total.acc + r * dim;
-    const float* out = split.acc + r * dim;
-    for (int d = 0; d < dim; ++d) acc[d] = acc[d] * keep + out[d] * weight;
+    AddPartialRow(split.states + 2 * r, split.acc + r * dim, dim, total.states + 2 * r,
+                  total.acc + r * dim);
   }
 }
 
@@ -383,6 +363,18 @@ void Execute(const AttentionParams& p, TileFunction run, const Plan& plan) {
 
 Isa ChosenIsa() {
   return static_cast<Isa>(std::min(static_cast<int>(DetectIsa()), isa_limit.load()));
+}
+
+TileFunction ChooseTileFunction(const AttentionParams& p) {
+  switch (ChosenIsa()) {
+    case Isa::kAvx512:
+      return avx512::FindTileFunction(p);
+    case Isa::kAvx2:
+      return avx2::FindTileFunction(p);
+    case Isa::kBaseline:
+      break;
+  }
+  return baseline::FindTileFunction(p);
 }
 
 void Attention(const AttentionParams& p) {

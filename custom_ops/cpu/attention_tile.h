@@ -108,7 +108,11 @@ struct TileBuffers {
 using TileFunction = void (*)(const AttentionParams& p, const AttentionSeq& seq,
                               const AttentionTask& task, TileBuffers& buffers);
 
-// The kernel for p's head_dim and types in each instruction set; null where it is not compiled.
+// The kernel for p's head_dim and types in the best instruction set. Throws std::invalid_argument
+// for types that are not compiled.
+TileFunction ChooseTileFunction(const AttentionParams& p);
+
+// The same in each instruction set; null where it is not compiled.
 namespace baseline {
 TileFunction FindTileFunction(const AttentionParams& p);
 }

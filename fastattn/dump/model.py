@@ -260,7 +260,7 @@ def _attention(model: str) -> Callable[..., Verdicts]:
         # Others have no defined LSE, and keep what a given `out` held.
         owned = _owned(given)
         got, exact, naive = got.reshape(exact.shape)[owned], exact[owned], naive[owned]
-        fp8_query = given["q"].dtype == np.uint8 or given["quantize_q"]
+        fp8_query = given["q"].dtype == np.uint8 or given.get("quantize_q")
         fp8 = on_gpu and fp8_query and _key_code(given) in ("e4m3", "e5m2")
         dtype = got.dtype.name
         wide: Any = None
@@ -322,6 +322,7 @@ MODELS: dict[str, Callable[[Given, Results, bool], Verdicts]] = {
     "append_cache_kv_c8": _in_place("append_cache_kv_c8", {"key_out": "key", "value_out": "value"}),
     "flash_attention": _attention("flash_attention"),
     "paged_attention": _attention("paged_attention"),
+    "sparse_paged_attention": _attention("sparse_paged_attention"),
     "compact_block_tables": _tuple_of("compact_block_tables", "tables", "seq_lens", "masks"),
     "convert_cache_layout": _tuple_of("convert_cache_layout", "out"),
     "convert_cache_blocks": _convert_blocks,
@@ -363,12 +364,19 @@ MODELS: dict[str, Callable[[Given, Results, bool], Verdicts]] = {
 MOST_WORK = 2e10
 
 
+#: Operators whose models multiply all queries by all keys. A sparse one masks most of them.
+_DENSE = (
+    *("paged_attention", "sparse_paged_attention", "flash_attention"),
+    *("mla_attention", "mqa_logits"),
+)
+
+
 def work_of(op: str, given: Given) -> float:
     """Products of an attention model, roughly: its fp64 matrices hold all queries by all keys."""
     if op == "attention_step":
         (tokens, width), heads = given["qkv"].shape, given["num_heads"]
         dim = width // (heads + 2 * given["num_kv_heads"])
-    elif op in ("paged_attention", "flash_attention", "mla_attention", "mqa_logits"):
+    elif op in _DENSE:
         tokens, heads, dim = given["q"].shape
     else:
         return 0.0

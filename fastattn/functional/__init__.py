@@ -36,6 +36,7 @@ from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
 from fastattn.functional.rotary_styles import use_neox_rotary_style
+from fastattn.functional.sparse_attention import sparse_paged_attention
 from fastattn.functional.step import attention_step
 from fastattn.functional.step_maps import query_rows, token_maps
 from fastattn.functional.topk import topk_indices
@@ -76,6 +77,7 @@ __all__ = [
     "rope_write_cache_kv",
     "save_partial_states",
     "short_context_indices",
+    "sparse_paged_attention",
     "token_maps",
     "topk_indices",
     "topk_to_slots",

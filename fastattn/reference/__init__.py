@@ -28,6 +28,7 @@ from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
 from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
+from fastattn.reference.sparse_attention import sparse_paged_attention
 from fastattn.reference.step import attention_step
 from fastattn.reference.step_maps import query_rows, token_maps
 from fastattn.reference.topk import topk_indices
@@ -69,6 +70,7 @@ __all__ = [
     "rope_write_cache_kv",
     "save_partial_states",
     "short_context_indices",
+    "sparse_paged_attention",
     "token_maps",
     "topk_indices",
     "topk_to_slots",

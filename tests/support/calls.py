@@ -79,6 +79,14 @@ def _paged(t: _Inputs, dtype=BF16, **options) -> Call:
     return _with_cache(F.paged_attention, t.cache(), q, **t.seqs(), **lengths, **options)
 
 
+def _sparse_paged(t: _Inputs) -> Call:
+    q = t.floats(TOKENS, HEADS, DIM)
+    lengths = {"max_seqlen_q": max(NEW), "max_seqlen_k": 130, "return_softmax_lse": True}
+    selected = t.int32(np.argsort(t.rng.random((TOKENS, KV, 12)), -1) - 2)
+    options = {"selected": selected, "granularity": 16, "window": 9, "sink_tokens": 3}
+    return _with_cache(F.sparse_paged_attention, t.cache(), q, **t.seqs(), **lengths, **options)
+
+
 def _flash(t: _Inputs) -> Call:
     q, k, v = t.floats(TOKENS, HEADS, DIM), t.floats(TOKENS, KV, DIM), t.floats(TOKENS, KV, DIM)
     cu = t.int32([0, 130, TOKENS])
@@ -424,6 +432,7 @@ _MAKERS = {
     "quantize_fp8": _quantize,
     "rope_write_cache_kv": _rope,
     "save_partial_states": _save_states,
+    "sparse_paged_attention": _sparse_paged,
     "send_kv_signal": _send_signal,
     "query_rows": _query_rows,
     "radix_topk_ragged_transform": _radix_topk,

@@ -179,6 +179,28 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 **{"k_rotation": "none", "split_invariant": False},
             },
         ),
+        "sparse_paged_attention": OpCall(
+            {
+                "q": make(2, 4, 64, dtype="float16"),
+                **cache(),
+                **seqs(),
+                "selected": int32([[[0, -1]], [[1, 0]]], place),
+                "selected_lens": int32([[1], [2]], place),
+            },
+            {
+                **plain,
+                "max_seqlen_q": 2,
+                "max_seqlen_k": 2,
+                "granularity": 1,
+                "window": 1,
+                "sink_tokens": 0,
+                "softmax_scale": 0.125,
+                "softcap": 0.0,
+                "return_softmax_lse": False,
+                "out_dtype": "auto",
+                "k_rotation": "none",
+            },
+        ),
         "compact_block_tables": OpCall(
             seqs(),
             {

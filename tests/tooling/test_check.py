@@ -115,6 +115,22 @@ def sparse(indices, length=None):
     )
 
 
+def choose(entries, given=None, quant="none", size=4, length=None, **options):
+    """Lists of the first two tokens, which are of two sequences; the others have none."""
+    lists = np.full((6, 1, len(entries[0])), -1)
+    lists[:2, 0] = entries
+    length = None if length is None else int32(np.reshape([*length, 0, 0, 0, 0], (6, 1)))
+    return F.sparse_paged_attention(
+        floats(6, H, D),
+        max_seqlen_q=8,
+        max_seqlen_k=192,
+        selected=int32(lists),
+        selected_lens=length,
+        granularity=size,
+        **paged(given or {}, quant, **options),
+    )
+
+
 def write_keys(slots):
     cache = paddle.zeros([2, 64, 132], "uint8")
     return F.indexer_k_write_cache(floats(len(slots), 128), cache, int32(slots), quant="fp8")
@@ -347,6 +363,30 @@ WRONG = {
         "mla_sparse_attention: indices: expected a slot below 128 for query 0, got 128 at entry 1",
         lambda: sparse([[3, 128, -1]]),
     ),
+    "chosen twice": (
+        "sparse_paged_attention: selected: expected distinct entries for query 1, group 0, got 0 "
+        "twice",
+        lambda: choose([[3, 2, -1], [0, -1, 0]]),
+    ),
+    "too long a list": (
+        "sparse_paged_attention: selected_lens: expected 0 to 3 of query 0, group 0, got 4",
+        lambda: choose([[3, 2, -1], [0, -1, 1]], length=[4, 3]),
+    ),
+    "chosen keys without a block": (
+        "sparse_paged_attention: block_tables: expected a block in [0, 7) for tokens 64 to 67 of "
+        "sequence 0, got -1 at entry 1 (FASTATTN_CHECK=partial permits -1)",
+        lambda: choose([[3, 16], [0, -1]], {"block_tables": [[4, -1], [1, 0], [0, 0]]}),
+    ),
+    "window of a sparse query without a block": (
+        "sparse_paged_attention: block_tables: expected a block in [0, 7) for tokens 70 to 70 of "
+        "sequence 0, got -1 at entry 1 (FASTATTN_CHECK=partial permits -1)",
+        lambda: choose([[3], [0]], {"block_tables": [[4, -1], [1, 0], [0, 0]]}, window=1),
+    ),
+    "scale of a chosen key": (
+        "sparse_paged_attention: cache_v_scales: expected a finite scale other than 0 of token 13 "
+        "of sequence 0, KV head 1, got nan in block 4",
+        lambda: choose([[3], [0]], **fp8("cache_v_scales", (4, 1, 13), np.nan)),
+    ),
     "sparse length": (
         "mla_sparse_attention: topk_length: expected 0 to 3 of query 0, got 4",
         lambda: sparse([[3, 12, -1]], [4]),
@@ -423,6 +463,9 @@ def test_what_no_token_needs_may_be_anything():
     latent([[0, 1, 2, -1]], [40])
     write_latents([-1, 127, -1])
     sparse([[3, 12, 10**6]], [2])
+    tables = {"block_tables": [[4, -1], [1, 0], [0, 0]]}
+    choose([[15, 3, 3], [0, 10**6, -1]], tables, length=[2, 3], sink_tokens=5)
+    choose([[4], [0]], **fp8("cache_v_scales", (4, 1, 13), np.nan))
     score([70], [[0, 1, -1]])
     maps([[5, 2], [1, -1]])
     F.topk_to_slots(int32([[3, 70]]), int32([[5, 1]]), int32([-1]))

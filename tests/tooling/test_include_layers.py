@@ -74,6 +74,7 @@ CUDA = {
     "cuda/mla/output": ("cuda/common",),
     "cuda/mxfp4": ("cuda/common",),
     "cuda/quantize": ("cuda/common",),
+    "cuda/sparse_attention": ("cuda/common", "cuda/attention/shared"),
     "cuda/topk": ("cuda/common",),
 }
 # The folders above the kernels.

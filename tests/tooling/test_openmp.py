@@ -19,6 +19,7 @@ from tests.support.compare import assert_same_bits
 from tests.support.mqa_logits import Codes, weights_of
 from tests.support.rope import make_case
 from tests.support.rope import run as write_rotated
+from tests.support.sparse import sparse_problem
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
 
 THREADS = (1, 2, 3, 7)
@@ -69,6 +70,13 @@ def _rotate_and_write():
     return [x for x in (qkv, quantized, cache.key, cache.value) if x is not None]
 
 
+def _sparse(kind):
+    problem = sparse_problem(
+        [(3000, 3), (500, 9), (0, 0)], kind=kind, groups=2, granularity=16, width=90, window=20
+    )
+    return problem.run("cpu")
+
+
 def _mla():
     return mla_dense.Problem([3000, 5, 0], [1, 3, 40]).run()
 
@@ -111,6 +119,7 @@ CALLS = {
         for name in ("none", "cache_int8", "block_wise_fp8", "block_wise_int4", "block_wise_mxfp4")
     },
     "rope_write_cache_kv": _rotate_and_write,
+    **{f"sparse_paged_attention-{kind}": lambda kind=kind: _sparse(kind) for kind in KINDS},
     "mla_attention": _mla,
     "mla_sparse_attention": _mla_sparse,
     "mqa_logits-fp8": lambda: _logits("fp8"),
