@@ -156,7 +156,7 @@ def append_cache_kv_c8(device: Device) -> Iterator[Row]:
             options = {**cache.options, "dynamic_quant": is_dynamic(quant)}
             deployed = cache.value.reshape(cache.key.shape)  # as FastDeploy shapes V
             for layout, values in (("fastattn", cache.value), ("fastdeploy", deployed)):
-                if layout == "fastdeploy" and codes_per_byte(quant) == 2:
+                if layout == "fastdeploy" and 2 in codes_per_byte(quant):
                     continue
                 tensors = (cache.key, values, key, value, *meta)
                 call = bind(F.append_cache_kv_c8, *tensors, cache_layout=layout, **options)

@@ -26,10 +26,10 @@ def is_dynamic(quant: str) -> bool:
 
 def token_bytes(quant: str, kv: int = KV, dim: int = DIM) -> int:
     """Bytes of K and V of a cached token, scales included where each token has its own."""
-    values = dim * (BF16 if quant == "none" else CODE) // codes_per_byte(quant)
+    values = sum(dim * (BF16 if quant == "none" else CODE) // n for n in codes_per_byte(quant))
     own, dtype = token_scales(quant, dim)
     scales = 4 if dtype == "float32" else own[0]
-    return 2 * kv * (values + scales * is_dynamic(quant))
+    return kv * (values + 2 * scales * is_dynamic(quant))
 
 
 def starts_of(counts: ArrayLike) -> NDArray[np.int64]:

@@ -80,7 +80,7 @@ def convert_caches(
     for name, layout in (("src", src), ("dst", dst)):
         if layout not in _LAYOUTS:
             raise ValueError(f"{_OP}: {name}: expected {', '.join(_LAYOUTS)}, got {layout!r}")
-    if codes_per_byte(cache_quant_type) == 2 and "fastdeploy" in (src, dst):
+    if 2 in codes_per_byte(cache_quant_type) and "fastdeploy" in (src, dst):
         raise NotImplementedError(
             f"{_OP}: cache_quant_type: FastDeploy has no {cache_quant_type!r}, which is converted "
             "between fastattn and logical"
@@ -175,7 +175,7 @@ def _checked(
                 f"{' or [num_blocks, KV, D, 64]' if kind == 'v' else ''}, got {shape}"
             )
         row = shape[2 if transposed else 3]
-        head_dim = row * codes_per_byte(cache_quant_type)
+        head_dim = row * codes_per_byte(cache_quant_type)[kind == "v"]
         supported = [dim for dim in HEAD_DIMS if kind == "k" or value_dim(dim) == dim]
         if head_dim not in supported:
             raise NotImplementedError(

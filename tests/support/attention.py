@@ -52,8 +52,12 @@ class CacheKind:
 
     @property
     def code(self) -> str:
+        """Format of K's codes."""
+        return self.code_of("k")
+
+    def code_of(self, letter: str) -> str:
         plain = self.quant_type == "none"
-        return self.fp8_format if plain else code_of(self.quant_type, self.fp8_format)
+        return self.fp8_format if plain else code_of(self.quant_type, self.fp8_format, letter)
 
     @property
     def dynamic(self) -> bool:
@@ -310,14 +314,15 @@ class PagedProblem(Problem):
 
     def multiplies_fp8(self) -> bool:
         quantised = self.kind.quant_type != "none"
-        return self.has_fp8_queries() and quantised and self.kind.code in ("e4m3", "e5m2")
+        codes = {self.kind.code_of("k"), self.kind.code_of("v")}
+        return self.has_fp8_queries() and quantised and codes <= {"e4m3", "e5m2"}
 
     def multiplies_bf16(self) -> bool:
         return self.rounds_values or self.v.elements.dtype == BF16
 
     def with_magnitudes(self) -> PagedProblem:
         elements = self.v.elements
-        positive = elements & 7 if self.kind.code == "e2m1" else _magnitudes(elements)
+        positive = elements & 7 if self.v.code == "e2m1" else _magnitudes(elements)
         return dataclasses.replace(self, v=dataclasses.replace(self.v, elements=positive))
 
     def scale_spread(self) -> float:
