@@ -87,16 +87,16 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
   const bool nibbles = CodesPerByte(code) == 2;
   const bool fits = conversion.type == CacheType::kNone
                         ? dtype == DType::kBFloat16 || dtype == DType::kFloat16
-                    : dtype == DType::kUInt8             ? true
-                    : nibbles                            ? false
-                    : code == DType::kE4M3 ? dtype == DType::kE4M3 || dtype == DType::kE5M2
-                                           : dtype == code;
+                    : dtype == DType::kUInt8 ? true
+                    : nibbles                ? false
+                    : code == DType::kE4M3   ? dtype == DType::kE4M3 || dtype == DType::kE5M2
+                                             : dtype == code;
   if (!fits) {
     Fail("TypeError", op, "cache", "expected dtype ",
-         conversion.type == CacheType::kNone  ? "bfloat16 or float16"
-         : nibbles                            ? "uint8"
-         : code == DType::kInt8               ? "uint8 or int8"
-                                              : "uint8, float8_e4m3fn or float8_e5m2",
+         conversion.type == CacheType::kNone ? "bfloat16 or float16"
+         : nibbles                           ? "uint8"
+         : code == DType::kInt8              ? "uint8 or int8"
+                                             : "uint8, float8_e4m3fn or float8_e5m2",
          " for ", NameOf(conversion.type), ", got ", NameOf(dtype));
   }
   ConvertLayoutParams p;

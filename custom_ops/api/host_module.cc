@@ -34,8 +34,8 @@ const char* NameOf(ScaleScheme scheme) {
   return kNames[static_cast<int>(scheme)];
 }
 
-// Rows of the table of cache types: (name, code of K, code of V, other code, bits of K's code and of
-// V's, scheme of the scales, channels of a group, type of the scales).
+// Rows of the table of cache types: (name, code of K, code of V, other code, bits of K's code and
+// of V's, scheme of the scales, channels of a group, type of the scales).
 using FormatRow = std::tuple<std::string, std::string, std::string, std::string, int, int,
                              std::string, int, std::string>;
 
@@ -152,8 +152,7 @@ AttentionParams CallOf(const std::string& q_dtype, const std::string& k_dtype,
   PagedCache& cache = p.cache;
   cache.type = NamedCacheType(cache_type);
   cache.dtype = NamedType(k_dtype);
-  cache.value_dtype =
-      HasTwoCodes(cache.type) ? CodeOf(cache.type, true) : cache.dtype;
+  cache.value_dtype = HasTwoCodes(cache.type) ? CodeOf(cache.type, true) : cache.dtype;
   cache.num_blocks = batch * p.seqs.max_blocks;
   cache.num_kv_heads = num_kv_heads;
   cache.head_dim = head_dim;

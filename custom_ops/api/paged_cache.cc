@@ -136,12 +136,6 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
          args.fp8_format, "'");
   }
 
-  if (HasTwoCodes(cache.type) && IsGpu(place)) {
-    Fail("NotImplementedError", op, "cache_quant_type", "'", known.name,
-         "' has CPU kernels only; supported on a GPU: ",
-         CacheTypeNames([](const CacheFormat& format) { return !HasTwoCodes(format.type); }));
-  }
-
   Arg key(op, "key_cache", args.key_cache);
   key.On(place).Rank(4);
   const Sizes shape = SizesOf(args.key_cache);

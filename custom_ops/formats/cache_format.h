@@ -71,8 +71,8 @@ struct CacheFormat {
 
 // Types whose scales are written with the tokens come last.
 inline constexpr CacheFormat kCacheFormats[] = {
-    {CacheType::kNone, "none", DType::kBFloat16, DType::kBFloat16, DType::kFloat16,
-     Scales::kStatic, ScaleScheme::kNone, true},
+    {CacheType::kNone, "none", DType::kBFloat16, DType::kBFloat16, DType::kFloat16, Scales::kStatic,
+     ScaleScheme::kNone, true},
     {CacheType::kInt8, "cache_int8", DType::kInt8, DType::kInt8, DType::kInt8,  //
      Scales::kStatic, ScaleScheme::kChannel, true},
     {CacheType::kFp8, "cache_fp8", DType::kE4M3, DType::kE4M3, DType::kE5M2,  //

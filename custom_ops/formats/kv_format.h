@@ -60,8 +60,8 @@ bool DispatchRows(CacheType type, DType code, F& f, std::index_sequence<kRows...
 
 }  // namespace detail
 
-// Calls f(KvFormat<...>{}) for a cache of this type whose K has these codes. False where no row of the
-// table has both.
+// Calls f(KvFormat<...>{}) for a cache of this type whose K has these codes. False where no row of
+// the table has both.
 template <typename F>
 bool DispatchFormat(CacheType type, DType code, F&& f) {
   return detail::DispatchRows(type, code, f, std::make_index_sequence<kNumCacheTypes>{});

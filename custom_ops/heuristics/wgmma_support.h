@@ -65,7 +65,8 @@ inline bool Common(const AttentionParams& p) {
 
 inline bool Fp8Cache(const PagedCache& cache) {
   const bool dynamic = IsDynamic(cache.type);
-  if (HasGroupScales(cache.type) || cache.layout != CacheLayout::kFastattn) return false;
+  if (HasGroupScales(cache.type) || HasTwoCodes(cache.type)) return false;
+  if (cache.layout != CacheLayout::kFastattn) return false;
   if (cache.dtype != DType::kE4M3 && (cache.dtype != DType::kE5M2 || dynamic)) return false;
   if (cache.k_scales == nullptr || cache.v_scales == nullptr) return false;
   if (dynamic && !(ScalesFit(cache.k_scales, cache.k_scale_strides, cache.scale_dtype) &&
@@ -86,7 +87,7 @@ inline bool Fp8Ragged(const RaggedKv& kv) {
 inline bool Fp16Cache(const PagedCache& cache, DType query) {
   if (!IsTmaAligned(cache.key) || !IsTmaAligned(cache.value) || !PlanesFit(cache)) return false;
   if (!IsQuantized(cache.type)) return cache.dtype == query;
-  if (HasGroupScales(cache.type)) return false;
+  if (HasGroupScales(cache.type) || HasTwoCodes(cache.type)) return false;
   // e5m2 reaches too far for fp16 times a token's scale.
   if (IsDynamic(cache.type) && cache.dtype == DType::kE5M2) return false;
   return SizeOf(cache.dtype) == 1 && cache.dtype != DType::kUInt8 &&

@@ -40,8 +40,7 @@ struct PagedCache {
   CacheStrides value_strides;
   CacheStrides k_scale_strides;  // of dynamic types
   CacheStrides v_scale_strides;
-  DType dtype = DType::kBFloat16;        // of key (codes: e4m3, e5m2, int8, int4, e2m1)
-  DType value_dtype = DType::kBFloat16;  // of value; another one only if HasTwoCodes(type)
+  DType dtype = DType::kBFloat16;       // of key (codes: e4m3, e5m2, int8, int4, e2m1)
   DType scale_dtype = DType::kFloat32;  // fp32 or bf16, the same for K and V; uint8: UE8M0
   CacheType type = CacheType::kNone;
   CacheLayout layout = CacheLayout::kFastattn;
@@ -49,7 +48,8 @@ struct PagedCache {
   ScaleScheme v_granularity = ScaleScheme::kLayer;
   int num_blocks = 0;
   int num_kv_heads = 0;
-  int head_dim = 0;  // of K
+  int head_dim = 0;                      // of K
+  DType value_dtype = DType::kBFloat16;  // of value; another one only if HasTwoCodes(type)
 
   FASTATTN_HD int ValueDim() const { return fastattn::ValueDim(head_dim); }
 

@@ -30,8 +30,8 @@ def set_value(problem, value):
     if stored.scales is None:
         stored.elements[:] = value
         return
-    code = {"int8": 100, "e4m3": 0x70, "e5m2": 0x54, "int4": 15, "e2m1": 6}[stored.kind.code]
-    size = {"int8": 100.0, "e4m3": 128.0, "e5m2": 64.0, "int4": 7.0, "e2m1": 4.0}[stored.kind.code]
+    code = {"int8": 100, "e4m3": 0x70, "e5m2": 0x54, "int4": 15, "e2m1": 6}[stored.code]
+    size = {"int8": 100.0, "e4m3": 128.0, "e5m2": 64.0, "int4": 7.0, "e2m1": 4.0}[stored.code]
     stored.elements[:] = code
     stored.rescale(slice(None), np.float32(value / size))
 

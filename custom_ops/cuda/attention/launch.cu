@@ -26,8 +26,11 @@ Launcher Find(const AttentionParams& p, int columns) {
   const bool dynamic = p.paged && IsDynamic(p.cache.type);
   const char* keys = dynamic ? "dynamic codes" : p.paged ? "cache on a GPU" : "keys on a GPU";
   const std::tuple wanted{Wanted{keys, p.paged ? p.cache.dtype : p.ragged.dtype},
-                          Wanted{"head_dim", p.head_dim}, Wanted{"paged", p.paged},
-                          Wanted{"scales of the cache", ScalesOf(p)}, Wanted{"columns", columns}};
+                          Wanted{"values", p.paged ? p.cache.value_dtype : p.ragged.dtype},
+                          Wanted{"head_dim", p.head_dim},
+                          Wanted{"paged", p.paged},
+                          Wanted{"scales of the cache", ScalesOf(p)},
+                          Wanted{"columns", columns}};
   Launcher found = nullptr;
   dispatch(AttentionInstances{}, wanted, [&](auto... arguments) {
     found = LaunchAttentionVariant<decltype(arguments)::value...>;
@@ -70,7 +73,7 @@ using InvariantLauncher = cudaError_t (*)(const AttentionParams&, const Invarian
 InvariantLauncher FindInvariant(const AttentionParams& p, int columns) {
   const bool dynamic = IsDynamic(p.cache.type);
   const std::tuple wanted{Wanted{dynamic ? "dynamic codes" : "cache on a GPU", p.cache.dtype},
-                          Wanted{"head_dim", p.head_dim},
+                          Wanted{"values", p.cache.value_dtype}, Wanted{"head_dim", p.head_dim},
                           Wanted{"scales of the cache", ScalesOf(p)}, Wanted{"columns", columns}};
   InvariantLauncher found = nullptr;
   dispatch(InvariantInstances{}, wanted, [&](auto... arguments) {

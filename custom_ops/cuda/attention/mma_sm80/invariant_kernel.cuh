@@ -153,10 +153,10 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (task.work.overlaps_previous) PdlEndConcurrent();
 }
 
-template <DType kElement, int kHeadDim, Scales kScales, int kColumns>
+template <DType kElement, DType kValue, int kHeadDim, Scales kScales, int kColumns>
 cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask& task, int grid,
                                    cudaStream_t stream) {
-  using Traits = AttentionTraits<kElement, kHeadDim, true, kScales, kColumns>;
+  using Traits = AttentionTraits<kElement, kHeadDim, true, kScales, kColumns, false, kValue>;
   constexpr auto kKernel = InvariantKernel<Traits>;
   int stages = 0;
   const cudaError_t status = PrepareLaunch<kKernel, Traits>(&stages);

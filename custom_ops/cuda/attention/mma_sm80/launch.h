@@ -29,7 +29,8 @@ struct AttentionTask {
   float* partials = nullptr;  // [shares, kPartialsPerCta, columns, D + 2]
 };
 
-template <DType kElement, int kHeadDim, bool kPaged, Scales kScales, int kColumns>
+// kElement: of K, and kValue: of V.
+template <DType kElement, DType kValue, int kHeadDim, bool kPaged, Scales kScales, int kColumns>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream);
 
@@ -56,7 +57,7 @@ struct InvariantTask {
   bool whole_tiles = false;
 };
 
-template <DType kElement, int kHeadDim, Scales kScales, int kColumns>
+template <DType kElement, DType kValue, int kHeadDim, Scales kScales, int kColumns>
 cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask& task, int grid,
                                    cudaStream_t stream);
 
