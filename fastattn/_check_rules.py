@@ -12,7 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from fastattn._check_args import Arguments, Array, Malformed, Positions, page_tokens, sequences
+from fastattn._check_args import (
+    Arguments,
+    Array,
+    Malformed,
+    Positions,
+    Sequences,
+    page_tokens,
+    sequences,
+)
 from fastattn._check_scales import check_dynamic, check_static
 from fastattn._table_checks import check_needed, check_writers
 
@@ -76,8 +84,8 @@ def _within(
         args.refuse(name, f"{limits} of {place}", values[at])
 
 
-def _paged_attention(args: Arguments) -> None:
-    seqs = sequences(args, args.shape("q", 3)[0])
+def _seen(args: Arguments, seqs: Sequences) -> tuple[Positions, Positions]:
+    """Positions [begin, end) of the keys that a sequence's queries see, at most."""
     left = args.number("window_left")
     begin = np.maximum(seqs.cached - left, 0) if left >= 0 else np.zeros_like(seqs.cached)
     end = seqs.end.copy()
@@ -88,8 +96,47 @@ def _paged_attention(args: Arguments) -> None:
             mine = mine[mine[:, 0] < mine[:, 1]]
             begin[seq] = max(begin[seq], mine[:, 0].min(initial=2**31))
             end[seq] = min(end[seq], mine[:, 1].max(initial=0))
-    _needed(args, seqs.tables, begin, end, _BLOCK, args.shape("key_cache", 4)[0])
-    check_dynamic(args, seqs.tables, begin, end, _BLOCK)
+    return begin, end
+
+
+def _paged_attention(args: Arguments) -> None:
+    seqs = sequences(args, args.shape("q", 3)[0], head_tables=True)
+    _check_read(args, seqs, None)
+
+
+def _attention_step(args: Arguments) -> None:
+    _write(args)
+    seqs = sequences(args, args.shape("qkv", 2)[0], head_tables=True)
+    # The step itself writes the scales of its new tokens.
+    _check_read(args, seqs, seqs.cached)
+
+
+def _check_read(args: Arguments, seqs: Sequences, written: Positions | None) -> None:
+    """Check the blocks that the queries see, and their scales up to the position `written`."""
+    begin, end = _seen(args, seqs)
+    last = end if written is None else np.minimum(end, written)
+    blocks, kv_heads = args.shape("key_cache", 4)[:2]
+    if seqs.tables.ndim == 2 and not args.has("head_windows"):
+        _needed(args, seqs.tables, begin, end, _BLOCK, blocks)
+        check_dynamic(args, seqs.tables, begin, last, _BLOCK)
+        return
+    pooled = seqs.tables.ndim == 3 and kv_heads == 1
+    if pooled:
+        kv_heads = seqs.tables.shape[1]
+    if seqs.tables.ndim == 3 and seqs.tables.shape[1] != kv_heads:
+        raise Malformed
+    windows = np.tile([-1, 0], (kv_heads, 1))
+    if args.has("head_windows"):
+        windows = args.ints("head_windows", 2).astype(np.int64)
+        if windows.shape != (kv_heads, 2):
+            raise Malformed
+    for head, (before, first) in enumerate(windows.tolist()):
+        tables = seqs.table_of(head)
+        own = np.maximum(seqs.cached - before, 0) if before >= 0 else np.zeros_like(begin)
+        for start, stop in ((begin, np.minimum(end, first)), (np.maximum(begin, own), end)):
+            _needed(args, tables, start, stop, _BLOCK, blocks)
+            known = np.minimum(stop, last)
+            check_dynamic(args, tables, start, known, _BLOCK, 0 if pooled else head)
 
 
 def _mla_attention(args: Arguments) -> None:
@@ -98,12 +145,28 @@ def _mla_attention(args: Arguments) -> None:
     _needed(args, seqs.tables, np.zeros_like(seqs.end), seqs.end, size, pages)
 
 
+def _write_into_pool(args: Arguments, seqs: Sequences, blocks: int) -> None:
+    """Check the tables of KV heads that share a pool of blocks: heads are like sequences."""
+    count = seqs.tables.shape[1]
+    tables = seqs.tables.reshape(-1, seqs.tables.shape[2])
+    begin, end = np.repeat(seqs.cached, count), np.repeat(seqs.end, count)
+    _needed(args, tables, begin, end, _BLOCK, blocks, np.repeat(np.arange(len(seqs.cached)), count))
+    where = f"{args.op}: block_tables, by sequence and KV head"
+    check_writers(where, tables, begin, end, _BLOCK)
+
+
 def _write(args: Arguments) -> None:
     tokens = args.shape("qkv" if args.has("qkv") else "key", 2)[0]
-    seqs = sequences(args, tokens)
-    _needed(args, seqs.tables, seqs.cached, seqs.end, _BLOCK, args.shape("key_cache", 4)[0])
+    seqs = sequences(args, tokens, head_tables=True)
     where = f"{args.op}: block_tables"
-    check_writers(where, seqs.tables, seqs.cached, seqs.end, _BLOCK)
+    blocks, kv_heads = args.shape("key_cache", 4)[:2]
+    if seqs.tables.ndim == 3 and kv_heads == 1:
+        _write_into_pool(args, seqs, blocks)
+    else:
+        for head in range(seqs.tables.shape[1] if seqs.tables.ndim == 3 else 1):
+            tables = seqs.table_of(head)
+            _needed(args, tables, seqs.cached, seqs.end, _BLOCK, blocks)
+            check_writers(where, tables, seqs.cached, seqs.end, _BLOCK)
     if args.has("batch_id_per_token"):
         ids = args.ints("batch_id_per_token")
         for seq in np.flatnonzero(seqs.new).tolist():
@@ -378,6 +441,7 @@ def _combine(args: Arguments) -> None:
 
 _RULES: dict[str, Callable[[Arguments], None]] = {
     "append_cache_kv_c8": _append_cache,
+    "attention_step": _attention_step,
     "combine_topk_window": _combine,
     "compact_block_tables": _compact,
     "flash_attention": _flash,

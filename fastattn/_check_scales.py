@@ -56,9 +56,15 @@ def _of_blocks(args: Arguments, name: str, blocks: Array) -> Array:
 
 
 def check_dynamic(
-    args: Arguments, tables: Array, begin: Positions, end: Positions, block_size: int
+    args: Arguments,
+    tables: Array,
+    begin: Positions,
+    end: Positions,
+    block_size: int,
+    kv_head: int | None = None,
 ) -> None:
-    """Refuse dynamic scales of positions [begin, end) that are 0 or not finite.
+    """Refuse dynamic scales of positions [begin, end) that are 0 or not finite, of one KV head or
+    of all.
 
     Scales of 4-bit codes may be negative. A scale of 0 means that the slot was never written.
     """
@@ -76,6 +82,8 @@ def check_dynamic(
         there = (blocks >= 0) & (blocks < args.shape(name)[0])
         rows, entries, blocks = rows[there], entries[there], blocks[there]
         scales = _of_blocks(args, name, blocks)
+        if kv_head is not None:
+            scales = scales[:, kv_head : kv_head + 1]
         if scales.dtype == np.uint8:
             wrong = scales == _E8M0_NAN
         else:
@@ -88,6 +96,6 @@ def check_dynamic(
             args.refuse(
                 name,
                 f"a finite scale other than 0 of token {positions[at[0], at[2]]} of sequence "
-                f"{rows[at[0]]}, KV head {at[1]}",
+                f"{rows[at[0]]}, KV head {at[1] if kv_head is None else kv_head}",
                 f"{scales[at]} in block {blocks[at[0]]}",
             )

@@ -15,7 +15,7 @@ _Facts = tuple[
 
 def flat(tensor: Any) -> Any: ...
 def unchanged(
-    own: dict[str, Any], kinds: tuple[str, ...], names: tuple[str, ...], seen: list[Any]
+    object: Any, kinds: tuple[str, ...], names: tuple[str, ...], seen: list[Any]
 ) -> bool: ...
 def bind(path: str) -> dict[str, _Facts]: ...
 def call(
@@ -27,13 +27,9 @@ def call(
 def check(
     handle: int, inputs: tuple[tuple[str, list[int]] | None, ...], attrs: tuple[Any, ...]
 ) -> None: ...
-def step(
-    plan: tuple[Any, ...],
-    own: dict[str, Any],
-    caches: list[Any],
-    forward_meta: Any,
-    qkv: Any,
-    lengths: tuple[int, int] | None,
-    max_keys: int,
-    scales: tuple[Any, Any] | None,
-) -> Any: ...
+def bound(
+    handle: int,
+    fixed: dict[str, Any],
+    open: list[str],
+    gradients_count: Callable[[], bool],
+) -> Callable[..., Any] | None: ...

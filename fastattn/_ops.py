@@ -19,6 +19,7 @@ import re
 import runpy
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
@@ -532,6 +533,12 @@ def call_registered(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (
         outputs = run(PREFIX + op, *inputs, *attrs)
     except (MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         reraise_of(sig, error)
+    if run is not paddle.base.core.eager._run_custom_op:
+        # No operator has a gradient. Otherwise results would want one where an input does, such as
+        # scales that are parameters, and Paddle refuses such a program in training mode.
+        for value in outputs:
+            if value is not None:
+                value.stop_gradient = True
     # An absent optional tensor gives an empty tensor in the list, or no entry (PIR).
     absent = [i for i, source in sig.inplace.items() if inputs[source] is None]
     if not absent:
@@ -555,26 +562,39 @@ def _runner() -> Any:
 _unwatched_call = call
 
 
-def step_function() -> Any:
-    """``fastattn._direct.step``, or None if calls do not use it or are observed."""
-    if call is not _unwatched_call or not paddle.in_dynamic_mode():
+def bound(op: str, fixed: dict[str, Any], open_names: list[str]) -> Callable[..., Any] | None:
+    """The operator as a function of the arguments `open_names`, with all others fixed.
+
+    Parameters
+    ----------
+    op : str
+        Name without the ``fastattn_`` prefix.
+    fixed : dict
+        Inputs and attributes by name. An absent input is None.
+    open_names : list of str
+
+    Returns
+    -------
+    callable or None
+        Its result is the operator's first result, or None where :func:`call` must make the call,
+        which also finds out what is wrong. Only for a call that :func:`is_direct` permits. None in
+        place of the function without ``_direct``, or for an attribute of a wrong type.
+    """
+    module, operators = _bind()
+    if module is None:
         return None
-    module = helpers()
-    return None if module is None else module.step
+    return module.bound(operators[op].handle, fixed, open_names, paddle.is_grad_enabled)  # type: ignore[no-any-return]
+
+
+def is_direct() -> bool:
+    """Whether a call now may bypass :func:`call`: in dygraph, if nothing observes the calls."""
+    return call is _unwatched_call and paddle.in_dynamic_mode()
 
 
 def handle(op: str) -> int:
     """Number of the operator ``fastattn_<op>`` in ``fastattn._direct``; -1 without it."""
     _, operators = _load_direct()
     return operators[op].handle if op in operators else -1
-
-
-def reraise(error: RuntimeError) -> NoReturn:
-    """Raise the error of ``fastattn._direct.step`` as :func:`call` does."""
-    text, op = error.args if len(error.args) == 2 else ("", "")
-    if not str(op).startswith(PREFIX):
-        raise error
-    reraise_of(signature(op[len(PREFIX) :]), RuntimeError(text))
 
 
 if env.check():

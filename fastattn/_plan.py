@@ -21,8 +21,8 @@ ATTENTION = ("paged_attention", "flash_attention")
 
 #: Those that choose among several kernels in C++ where nothing can ask: page that tells the rule.
 _ELSEWHERE = {
-    "mla_attention": "docs/kernels/mla_dense.md",
-    "mla_sparse_attention": "docs/kernels/mla_sparse.md",
+    "mla_attention": "docs/kernels/mla_attention.md",
+    "mla_sparse_attention": "docs/kernels/mla_sparse_attention.md",
     "mqa_logits": "docs/kernels/mqa_logits.md",
     "paged_mqa_logits": "docs/kernels/mqa_logits.md",
     "indexer_topk": "docs/kernels/mqa_logits.md",
@@ -67,6 +67,7 @@ class AttentionCall(NamedTuple):
     max_seqlen_k: int
     window_left: int = -1
     batch_invariant: bool = False
+    general: bool = False  # with a tree mask, or windows or block tables of KV heads
 
 
 @functools.lru_cache(maxsize=1)
@@ -116,7 +117,9 @@ def attention_call(
     if op == "paged_attention":
         stored, shape = tensors["key_cache"]
         kind = attrs["cache_quant_type"]
-        key, kv_heads = key_dtype(kind, stored, attrs["fp8_format"]), shape[1]
+        tables = tensors["block_tables"][1]
+        kv_heads = tables[1] if len(tables) == 3 else shape[1]  # which may be a pool's 1
+        key = key_dtype(kind, stored, attrs["fp8_format"])
     else:
         stored, shape = tensors["k"]
         wanted = str(attrs["kv_dtype"])
@@ -136,6 +139,9 @@ def attention_call(
         attrs["max_seqlen_k"],
         attrs["window_left"],
         bool(attrs.get("batch_invariant")),
+        "tree_mask" in tensors
+        or "head_windows" in tensors
+        or len(tensors.get("block_tables", ("", []))[1]) == 3,
     )
 
 
@@ -147,12 +153,12 @@ def _kernels(
     kernels = ["dequantize_kv"] if dequantizes else []
     if prefills and not (dequantizes and ragged):
         kernels.append(prefill)
-    if dequantizes and "wgmma_fp16" not in kernels:
-        kernels.append("wgmma_fp16")
+    if dequantizes and "wgmma_q16" not in kernels:
+        kernels.append("wgmma_q16")
     whole_is_done = prefills or (dequantizes and ragged)
     if any(launch["split"] or not whole_is_done for launch in launches):
         kernels.append("mma_sm80")
-    if any(x["split"] and x["shares"] > 1 and not x["joins"] for x in launches):
+    if any(x["split"] and x["shares"] > 1 and not x["merges_in_kernel"] for x in launches):
         kernels.append("merge of partial results")
     return kernels
 
@@ -167,12 +173,13 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
         ``workspace``: bytes. ``dequantize``: room for 16-bit K and V of long sequences; empty where
         codes are attended as they are.
     """
-    facts: Any = call[1:-2]
+    facts: Any = call[1:11]
     prefill, floats, launches = host().decide_attention(
         *facts,
         compute_major=device.major,
         num_sms=device.processors,
         batch_invariant=call.batch_invariant,
+        general=call.general,
     )
     mib, operations = env.dequantized()
     room = host().dequantize_plan(
@@ -182,6 +189,7 @@ def decision(call: AttentionCall, device: Device) -> dict[str, Any]:
         batch_invariant=call.batch_invariant,
         memory=int(min(mib, 2**20) * 2**20),
         operations=operations,
+        general=call.general,
     )
     room = {name: value for name, value in room.items() if room["blocks"]}
     return {

@@ -9,6 +9,8 @@ programs. A program without operators of this package is inspected only once.
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ import paddle
 from fastattn import _empty_inputs, _ops
 
 _CUSTOM_OP = "custom_op." + _ops.PREFIX
+_LOGGER = logging.getLogger("fastattn")
 
 
 class _Use(NamedTuple):
@@ -137,6 +140,39 @@ def watch() -> None:
         run = getattr(PartialProgramLayer, name, None)
         if run is not None:
             setattr(PartialProgramLayer, name, checked(run))
+
+
+#: What loads saved programs: a module of Paddle, and a function in it.
+_LOADERS = (
+    ("paddle.jit", "load"),
+    ("paddle.static", "load_inference_model"),
+    ("paddle.inference", "create_predictor"),
+)
+
+
+@functools.lru_cache(maxsize=1)
+def register_before_loading() -> None:
+    """Have Paddle's functions that load a program register the operators first.
+
+    Paddle 3 dereferences a null pointer at an operator that it does not know, and the process ends.
+    The import of this package cannot register them: each call of any custom operator costs more
+    with every one that is registered.
+    """
+    for module_name, name in _LOADERS:
+        module = importlib.import_module(module_name)
+        setattr(module, name, _registering(getattr(module, name)))
+
+
+def _registering(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def loads(*args: Any, **options: Any) -> Any:
+        try:
+            _ops.load()
+        except ImportError as error:  # the program may have none of them
+            _LOGGER.warning("fastattn's operators are not registered with Paddle: %s", error)
+        return load(*args, **options)
+
+    return loads
 
 
 def append_static(

@@ -18,7 +18,8 @@ variable                   meaning
 ``FASTATTN_CALIBRATION``   file of ``python -m fastattn calibrate`` whose rotations and centres
                            backends use (docs/calibrate.md). Read when a backend is made.
 ``FASTATTN_IGNORED``       names, separated by commas, of FastDeploy's options and fields that
-                           backends accept without knowing them (docs/backends.md)
+                           backends accept without knowing them, and of functions that the plug-in
+                           replaces without knowing their source (docs/backends.md)
 ``FASTATTN_DEQUANTIZED_*`` ``MIB``: GPU memory that an attention call may use for K and V of long
                            sequences in bf16; ``FROM``: number of operations from which a call
                            uses it (docs/kernels/dequantize_kv.md). Read when the library is
@@ -78,7 +79,7 @@ def calibration() -> Path | None:
 
 
 def ignored() -> list[str]:
-    """Names of FastDeploy's options and fields that backends need not know."""
+    """Names of FastDeploy's options, fields and functions that backends need not know."""
     return os.environ.get("FASTATTN_IGNORED", "").replace(" ", "").split(",")
 
 

@@ -5,12 +5,13 @@ scripts/check_fastdeploy.py --tree FastDeploy                # all groups of cas
 scripts/check_fastdeploy.py --tree FastDeploy -k "int8, neox"  # cases with this in their name
 scripts/check_fastdeploy.py --tree FastDeploy --group options --verbose
 
-FastDeploy's plug-in loader, configuration, model runner, layers, scale loaders and proposer run as
-they are in the tree. Stand-ins replace its compiled operators, imported packages that are not
-installed, and parts of Paddle that need CUDA. Every result is compared with attention in float64
-NumPy. A case passes, is refused (the plug-in names what it does not support), fails,
-lacks a stand-in (the tree calls an operator that this check does not know), or is not run (its
-model cannot be made here). The exit status is 1 if a case failed or lacks a stand-in.
+FastDeploy's plug-in loader, configuration, scheduler, model runner, whole models, loaders, proposer
+and graph optimisation run as they are in the tree. Stand-ins replace its compiled operators,
+imported packages that are not installed, and parts of Paddle that need CUDA. Every result is
+compared with attention in float64 NumPy. A case passes, is refused (the plug-in names what it does
+not support), fails, lacks a stand-in (the tree calls an operator that this check does not know), or
+is not run (its model cannot be made here). The exit status is 1 if a case failed or lacks a
+stand-in.
 """
 
 from __future__ import annotations
@@ -95,13 +96,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def chosen(group: str | None, wanted: str) -> Iterator[tuple[str, Callable[[], float]]]:
     """The cases to run."""
-    from fastdeploy_check import disaggregation, latent, newer
+    from fastdeploy_check import disaggregation, endtoend, latent, newer, upstream
     from fastdeploy_check.cases import GROUPS
 
     more = {
         "disaggregation": disaggregation.cases,
         "latent": latent.cases,
         "newer": newer.cases,
+        "end to end": endtoend.cases,
+        "upstream": upstream.cases,
     }
     for name, cases in {**GROUPS, **more}.items():
         if group not in (None, name):

@@ -30,7 +30,7 @@ ABSENT = {
     "ec09a29": _TWO_CODES,
     "6fb5f88": {("block_wise_mxfp4", None), ("block_wise_int4", 192), *_TWO_CODES},
 }
-SHORT = {"mma_sm80": "mma", "wgmma_fp16": "fp16", "wgmma_fp8": "fp8", "dequantize_kv": "dq"}
+SHORT = {"mma_sm80": "mma", "wgmma_q16": "q16", "wgmma_fp8": "fp8", "dequantize_kv": "dq"}
 
 INTRODUCTION = """# What runs where
 
@@ -47,11 +47,11 @@ tested: [install.md](install.md#what-is-needed).
 """
 
 LEGEND = """A cell has the kernel of decode and short sequences, then of long ones. `mma` is
-[mma_sm80](kernels/mma_sm80.md), `fp16` and `fp8` are [wgmma_fp16](kernels/wgmma_fp16.md) and
+[mma_sm80](kernels/mma_sm80.md), `q16` and `fp8` are [wgmma_q16](kernels/wgmma_q16.md) and
 [wgmma_fp8](kernels/wgmma_fp8.md), and `dq` [dequantises K and V once](kernels/dequantize_kv.md)
 first. The calls that were asked: 64 sequences of 8k keys with one new token each, and 4 sequences
 of 4k new tokens, with 32 heads over 8. `python -m fastattn explain` asks for other sizes. A `mma`
-after `dq + fp16` takes the sequences for which there is no room in 16 bits. Heads of 192 channels
+after `dq + q16` takes the sequences for which there is no room in 16 bits. Heads of 192 channels
 have values of 128, and no backend takes them.
 """
 
@@ -185,7 +185,7 @@ def latent() -> str:
 Latent caches are {", ".join(f"`{name}`" for name in formats)}. Each is attended on the CPU, on
 Hopper and, by a portable kernel, on every other architecture of this page. Each other operator has
 one kernel family for all GPUs; latent attention and the indexer's logits have Hopper kernels
-besides ([dense](kernels/mla_dense.md), [sparse](kernels/mla_sparse.md),
+besides ([dense](kernels/mla_attention.md), [sparse](kernels/mla_sparse_attention.md),
 [logits](kernels/mqa_logits.md)). They ran where attention ran: the whole suite has their tests.
 """
 

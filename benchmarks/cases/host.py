@@ -1,6 +1,6 @@
 """Host time of a call: what the caller's thread spends, the device working behind.
 
-A server's step calls two operators a layer, and no CUDA graph hides that in prefill and mixed
+A server's step calls an operator or two a layer, and no CUDA graph hides that in prefill and mixed
 steps. Every operator is called as users call it, in dygraph: through ``fastattn._direct``, and
 through Paddle's registry, whose calls get slower with every operator that a process registers.
 Therefore both are measured beside 300 operators that do nothing.
@@ -89,6 +89,10 @@ def _operator_calls(device: Device, size: _Size) -> Iterator[tuple[str, str, Cal
     yield "write_cache_kv", seqs, bind(F.write_cache_kv, k, v, *kv_cache, *meta, **options)
     rope = bind(F.rope_write_cache_kv, qkv, *kv_cache, table, *meta, **heads, **options)
     yield "rope_write_cache_kv", seqs, rope
+    whole_step = bind(
+        F.attention_step, qkv, *kv_cache, table, *meta, 1, step.longest, **heads, **options
+    )
+    yield "attention_step", seqs, whole_step
     merge = bind(F.merge_attn_states, q, lse, q, lse, output_scale=scale)
     yield "merge_attn_states", f"{t} tokens, H {h} D {d}", merge
     yield "quantize_fp8", f"{t} tokens", bind(F.quantize_fp8, q, granularity="token")

@@ -55,25 +55,25 @@ FASTATTN_OPERATOR(Outputs, kFlash, FlashAttention, FlashResults,
   p.seqs.num_tokens = static_cast<int>(q.shape()[0]);
   ParseRaggedKv(k, v, cu_seqlens_q, cu_seqlens_k, Get(k_descale), Get(v_descale), kv_dtype, place,
                 &p);
-  const AttentionArgs args{q,
-                           Get(q_descale),
-                           Get(sinks),
-                           Get(mask_offsets),
-                           Get(out_scale),
-                           Get(out),
-                           out_dtype,
-                           softmax_scale,
-                           softcap,
-                           causal,
-                           window_left,
-                           window_right,
-                           max_seqlen_q,
-                           max_seqlen_k,
-                           return_softmax_lse,
-                           quantize_q,
-                           {}};
+  AttentionArgs args;
+  args.q_descale = Get(q_descale);
+  args.sinks = Get(sinks);
+  args.mask_offsets = Get(mask_offsets);
+  args.out_scale = Get(out_scale);
+  args.out = Get(out);
+  args.out_dtype = out_dtype;
+  args.softmax_scale = softmax_scale;
+  args.softcap = softcap;
+  args.causal = causal;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  args.max_seqlen_q = max_seqlen_q;
+  args.max_seqlen_k = max_seqlen_k;
+  args.return_softmax_lse = return_softmax_lse;
+  args.quantize_q = quantize_q;
   ParseCommon(kFlash, args, place, &p);
   if (args.out != nullptr) {
+    RequireApartFromQueries(kFlash, *args.out, q, p);
     RequireApart(kFlash, "out", *args.out,
                  {{"k", &k},
                   {"v", &v},
@@ -96,20 +96,19 @@ Results PagedResults(const Known& in) {
 
 }  // namespace
 
-FASTATTN_OPERATOR(Outputs, kPaged, PagedAttention, PagedResults,
-                  (const Strided<Tensor>& q, const Strided<Tensor>& key_cache,
-                   const Strided<Tensor>& value_cache, const Tensor& block_tables,
-                   const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
-                   const Tensor& seq_lens_this_time, const Strided<OptionalTensor>& cache_k_scales,
-                   const Strided<OptionalTensor>& cache_v_scales,
-                   const Strided<OptionalTensor>& q_descale, const OptionalTensor& sinks,
-                   const OptionalTensor& mask_offsets, const OptionalTensor& out_scale,
-                   OptionalTensor& out, const OptionalTensor& k_center, int64_t max_seqlen_q,
-                   int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
-                   int64_t window_right, float softcap, bool return_softmax_lse,
-                   const std::string& out_dtype, const std::string& cache_quant_type,
-                   const std::string& fp8_format, bool quantize_q, bool batch_invariant,
-                   const std::string& k_rotation)) {
+FASTATTN_OPERATOR(
+    Outputs, kPaged, PagedAttention, PagedResults,
+    (const Strided<Tensor>& q, const Strided<Tensor>& key_cache, const Strided<Tensor>& value_cache,
+     const Tensor& block_tables, const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
+     const Tensor& seq_lens_this_time, const Strided<OptionalTensor>& cache_k_scales,
+     const Strided<OptionalTensor>& cache_v_scales, const Strided<OptionalTensor>& q_descale,
+     const OptionalTensor& sinks, const OptionalTensor& mask_offsets,
+     const OptionalTensor& out_scale, OptionalTensor& out, const OptionalTensor& k_center,
+     const OptionalTensor& tree_mask, const OptionalTensor& head_windows, int64_t max_seqlen_q,
+     int64_t max_seqlen_k, float softmax_scale, bool causal, int64_t window_left,
+     int64_t window_right, float softcap, bool return_softmax_lse, const std::string& out_dtype,
+     const std::string& cache_quant_type, const std::string& fp8_format, bool quantize_q,
+     bool batch_invariant, const std::string& k_rotation)) {
   AttentionParams p;
   p.batch_invariant = batch_invariant;
   ParseQuery(kPaged, q, &p);
@@ -117,7 +116,7 @@ FASTATTN_OPERATOR(Outputs, kPaged, PagedAttention, PagedResults,
   p.paged = true;
   p.cache = ParsePagedCache(kPaged,
                             {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
-                             cache_quant_type, fp8_format},
+                             cache_quant_type, fp8_format, CacheLayout::kFastattn, &block_tables},
                             place);
   CheckHeads(kPaged, "key_cache", p.cache.num_kv_heads, p.cache.head_dim, &p);
   if (p.cache.type == CacheType::kNone && p.q_dtype != p.cache.dtype) {
@@ -125,26 +124,28 @@ FASTATTN_OPERATOR(Outputs, kPaged, PagedAttention, PagedResults,
          " as the cache has, got ", q.dtype());
   }
   p.seqs = ParseSeqs(kPaged, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
-                     nullptr, q.shape()[0], place);
-  const AttentionArgs args{q,
-                           Get(q_descale),
-                           Get(sinks),
-                           Get(mask_offsets),
-                           Get(out_scale),
-                           Get(out),
-                           out_dtype,
-                           softmax_scale,
-                           softcap,
-                           causal,
-                           window_left,
-                           window_right,
-                           max_seqlen_q,
-                           max_seqlen_k,
-                           return_softmax_lse,
-                           quantize_q,
-                           ParseKeyTransform(kPaged, Get(k_center), k_rotation, p.cache, place)};
+                     nullptr, q.shape()[0], place, p.num_kv_heads);
+  ParseHoles(Get(tree_mask), Get(head_windows), place, &p);
+  AttentionArgs args;
+  args.q_descale = Get(q_descale);
+  args.sinks = Get(sinks);
+  args.mask_offsets = Get(mask_offsets);
+  args.out_scale = Get(out_scale);
+  args.out = Get(out);
+  args.out_dtype = out_dtype;
+  args.softmax_scale = softmax_scale;
+  args.softcap = softcap;
+  args.causal = causal;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  args.max_seqlen_q = max_seqlen_q;
+  args.max_seqlen_k = max_seqlen_k;
+  args.return_softmax_lse = return_softmax_lse;
+  args.quantize_q = quantize_q;
+  args.transform = ParseKeyTransform(kPaged, Get(k_center), k_rotation, p.cache, place);
   ParseCommon(kPaged, args, place, &p);
   if (args.out != nullptr) {
+    RequireApartFromQueries(kPaged, *args.out, q, p);
     RequireApart(kPaged, "out", *args.out,
                  {{"key_cache", &key_cache},
                   {"value_cache", &value_cache},
@@ -154,7 +155,9 @@ FASTATTN_OPERATOR(Outputs, kPaged, PagedAttention, PagedResults,
                   {"cu_seqlens_q", &cu_seqlens_q},
                   {"seq_lens_decoder", &seq_lens_decoder},
                   {"seq_lens_this_time", &seq_lens_this_time},
-                  {"k_center", Get(k_center)}});
+                  {"k_center", Get(k_center)},
+                  {"tree_mask", Get(tree_mask)},
+                  {"head_windows", Get(head_windows)}});
   }
   return RunAttention(kPaged, args, place, &p);
 }

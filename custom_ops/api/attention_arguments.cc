@@ -140,10 +140,18 @@ void ParseQuery(const char* op, const Tensor& q, AttentionParams* p) {
   p->q_head_stride = strides[1];
 }
 
-std::vector<int64_t> OutputShape(const Tensor& q, const AttentionParams& p) {
-  std::vector<int64_t> shape = q.shape();
-  shape[2] = ValueDim(p.head_dim);
-  return shape;
+Shape OutputShape(const AttentionArgs& args, const AttentionParams& p) {
+  const int64_t tokens = p.seqs.num_tokens, heads = p.num_heads, dim = ValueDim(p.head_dim);
+  return args.flat ? Shape{tokens, heads * dim} : Shape{tokens, heads, dim};
+}
+
+void RequireApartFromQueries(const char* op, const Tensor& out, const Tensor& q,
+                             const AttentionParams& p) {
+  if (ValueDim(p.head_dim) == p.head_dim) {
+    RequireSameOrApart(op, "out", out, "q", q);  // kernels read before they write
+  } else {
+    RequireApart(op, "out", out, {{"q", &q}});
+  }
 }
 
 void CheckHeads(const char* op, const char* keys, int64_t kv_heads, int64_t head_dim,
@@ -211,6 +219,39 @@ void ParseRaggedKv(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
   }
 }
 
+void ParseHoles(const Tensor* tree_mask, const Tensor* head_windows, const phi::Place& place,
+                AttentionParams* p) {
+  if (tree_mask != nullptr) {
+    Arg(kPaged, "tree_mask", *tree_mask)
+        .On(place)
+        .Dtype({phi::DataType::BOOL, phi::DataType::UINT8, phi::DataType::INT8})
+        .Rank(3)
+        .Contiguous();
+    const Sizes shape = SizesOf(*tree_mask);
+    if (shape[0] < p->seqs.batch || shape[1] != shape[2]) {
+      Fail("ValueError", kPaged, "tree_mask", "expected shape [", p->seqs.batch,
+           ", N, N] (sequences or more, new tokens of each, twice), got ", ShapeText(shape));
+    }
+    for (int64_t size : shape) RequireFits(kPaged, "tree_mask", size);
+    p->tree.data = Data<uint8_t>(*tree_mask);
+    p->tree.size = static_cast<int>(shape[1]);
+  }
+  if (head_windows != nullptr) {
+    Arg(kPaged, "head_windows", *head_windows)
+        .On(place)
+        .Dtype({phi::DataType::INT32})
+        .Dims({p->num_kv_heads, 2})
+        .Contiguous();
+    p->head_windows = Data<int>(*head_windows);
+  }
+  if (p->batch_invariant && p->IsGeneral()) {
+    const char* given = tree_mask != nullptr      ? "tree_mask"
+                        : head_windows != nullptr ? "head_windows"
+                                                  : "a block table for each KV head";
+    Fail("NotImplementedError", kPaged, "batch_invariant", "not supported with ", given);
+  }
+}
+
 int WindowSide(const char* op, int64_t side) {
   if (side < -1) {
     Fail("ValueError", op, "window_size", "expected -1 (unlimited) or at least 0, got ", side);
@@ -260,7 +301,7 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
   p->out_dtype = OutputType(op, args, *p);
   if (args.out != nullptr) {
     const Arg arg(op, "out", *args.out);
-    arg.On(place).Dims(OutputShape(args.q, *p)).Contiguous();
+    arg.On(place).Dims(OutputShape(args, *p)).Contiguous();
     if (p->out_dtype == DType::kE4M3) {
       const DType given = ToDType(op, "out", args.out->dtype());
       if (given != DType::kUInt8 && given != DType::kE4M3) {
@@ -269,11 +310,6 @@ void ParseCommon(const char* op, const AttentionArgs& args, const phi::Place& pl
       }
     } else {
       arg.Dtype({ToPhi(p->out_dtype)});
-    }
-    if (ValueDim(p->head_dim) == p->head_dim) {
-      RequireSameOrApart(op, "out", *args.out, "q", args.q);  // kernels read before they write
-    } else {
-      RequireApart(op, "out", *args.out, {{"q", &args.q}});
     }
     RequireApart(op, "out", *args.out,
                  {{"q_descale", args.q_descale},

@@ -14,16 +14,18 @@
 #include "cpu/attention.h"
 #include "cpu/quantize_query.h"
 #include "cpu/query_transform.h"
+#include "cpu/rope_write_cache.h"
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
-#include "api/step_arrivals.h"
 #include "cuda/attention/dequantize_kv/launch.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/quantize_q/launch.h"
 #include "cuda/attention/query_transform/launch.h"
-#include "cuda/compat/kv_signal/launch.h"
+#include "cuda/cache/rope_write/launch.h"
+#include "cuda/host_calls/launch.h"
 #include "heuristics/attention.h"
 #include "heuristics/refused_bytes.h"
+#include "heuristics/rope_write.h"
 #endif
 
 namespace fastattn::api {
@@ -87,10 +89,35 @@ Tensor RoomFor(const AttentionParams& p, const phi::Place& place, DequantizePlan
   return {};
 }
 
+// Ints with which the CTAs of the step's attention join partial results without a kernel of its own
+// for that: the writer's decode kernel sets them to 0. An attention without a writer has none,
+// since only a kernel more could do so. 0 where the step has no use for them.
+int64_t CountersOf(const AttentionPlan& plan, const StepWriter* writer, int num_sms) {
+  if (writer == nullptr || !plan.MergesInKernel()) return 0;
+  const SeqMeta& seqs = writer->params.seqs;
+  const bool sets = seqs.num_tokens <= kMaxPlanSeqs && UseDecodeKernel(seqs.num_tokens, seqs.batch);
+  return sets ? NumArrivals(int64_t{kAttentionCtasPerSm} * num_sms) : 0;
+}
+
+// The workspace and, after it, the counters. `p` and the writer then point to them.
+Tensor Scratch(const phi::Place& place, int64_t workspace, int64_t counters, AttentionParams* p,
+               StepWriter* writer) {
+  constexpr int64_t kAlignment = 64;  // floats: 256 bytes
+  if (workspace + counters == 0) return {};
+  const int64_t first = (workspace + kAlignment - 1) / kAlignment * kAlignment;
+  Tensor scratch = paddle::empty({first + counters}, phi::DataType::FLOAT32, place);
+  p->workspace = MutableData<float>(scratch);
+  if (counters > 0) {
+    p->arrivals = writer->params.arrivals = reinterpret_cast<int*>(p->workspace + first);
+    p->num_arrivals = writer->params.num_arrivals = static_cast<int>(counters);
+  }
+  return scratch;
+}
+
 // Tokens of no sequence are cleared by the kernels, as no memory operation is launched beside them.
 void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
-              const QuantizeQueryParams& query, const QueryTransform& transform,
-              AttentionParams* p) {
+              const QuantizeQueryParams& query, const QueryTransform& transform, AttentionParams* p,
+              StepWriter* writer) {
   if (p->out == nullptr) return;  // an empty tensor's strides mean nothing
   CheckForGpu(op, *p);
   const DeviceGuard guard(op, place.GetDeviceId());
@@ -100,18 +127,8 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   CheckCuda(op, cuda::CountClusters(place.GetDeviceId(), facts, &clusters));
   AttentionDecision decision = DecideAttention(
       *p, {facts.major, facts.processors, clusters, {dequantized_bytes, dequantized_operations}});
-  if (StepArrivals* step = CurrentStep();
-      step != nullptr && step->buffer.defined() && step->buffer.place() == place) {
-    p->arrivals = MutableData<int>(step->buffer);
-    p->num_arrivals = static_cast<int>(step->num_counters);
-    if (decision.workspace > 0) p->workspace = LendWorkspace(decision.workspace, step);
-    CurrentStep() = nullptr;  // they are 0 for one call
-  }
-  Tensor workspace;
-  if (decision.workspace > 0 && p->workspace == nullptr) {
-    workspace = paddle::empty({decision.workspace}, phi::DataType::FLOAT32, place);
-    p->workspace = MutableData<float>(workspace);
-  }
+  const Tensor scratch = Scratch(place, decision.workspace,
+                                 CountersOf(decision.plan, writer, facts.processors), p, writer);
   Tensor dequantized = RoomFor(*p, place, &decision.dequantize);
   DequantizedKv kv;
   if (dequantized.defined()) {
@@ -119,6 +136,9 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
   }
   Guarded(op, [&] {
     const cudaStream_t stream = StreamOf(out);
+    if (writer != nullptr) {
+      CheckCuda(op, cuda::LaunchRopeWriteCache(writer->params, writer->transform, stream));
+    }
     CheckCuda(op, cuda::LaunchTransformQuery(transform.before, stream));
     CheckCuda(op, cuda::LaunchQuantizeQuery(query, stream));
     if (kv.key != nullptr) CheckCuda(op, cuda::LaunchDequantizeKv(*p, kv, stream));
@@ -133,9 +153,9 @@ void RunOnGpu(const char* op, const phi::Place& place, const Tensor& out,
 #endif
 
 std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, const phi::Place& place,
-                                 AttentionParams* p) {
+                                 AttentionParams* p, StepWriter* writer) {
   Tensor out =
-      args.out ? *args.out : paddle::empty(OutputShape(args.q, *p), ToPhi(p->out_dtype), place);
+      args.out ? *args.out : paddle::empty(OutputShape(args, *p), ToPhi(p->out_dtype), place);
   Tensor lse;  // undefined unless asked for
   if (args.return_softmax_lse) {
     lse = paddle::empty({p->num_heads, p->seqs.num_tokens}, phi::DataType::FLOAT32, place);
@@ -150,7 +170,7 @@ std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, cons
   if (args.quantize_q) query_codes = TakeQueryCodes(place, p, &query);  // rotated ones
 #if defined(FASTATTN_WITH_CUDA)
   if (IsGpu(place)) {
-    RunOnGpu(op, place, out, query, transform, p);
+    RunOnGpu(op, place, out, query, transform, p, writer);
     return {out, lse};
   }
 #endif
@@ -163,6 +183,7 @@ std::vector<Tensor> RunAttention(const char* op, const AttentionArgs& args, cons
     std::fill(p->lse, p->lse + count, -std::numeric_limits<float>::infinity());
   }
   Guarded(op, [&] {
+    if (writer != nullptr) cpu::RopeWriteCache(writer->params, writer->transform);
     if (transform.Prepares()) cpu::TransformQuery(transform.before);
     if (args.quantize_q) cpu::QuantizeQuery(query);
     cpu::Attention(*p);

@@ -79,19 +79,20 @@ inline int64_t CheckedProduct(const char* op, const char* arg, const Sizes& shap
 }
 
 // Refuses a tensor whose size in bytes, in any dtype that results may have, does not fit 64 bits: a
-// view that repeats its elements can be that large.
-inline void RequireBytesFit(const char* op, const char* name, const Tensor& tensor) {
+// view that repeats its elements can be that large. Returns whether it has elements.
+inline bool RequireBytesFit(const char* op, const char* name, const Tensor& tensor) {
   const auto& dims = tensor.dims();
   int64_t bytes = 16;
   bool fits = true;
   for (int i = 0; i < dims.size(); ++i) {
-    if (dims[i] == 0) return;
+    if (dims[i] == 0) return false;
     fits = dims[i] > 0 && !__builtin_mul_overflow(bytes, int64_t{dims[i]}, &bytes) && fits;
   }
   if (!fits) {
     Fail("ValueError", op, name, "expected sizes whose product fits 64 bits, got shape ",
          ShapeText(SizesOf(tensor)));
   }
+  return true;
 }
 
 // Widest load or store of a CUDA kernel.
@@ -101,8 +102,7 @@ inline constexpr int64_t kVectorBytes = 16;
 // kernel to it needs. A CPU takes any address.
 inline void RequireAlignedAddress(const char* op, const char* name, const Tensor& tensor,
                                   int64_t bytes) {
-  if (bytes < 2 || tensor.numel() == 0) return;
-  if (!IsGpu(tensor.place())) return;
+  if (bytes < 2 || !IsGpu(tensor.place()) || tensor.numel() == 0) return;
   const auto rest = static_cast<int64_t>(reinterpret_cast<uintptr_t>(tensor.data()) % bytes);
   if (rest != 0) {
     Fail("ValueError", op, name, "expected an address of a multiple of ", bytes,
@@ -148,10 +148,8 @@ class Arg {
       : op_(op), name_(name), tensor_(tensor) {
     // An empty tensor has no allocation, so initialized() is false for it; defined() is the test.
     if (!tensor.defined()) Fail("TypeError", op, name, "expected a tensor, got None");
-    RequireBytesFit(op, name, tensor);
-    if (tensor.numel() > 0 && !tensor.initialized()) {
-      Fail("ValueError", op, name, "the tensor holds no data");
-    }
+    if (!RequireBytesFit(op, name, tensor)) return;
+    if (!tensor.initialized()) Fail("ValueError", op, name, "the tensor holds no data");
     RequireAlignedAddress(op, name, tensor, static_cast<int64_t>(phi::SizeOf(tensor.dtype())));
   }
 

@@ -7,11 +7,6 @@ std::vector<const DirectOp*>& DirectOps() {
   return ops;
 }
 
-StepArrivals*& CurrentStep() {
-  thread_local StepArrivals* current = nullptr;
-  return current;
-}
-
 namespace {
 
 void CheckArguments(const DirectOp& op, Tensor* const* inputs, const DirectAttr* attrs) {
@@ -34,7 +29,6 @@ void CheckArguments(const DirectOp& op, Tensor* const* inputs, const DirectAttr*
 extern "C" __attribute__((visibility("default"))) const fastattn::api::DirectTable*
 fastattn_direct_table() {
   using namespace fastattn::api;
-  static const DirectTable table{kDirectVersion, sizeof(Tensor), &DirectOps(), &CurrentStep,
-                                 &CheckArguments};
+  static const DirectTable table{kDirectVersion, sizeof(Tensor), &DirectOps(), &CheckArguments};
   return &table;
 }

@@ -11,12 +11,11 @@
 #include <vector>
 
 #include "api/check.h"
-#include "api/step_arrivals.h"
 
 namespace fastattn::api {
 
 constexpr int kMostInputs = 24;
-constexpr int kMostAttrs = 16;
+constexpr int kMostAttrs = 24;
 
 // Value of an attribute; the member that counts follows from the operator's kinds.
 struct DirectAttr {
@@ -47,13 +46,12 @@ struct DirectTable {
   int version;
   size_t tensor_size;
   const std::vector<const DirectOp*>* ops;
-  StepArrivals*& (*current_step)();
   // Checks arguments as the operator's function does, and stops there.
   void (*check)(const DirectOp& op, Tensor* const* inputs, const DirectAttr* attrs);
 };
 
 // Counts the changes of the structures above.
-constexpr int kDirectVersion = 5;
+constexpr int kDirectVersion = 6;
 constexpr char kDirectTableSymbol[] = "fastattn_direct_table";
 
 // Every operator of the library.

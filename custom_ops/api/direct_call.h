@@ -21,15 +21,15 @@ namespace fastattn::api {
 
 // An operator as call() wants it: no look-up by name on the way.
 struct Handle {
-  const DirectOp* op;
+  const DirectOp* op = nullptr;
   std::array<bool, kMostInputs> optional{};
   std::array<bool, kMostInputs> strided{};
   std::array<bool, kMostInputs> written{};
 };
 
 inline std::vector<Handle> handles;
-inline StepArrivals*& (*current_step)() = nullptr;  // of the library
-inline PyObject* stop_gradient = nullptr;           // the attribute's interned name
+inline PyObject* stop_gradient = nullptr;  // interned names of attributes
+inline PyObject* own_dict = nullptr;
 
 inline bool WantsGradient(PyObject* object, const Tensor& tensor) {
   if (tensor.get_autograd_meta() == nullptr) return false;
@@ -51,7 +51,6 @@ class Inputs {
     pointers_[tensors_.size() - 1] = tensor == nullptr ? nullptr : &tensors_.back();
   }
 
-  int size() const { return static_cast<int>(tensors_.size()); }
   Tensor* const* data() const { return pointers_; }
   Tensor* operator[](int i) const { return pointers_[i]; }
 
@@ -60,11 +59,11 @@ class Inputs {
   Tensor* pointers_[kMostInputs] = {};
 };
 
-// Adds the inputs from number inputs->size() on; false to decline, which checked arguments do less
-// often. wants_gradient tells whether one of them does.
+// Takes all inputs; false to decline, which checked arguments do less often. wants_gradient tells
+// whether one of them does.
 inline bool TakeInputs(const Handle& handle, PyObject* const* objects, bool checked, Inputs* inputs,
                        bool* wants_gradient) {
-  for (int i = inputs->size(); i < handle.op->num_inputs(); ++i) {
+  for (int i = 0; i < handle.op->num_inputs(); ++i) {
     PyObject* object = *objects++;
     if (object == Py_None) {
       if (!handle.optional[i]) return false;
@@ -91,35 +90,37 @@ inline bool TakeInteger(PyObject* object, bool wide, DirectAttr* attr) {
   return wide || (attr->integer >= Narrow::min() && attr->integer <= Narrow::max());
 }
 
-// Takes the attributes from number `first` on.
-inline bool TakeAttrs(const Handle& handle, PyObject* tuple, size_t first, DirectAttr* attrs) {
+// `kind` is as in DirectOp::kinds. A text stays the object's.
+inline bool TakeAttr(char kind, PyObject* object, DirectAttr* attr) {
+  switch (kind) {
+    case 'i':
+    case 'l':
+      return TakeInteger(object, kind == 'l', attr);
+    case 'f':
+      if (!PyFloat_CheckExact(object)) return false;
+      attr->real = PyFloat_AS_DOUBLE(object);
+      return true;
+    case 'b':
+      if (!PyBool_Check(object)) return false;
+      attr->integer = object == Py_True;
+      return true;
+    default: {
+      if (!PyUnicode_Check(object)) return false;
+      Py_ssize_t size = 0;
+      attr->text = PyUnicode_AsUTF8AndSize(object, &size);
+      attr->text_size = static_cast<size_t>(size);
+      if (attr->text == nullptr) PyErr_Clear();
+      return attr->text != nullptr;
+    }
+  }
+}
+
+// A tuple of as many attributes as the operator has.
+inline bool TakeAttrs(const Handle& handle, PyObject* tuple, DirectAttr* attrs) {
   const std::string& kinds = handle.op->kinds;
-  for (size_t i = first; i < kinds.size(); ++i) {
-    PyObject* object = PyTuple_GET_ITEM(tuple, i - first);
-    DirectAttr& attr = attrs[i];
-    switch (kinds[i]) {
-      case 'i':
-      case 'l':
-        if (!TakeInteger(object, kinds[i] == 'l', &attr)) return false;
-        break;
-      case 'f':
-        if (!PyFloat_CheckExact(object)) return false;
-        attr.real = PyFloat_AS_DOUBLE(object);
-        break;
-      case 'b':
-        if (!PyBool_Check(object)) return false;
-        attr.integer = object == Py_True;
-        break;
-      default: {
-        if (!PyUnicode_Check(object)) return false;
-        Py_ssize_t size = 0;
-        attr.text = PyUnicode_AsUTF8AndSize(object, &size);
-        if (attr.text == nullptr) {
-          PyErr_Clear();
-          return false;
-        }
-        attr.text_size = static_cast<size_t>(size);
-      }
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    if (!TakeAttr(kinds[i], PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)), &attrs[i])) {
+      return false;
     }
   }
   return true;

@@ -80,7 +80,7 @@ inline void Check(size_t index, const py::tuple& inputs, const py::tuple& attrs)
     throw py::value_error(handle.op->name + ": wrong number of inputs");
   }
   DirectAttr values[kMostAttrs];
-  if (attrs.size() != handle.op->kinds.size() || !TakeAttrs(handle, attrs.ptr(), 0, values)) {
+  if (attrs.size() != handle.op->kinds.size() || !TakeAttrs(handle, attrs.ptr(), values)) {
     throw py::type_error(handle.op->name + ": wrong types of attributes");
   }
   uintptr_t address = uintptr_t{1} << 40;

@@ -13,9 +13,9 @@
 #include <utility>
 #include <vector>
 
+#include "api/direct_bound.h"
 #include "api/direct_call.h"
 #include "api/direct_check.h"
-#include "api/direct_step.h"
 #include "api/process.h"
 
 namespace fastattn::api {
@@ -80,7 +80,7 @@ PyObject* CallChecked(PyObject* const* args, Py_ssize_t count) {
   bool wants_gradient = false;
   const bool checked = args[3] == Py_None;
   if (!TakeInputs(handle, &PyTuple_GET_ITEM(args[1], 0), checked, &inputs, &wants_gradient) ||
-      !TakeAttrs(handle, args[2], 0, attrs)) {
+      !TakeAttrs(handle, args[2], attrs)) {
     Py_RETURN_NONE;
   }
   if (wants_gradient) {
@@ -119,7 +119,8 @@ py::tuple Facts(size_t index) {
 }
 
 Handle MakeHandle(const DirectOp& op) {
-  Handle handle{&op};
+  Handle handle;
+  handle.op = &op;
   for (int i = 0; i < op.num_inputs(); ++i) {
     handle.optional[i] = op.optional[i];
     handle.strided[i] = op.strided[i];
@@ -187,7 +188,6 @@ py::dict Bind(const std::string& path) {
   std::vector<Handle> found;
   for (const DirectOp* op : *table->ops) found.push_back(MakeHandle(*op));
   handles = std::move(found);
-  current_step = table->current_step;
   check_arguments = table->check;
   return AllFacts();
 }
@@ -249,14 +249,17 @@ PyObject* View(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_NONE;
 }
 
-// unchanged(own, kinds, names, seen): see HoldsStill.
+// unchanged(object, kinds, names, seen): see HoldsStill, of the object's __dict__.
 PyObject* Unchanged(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 4 || !PyDict_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2]) ||
-      !PyList_Check(args[3])) {
-    PyErr_SetString(PyExc_TypeError, "unchanged(own, kinds, names, seen)");
+  if (count != 4 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2]) || !PyList_Check(args[3])) {
+    PyErr_SetString(PyExc_TypeError, "unchanged(object, kinds, names, seen)");
     return nullptr;
   }
-  return PyBool_FromLong(HoldsStill(args[0], args[1], args[2], args[3]));
+  PyObject* own = PyObject_GetAttr(args[0], own_dict);
+  if (own == nullptr) return nullptr;
+  const bool holds = PyDict_Check(own) && HoldsStill(own, args[1], args[2], args[3]);
+  Py_DECREF(own);
+  return PyBool_FromLong(holds);
 }
 
 template <typename Function>
@@ -268,13 +271,10 @@ PyMethodDef methods[] = {
     {"call", Method(Call), METH_FASTCALL,
      "call(handle, inputs, attrs, gradients_count) -> list of outputs, or None: declined."},
     {"flat", Flat, METH_O, "flat(tensor [T, ..]) -> [T, rest] over the same memory, or None."},
-    {"step", Method(Step), METH_FASTCALL,
-     "step(plan, own, caches, forward_meta, qkv, lengths, max_keys, scales) -> attention of a "
-     "layer's step [T, H * D], or None: declined."},
     {"view", Method(View), METH_FASTCALL,
      "view(tensor, shape[, strides, first]) -> the same memory in that shape, or None."},
     {"unchanged", Method(Unchanged), METH_FASTCALL,
-     "unchanged(own, kinds, names, seen) -> whether the dict's values are those seen before."},
+     "unchanged(object, kinds, names, seen) -> whether its attributes are what was seen before."},
 };
 
 }  // namespace
@@ -285,8 +285,10 @@ PYBIND11_MODULE(_direct, m) {
   using namespace fastattn::api;
   m.doc() = "Operators, called around Paddle's registry.";
   stop_gradient = PyUnicode_InternFromString("stop_gradient");
-  InternStepNames();
+  own_dict = PyUnicode_InternFromString("__dict__");
   m.def("bind", &Bind, "Loads a library of operators; returns facts of each by its name.");
+  m.def("bound", &Bound,
+        "bound(handle, fixed, open, gradients_count): the operator with most arguments fixed.");
   m.def("check", &Check,
         "check(handle, inputs, attrs): checks arguments; an input is None or (dtype, shape).");
   for (PyMethodDef& method : methods) {

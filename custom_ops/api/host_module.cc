@@ -17,7 +17,6 @@
 #include "heuristics/attention.h"
 #include "heuristics/indexer_topk.h"
 #include "heuristics/refused_bytes.h"
-#include "heuristics/step_lengths.h"
 
 namespace fastattn::api {
 
@@ -81,16 +80,16 @@ Launches LaunchesOf(const AttentionPlan& plan) {
   Launches launches;
   for (int i = 0; i < plan.num_launches; ++i) {
     const AttentionLaunch& launch = plan.launches[i];
-    launches.push_back({{"columns", launch.columns},
+    launches.push_back({{"tile_rows", launch.tile_rows},
                         {"split", launch.split},
-                        {"min_pairs", launch.min_pairs},
-                        {"max_pairs", launch.max_pairs},
+                        {"min_packed_rows", launch.min_packed_rows},
+                        {"max_packed_rows", launch.max_packed_rows},
                         {"grid", launch.grid},
                         {"shares", launch.shares},
                         {"cluster", launch.cluster},
                         {"cluster_kv_tiles", launch.cluster_kv_tiles},
                         {"finds_seqs", launch.finds_seqs},
-                        {"joins", launch.joins},
+                        {"merges_in_kernel", launch.merges_in_kernel},
                         {"workspace", launch.workspace},
                         {"invariant_splits", launch.invariant_splits},
                         {"whole_tiles", launch.whole_tiles}});
@@ -170,12 +169,13 @@ AttentionParams CallOf(const std::string& q_dtype, const std::string& k_dtype,
 std::tuple<std::string, int64_t, Launches> Decide(
     const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
     int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
-    int max_seqlen_k, int compute_major, int num_sms, bool batch_invariant) {
+    int max_seqlen_k, int compute_major, int num_sms, bool batch_invariant, bool general) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.batch_invariant = batch_invariant;
+  p.seqs.head_tables = general;  // stands for all that IsGeneral() looks at
   const AttentionDecision decision = DecideAttention(p, {compute_major, num_sms});
-  const char* const kernels[] = {"mma_sm80", "wgmma_fp8", "wgmma_fp16"};
+  const char* const kernels[] = {"mma_sm80", "wgmma_fp8", "wgmma_q16"};
   return {kernels[static_cast<int>(decision.prefill)], decision.workspace,
           LaunchesOf(decision.plan)};
 }
@@ -185,11 +185,12 @@ std::map<std::string, int64_t> DequantizePlanOf(
     const std::string& q_dtype, const std::string& k_dtype, const std::string& cache_type,
     int num_tokens, int batch, int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
     int max_seqlen_k, int compute_major, int window_left, bool batch_invariant, int64_t memory,
-    double operations) {
+    double operations, bool general) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.window_left = window_left;
   p.batch_invariant = batch_invariant;
+  p.seqs.head_tables = general;
   const DequantizePlan plan =
       DecideAttention(p, {compute_major, 132, 0, {memory, operations}}).dequantize;
   return {{"blocks", plan.blocks},
@@ -224,28 +225,26 @@ PYBIND11_MODULE(_host, m) {
   m.def("decide_attention", &api::Decide, arg("q_dtype"), arg("k_dtype"), arg("cache_type"),
         arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"), arg("head_dim"),
         arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9, arg("num_sms") = 132,
-        arg("batch_invariant") = false,
+        arg("batch_invariant") = false, arg("general") = false,
         "Kernel of a call's whole tiles, floats of workspace, and launches on a GPU; cache_type "
-        "ragged: flash_attention.");
+        "ragged: flash_attention; general: with a tree mask, or windows or block tables of heads.");
   m.def("dequantize_plan", &api::DequantizePlanOf, arg("q_dtype"), arg("k_dtype"),
         arg("cache_type"), arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"),
         arg("head_dim"), arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9,
         arg("window_left") = -1, arg("batch_invariant") = false, arg("memory") = kDequantizedBytes,
-        arg("operations") = kDequantizedOperations,
+        arg("operations") = kDequantizedOperations, arg("general") = false,
         "Room for 16-bit keys and values of a call's long sequences over a cache of codes.");
   m.def(
       "invariant_splits",
-      [](int kv_tiles, int columns, int num_kv_heads) {
-        const InvariantBounds bounds = InvariantBoundsOf(columns, num_kv_heads);
+      [](int kv_tiles, int tile_rows, int num_kv_heads) {
+        const InvariantBounds bounds = InvariantBoundsOf(tile_rows, num_kv_heads);
         const InvariantSplits splits =
             InvariantSplitsOf(kv_tiles, bounds.most_splits, bounds.least_tiles);
         return std::make_tuple(splits.tiles, splits.count);
       },
-      arg("kv_tiles"), arg("columns"), arg("num_kv_heads"),
+      arg("kv_tiles"), arg("tile_rows"), arg("num_kv_heads"),
       "KV tiles of a split, and splits, of a work tile of a batch-invariant call.");
-  m.def("new_tokens_of_longest", &NewTokensOfLongest, arg("tokens"), arg("seqs"),
-        arg("decode_tokens"), arg("prefills"),
-        "New tokens of a step's longest sequence, as far as a server's host can tell.");
+  m.attr("LONG_SEQ") = kLongSeq;
   m.def(
       "plan_indexer_topk",
       [](int64_t rows, int64_t columns, int64_t workspace_bytes, bool makes_lengths) {

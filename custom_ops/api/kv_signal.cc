@@ -14,7 +14,7 @@
 #include "cpu/kv_signal.h"
 
 #if defined(FASTATTN_WITH_CUDA)
-#include "cuda/compat/kv_signal/launch.h"
+#include "cuda/host_calls/launch.h"
 #endif
 
 namespace fastattn::api {

@@ -1,5 +1,8 @@
 #include "cpu/mla_attention.h"
 
+#include <algorithm>
+#include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -9,6 +12,7 @@
 #include "api/mla_cache.h"
 #include "api/operator.h"
 #include "api/paged_cache.h"
+#include "api/ranges.h"
 #include "api/softmax_scale.h"
 
 #if defined(FASTATTN_WITH_CUDA)
@@ -19,186 +23,111 @@ namespace fastattn::api {
 
 namespace {
 
-constexpr const char* kOp = "mla_sparse_attention";
+constexpr const char* kOp = "mla_attention";
 
-// One cache with the keys that are selected from it.
-struct SelectionArgs {
-  const Tensor* cache;
-  const Tensor* indices;
-  const Tensor* lengths;
-  const Tensor* scale;
-  const std::string& format;
-  int page_size;
-};
-
-struct SelectionNames {
-  MlaNames cache;
-  const char* indices;
-  const char* lengths;
-};
-
-constexpr SelectionNames kKeys = {{}, "indices", "topk_length"};
-constexpr SelectionNames kExtra = {
-    {"extra_cache", "extra_cache_format", "extra_page_size", "extra_scale"},
-    "extra_indices",
-    "extra_topk_length"};
-
-// Channels of a key; bf16 rows have those of the query.
-int DimOf(MlaFormat format, int dim) {
-  return format == MlaFormat::kBf16 ? dim : FactsOf(format).latent + kMlaRopeDim;
-}
-
-void ParseQuery(const Tensor& q, const phi::Place& place, MlaSparseParams* p) {
-  Arg(kOp, "q", q).On(place).Dtype({phi::DataType::BFLOAT16}).Rank(3).LastDimContiguous();
-  RequireAligned(kOp, "q", q, kVectorBytes);
-  const Sizes shape = SizesOf(q);
-  if (shape[2] != 576 && shape[2] != 512) {
-    Fail("ValueError", kOp, "q", "expected 576 or 512 channels, got shape ", ShapeText(shape));
-  }
+void ParseMlaQuery(const Tensor& q, const phi::Place& place, MlaAttentionParams* p) {
+  p->dim = FactsOf(p->cache.format).latent + kMlaRopeDim;
+  Arg(kOp, "q", q)
+      .On(place)
+      .Dtype({phi::DataType::BFLOAT16})
+      .Dims({-1, -1, p->dim})
+      .LastDimContiguous();
+  const Sizes shape = SizesOf(q), strides = StridesOf(q);
+  RequireFits(kOp, "q", shape[0]);
   p->heads = ParseMlaHeads(kOp, shape);
-  RequireFits(kOp, "q", CheckedProduct(kOp, "q", {shape[0], shape[1]}));
-  p->tokens = shape[0];
-  p->dim = static_cast<int>(shape[2]);
-  if (q.numel() == 0) return;
-  const Sizes strides = StridesOf(q);
   p->q = Data<uint16_t>(q);
   p->q_token_stride = strides[0];
-  p->q_head_stride = strides[1];
+  p->q_head_stride = shape[1] == 1 ? p->dim : strides[1];
+  if (q.numel() > 0) RequireAligned(kOp, "q", q, kVectorBytes);
 }
 
-MlaSelection ParseSelection(const SelectionArgs& args, const SelectionNames& names,
-                            const phi::Place& place, const MlaSparseParams& p) {
-  MlaSelection result;
-  const MlaFormat format = ParseMlaFormat(kOp, args.format, names.cache);
-  if (DimOf(format, p.dim) != p.dim) {
-    Fail("ValueError", kOp, "q", "expected ", DimOf(format, p.dim), " channels, those of ",
-         names.cache.format, " ", args.format, ", got ", p.dim);
-  }
-  result.cache = ParseMlaCache(kOp, *args.cache, format, args.page_size, place, names.cache, p.dim);
-  result.scale = ParseMlaScale(kOp, args.scale, format, place, names.cache);
-  if (args.lengths != nullptr) {
-    Arg(kOp, names.lengths, *args.lengths)
-        .On(place)
-        .Dtype({phi::DataType::INT32})
-        .Dims({p.tokens})
-        .Contiguous();
-    result.lengths = Data<int>(*args.lengths);
-  }
-  if (args.indices == nullptr) return result;
-  Arg(kOp, names.indices, *args.indices)
-      .On(place)
-      .Dtype({phi::DataType::INT32})
-      .Dims({p.tokens, -1})
-      .LastDimContiguous();
-  const int64_t topk = args.indices->dims()[1];
-  // Kernels round it up to tiles.
-  if (topk > int64_t{1} << 30) {
-    Fail("ValueError", kOp, names.indices, "expected at most 2^30 a query, got ", topk);
-  }
-  result.topk = static_cast<int>(topk);
-  result.indices = Data<int>(*args.indices);
-  result.index_stride = args.indices->numel() == 0 ? 0 : StridesOf(*args.indices)[0];
-  return result;
-}
-
-// The second cache, if there is one. Paddle hands tensors without elements over as absent ones, so
-// that indices which are not here may have been [T, 0]: they name nothing.
-MlaSelection ParseExtra(const SelectionArgs& args, const phi::Place& place,
-                        const MlaSparseParams& p) {
-  ParseMlaFormat(kOp, args.format, kExtra.cache);
-  if (args.cache != nullptr) {
-    const MlaSelection result = ParseSelection(args, kExtra, place, p);
-    return result.topk == 0 ? MlaSelection{} : result;
-  }
-  const NamedTensor others[] = {{kExtra.indices, args.indices},
-                                {kExtra.lengths, args.lengths},
-                                {kExtra.cache.scale, args.scale}};
-  for (const auto& [name, tensor] : others) {
-    if (tensor != nullptr) {
-      Fail("ValueError", kOp, name, "expected None without extra_cache, got a tensor");
-    }
-  }
-  return {};
-}
-
-void Run(const MlaSparseParams& p, const Tensor& anchor) {
-  if (p.tokens == 0) return;
 #if defined(FASTATTN_WITH_CUDA)
-  if (OnGpu(anchor)) {
-    Tensor workspace;
-    {
-      const DeviceGuard guard(kOp, anchor.place().GetDeviceId());
-      const int64_t bytes = cuda::MlaSparseWorkspaceBytes(p);
-      if (bytes > 0) workspace = paddle::empty({bytes}, phi::DataType::UINT8, anchor.place());
-    }
-    void* memory = workspace.defined() ? workspace.data() : nullptr;
-    LaunchOnGpu(kOp, anchor,
-                [&](cudaStream_t stream) { return cuda::LaunchMlaSparse(p, memory, stream); });
-    return;
+void RunOnGpu(const phi::Place& place, const Tensor& anchor, MlaAttentionParams* p) {
+  RequireFits(kOp, "q", int64_t{p->seqs.num_tokens} * p->heads);
+  const DeviceGuard guard(kOp, place.GetDeviceId());
+  int64_t floats = 0;
+  CheckCuda(kOp, cuda::MlaAttentionWorkspaceFloats(*p, &floats));
+  Tensor workspace;
+  if (floats > 0) {
+    workspace = paddle::empty({floats}, phi::DataType::FLOAT32, place);
+    p->workspace = MutableData<float>(workspace);
+  }
+  Guarded(kOp, [&] { CheckCuda(kOp, cuda::LaunchMlaAttention(*p, StreamOf(anchor))); });
+}
+#endif
+
+// Results of a call whose arguments are right.
+std::vector<Tensor> RunMlaAttention(const Tensor& out, bool return_softmax_lse,
+                                    const phi::Place& place, MlaAttentionParams* p) {
+  const int64_t tokens = p->seqs.num_tokens;
+  Tensor lse;  // undefined unless asked for
+  if (return_softmax_lse) {
+    lse = paddle::empty({p->heads, tokens}, phi::DataType::FLOAT32, place);
+    p->lse = MutableData<float>(lse);
+  }
+  if (out.numel() == 0) return {out, lse};
+#if defined(FASTATTN_WITH_CUDA)
+  if (IsGpu(place)) {
+    RunOnGpu(place, out, p);
+    return {out, lse};
   }
 #endif
-  RequireCpu(kOp, anchor.place());
-  Guarded(kOp, [&] { cpu::MlaSparseAttention(p); });
+  RequireCpu(kOp, place);
+  if (p->clear_padding) {
+    void* bytes = p->out_float != nullptr ? static_cast<void*>(p->out_float) : p->out;
+    std::memset(bytes, 0, static_cast<size_t>(out.numel()) * phi::SizeOf(out.dtype()));
+  }
+  if (p->lse != nullptr) {
+    std::fill(p->lse, p->lse + lse.numel(), -std::numeric_limits<float>::infinity());
+  }
+  Guarded(kOp, [&] { cpu::MlaAttention(*p); });
+  return {out, lse};
 }
 
-Results SparseResults(const Known& in) {
+Results MlaResults(const Known& in) {
   const int64_t tokens = in["q"].size(0), heads = in["q"].size(1);
-  const Shape rows = in.Flag("flash_mla") ? Shape{tokens, heads} : Shape{heads, tokens};
+  const bool has_lse = in.Flag("return_softmax_lse");
   return {{"result", {tokens, heads, kMlaValueDim}, MlaOutDtype(in.Text("out_dtype"))},
-          {"softmax_lse", in.Flag("return_softmax_lse") ? rows : Shape{1}, phi::DataType::FLOAT32},
-          {"max_logits", in.Flag("return_max_logits") ? rows : Shape{1}, phi::DataType::FLOAT32}};
+          {"softmax_lse", has_lse ? Shape{heads, tokens} : Shape{1}, phi::DataType::FLOAT32}};
 }
 
 }  // namespace
 
-FASTATTN_OPERATOR(Outputs, kOp, MlaSparseAttention, SparseResults,
+FASTATTN_OPERATOR(Outputs, kOp, MlaAttention, MlaResults,
                   (const Strided<Tensor>& q, const Strided<Tensor>& cache,
-                   const Strided<Tensor>& indices, const OptionalTensor& topk_length,
-                   const OptionalTensor& scale, const Strided<OptionalTensor>& extra_cache,
-                   const Strided<OptionalTensor>& extra_indices,
-                   const OptionalTensor& extra_topk_length, const OptionalTensor& extra_scale,
-                   const OptionalTensor& sinks, OptionalTensor& out,
-                   const std::string& cache_format, const std::string& extra_cache_format,
-                   int page_size, int extra_page_size, float softmax_scale, bool return_softmax_lse,
-                   bool return_max_logits, bool flash_mla, const std::string& out_dtype)) {
-  MlaSparseParams p;
+                   const Tensor& block_tables, const Tensor& cu_seqlens_q,
+                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+                   const OptionalTensor& scale, const OptionalTensor& sinks, OptionalTensor& out,
+                   int64_t max_seqlen_q, int64_t max_seqlen_k, float softmax_scale, bool causal,
+                   bool return_softmax_lse, const std::string& cache_format, int page_size,
+                   const std::string& out_dtype)) {
+  MlaAttentionParams p;
+  const MlaFormat format = ParseMlaFormat(kOp, cache_format);
   Arg(kOp, "q", q);
-  Arg(kOp, "cache", cache);
-  Arg(kOp, "indices", indices);
-  const Tensor& anchor = q.numel() > 0 ? q : cache;  // empty ones have no place
-  const phi::Place place = anchor.place();
-  ParseQuery(q, place, &p);
-  p.keys = ParseSelection({&cache, &indices, Get(topk_length), Get(scale), cache_format, page_size},
-                          kKeys, place, p);
-  p.extra = ParseExtra({Get(extra_cache), Get(extra_indices), Get(extra_topk_length),
-                        Get(extra_scale), extra_cache_format, extra_page_size},
-                       place, p);
+  const phi::Place place = q.numel() > 0 ? q.place() : block_tables.place();
+  p.cache = ParseMlaCache(kOp, cache, format, page_size, place);
+  ParseMlaQuery(q, place, &p);
+  p.scale = ParseMlaScale(kOp, Get(scale), format, place);
+  p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, nullptr,
+                     SizesOf(q)[0], place);
   p.sinks = ParseMlaSinks(kOp, Get(sinks), p.heads, place);
   p.softmax_scale = ParseSoftmaxScale(kOp, softmax_scale, p.dim);
-  p.flash_mla = flash_mla;
-  Tensor result = ParseMlaOut(kOp, Get(out), out_dtype, {p.tokens, p.heads, kMlaValueDim}, place,
-                              {{"q", &q},
-                               {"cache", &cache},
-                               {"indices", &indices},
-                               {"topk_length", Get(topk_length)},
-                               {"scale", Get(scale)},
-                               {"extra_cache", Get(extra_cache)},
-                               {"extra_indices", Get(extra_indices)},
-                               {"extra_topk_length", Get(extra_topk_length)},
-                               {"extra_scale", Get(extra_scale)},
-                               {"sinks", Get(sinks)}},
-                              &p.out, &p.out_float);
-  Tensor lse, max_logits;  // undefined unless asked for
-  const auto make = [&](Tensor* tensor) {
-    const std::vector<int64_t> sizes = flash_mla ? std::vector<int64_t>{p.tokens, p.heads}
-                                                 : std::vector<int64_t>{p.heads, p.tokens};
-    *tensor = paddle::empty(sizes, phi::DataType::FLOAT32, place);
-    return MutableData<float>(*tensor);
-  };
-  if (return_softmax_lse) p.lse = make(&lse);
-  if (return_max_logits) p.max_logits = make(&max_logits);
-  Run(p, anchor);
-  return {result, lse, max_logits};
+  p.causal = causal;
+  p.max_seqlen_q = LengthBound(kOp, "max_seqlen_q", max_seqlen_q);
+  p.max_seqlen_k = LengthBound(kOp, "max_seqlen_k", max_seqlen_k);
+  p.clear_padding = Get(out) == nullptr;
+  const Tensor result =
+      ParseMlaOut(kOp, Get(out), out_dtype, {p.seqs.num_tokens, p.heads, kMlaValueDim}, place,
+                  {{"q", &q},
+                   {"cache", &cache},
+                   {"scale", Get(scale)},
+                   {"block_tables", &block_tables},
+                   {"cu_seqlens_q", &cu_seqlens_q},
+                   {"seq_lens_decoder", &seq_lens_decoder},
+                   {"seq_lens_this_time", &seq_lens_this_time},
+                   {"sinks", Get(sinks)}},
+                  &p.out, &p.out_float);
+  return RunMlaAttention(result, return_softmax_lse, place, &p);
 }
 
 }  // namespace fastattn::api

@@ -28,10 +28,10 @@ DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, Cach
   return codes;
 }
 
-// `head_dim`: that of K or of V, whose scales they are.
+// `head_dim`: that of K or of V, whose scales they are. `block_heads`: heads in a block.
 ScaleScheme ParseScales(const char* op, const char* name, const Tensor* scales,
-                        const PagedCache& cache, int64_t head_dim, const phi::Place& place,
-                        CacheStrides* strides) {
+                        const PagedCache& cache, int64_t head_dim, int64_t block_heads,
+                        const phi::Place& place, CacheStrides* strides) {
   // Paddle passes an empty optional tensor as an absent one.
   if (scales == nullptr && IsDynamic(cache.type) && cache.num_blocks == 0) {
     return ScaleScheme::kToken;
@@ -45,14 +45,13 @@ ScaleScheme ParseScales(const char* op, const char* name, const Tensor* scales,
   const CacheFormat& known = FormatOf(cache.type);
   if (known.scheme == ScaleScheme::kGroup) {
     arg.Dtype({phi::DataType::UINT8})
-        .Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize,
-               head_dim / InfoOf(known.scales).group});
+        .Dims({cache.num_blocks, block_heads, kBlockSize, head_dim / InfoOf(known.scales).group});
     *strides = ParseCacheStrides(op, name, *scales, true);
     return ScaleScheme::kToken;
   }
   arg.Dtype({phi::DataType::FLOAT32, phi::DataType::BFLOAT16});
   if (IsDynamic(cache.type)) {
-    arg.Dims({cache.num_blocks, cache.num_kv_heads, kBlockSize});
+    arg.Dims({cache.num_blocks, block_heads, kBlockSize});
     *strides = ParseCacheStrides(op, name, *scales);
     return ScaleScheme::kToken;
   }
@@ -70,6 +69,13 @@ ScaleScheme ParseScales(const char* op, const char* name, const Tensor* scales,
   }
   Fail("ValueError", op, name, "expected shape [1] or [", heads, "] (KV heads), got ",
        ShapeText(shape));
+}
+
+// KV heads of a cache whose blocks have `block_heads` of them.
+int64_t KvHeads(const CacheArgs& args, int64_t block_heads) {
+  if (block_heads != 1 || args.head_tables == nullptr) return block_heads;
+  const common::DDim& tables = args.head_tables->dims();
+  return tables.size() == 3 ? std::max<int64_t>(tables[1], 1) : 1;
 }
 
 }  // namespace
@@ -156,7 +162,9 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   }
   if (shape[1] == 0) Fail("ValueError", op, "key_cache", "expected at least 1 KV head, got 0");
   cache.num_blocks = static_cast<int>(shape[0]);
-  cache.num_kv_heads = static_cast<int>(shape[1]);
+  const int64_t heads = KvHeads(args, shape[1]);
+  RequireFits(op, "block_tables", heads);
+  cache.num_kv_heads = static_cast<int>(heads);
   cache.head_dim = static_cast<int>(head_dim);
 
   Arg value(op, "value_cache", args.value_cache);
@@ -186,9 +194,9 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
     cache.value_dtype =
         ParseCodeDtype(op, "value_cache", args.value_cache, cache.type, true, format);
     cache.k_granularity = ParseScales(op, "cache_k_scales", args.k_scales, cache, cache.head_dim,
-                                      place, &cache.k_scale_strides);
+                                      shape[1], place, &cache.k_scale_strides);
     cache.v_granularity = ParseScales(op, "cache_v_scales", args.v_scales, cache, cache.ValueDim(),
-                                      place, &cache.v_scale_strides);
+                                      shape[1], place, &cache.v_scale_strides);
     if (args.k_scales != nullptr && args.v_scales != nullptr) {
       Arg(op, "cache_v_scales", *args.v_scales).Dtype({args.k_scales->dtype()});
       cache.scale_dtype = ToDType(op, "cache_k_scales", args.k_scales->dtype());
@@ -199,6 +207,12 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   }
   cache.key = MutableAddress(args.key_cache);
   cache.value = MutableAddress(args.value_cache);
+  if (heads != shape[1]) {  // every head's plane of a block is the only one
+    for (CacheStrides* strides : {&cache.key_strides, &cache.value_strides, &cache.k_scale_strides,
+                                  &cache.v_scale_strides}) {
+      strides->head = 0;
+    }
+  }
   return cache;
 }
 
@@ -223,7 +237,7 @@ void RequireAlignedCache(const char* op, const PagedCache& cache) {
 }
 
 void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
-                       std::initializer_list<NamedTensor> read) {
+                       const std::vector<NamedTensor>& read) {
   const NamedTensor tensors[] = {{"key_cache", &args.key_cache},
                                  {"value_cache", &args.value_cache},
                                  {"cache_k_scales", args.k_scales},
@@ -253,14 +267,18 @@ void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
 
 SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
-                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place) {
-  Arg(op, "block_tables", block_tables)
-      .On(place)
-      .Dtype({phi::DataType::INT32})
-      .Rank(2)
-      .Contiguous();
-  const int64_t slots = block_tables.shape()[0];
-  for (int64_t size : block_tables.shape()) RequireFits(op, "block_tables", size);
+                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place,
+                  int64_t table_heads) {
+  const Arg given(op, "block_tables", block_tables);
+  const bool head_tables = table_heads > 0 && block_tables.dims().size() == 3;
+  given.On(place).Dtype({phi::DataType::INT32}).Rank(head_tables ? 3 : 2).Contiguous();
+  const Sizes tables = SizesOf(block_tables);
+  const int64_t slots = tables[0];
+  for (int64_t size : tables) RequireFits(op, "block_tables", size);
+  if (head_tables && tables[1] != table_heads) {
+    Fail("ValueError", op, "block_tables", "expected shape [sequences, ", table_heads,
+         " (KV heads), max_blocks], got ", ShapeText(tables));
+  }
   RequireFits(op, "num_tokens", num_tokens);
 
   // A server may pass the block tables and cached lengths of all its slots, of which the first run.
@@ -273,8 +291,9 @@ SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_s
   };
   SeqMeta seqs;
   seqs.batch = static_cast<int>(batch);
-  seqs.max_blocks = static_cast<int>(block_tables.shape()[1]);
+  seqs.max_blocks = static_cast<int>(tables[tables.size() - 1]);
   seqs.num_tokens = static_cast<int>(num_tokens);
+  seqs.head_tables = head_tables;
   seqs.block_tables = Data<int>(block_tables);
   seqs.cu_seqlens_q = lengths("cu_seqlens_q", cu_seqlens_q, batch + 1);
   seqs.seq_lens_decoder = lengths("seq_lens_decoder", seq_lens_decoder, slots);
@@ -283,6 +302,14 @@ SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_s
     seqs.batch_id_per_token = lengths("batch_id_per_token", *batch_id_per_token, num_tokens);
   }
   return seqs;
+}
+
+void RequireGridOfTokens(const char* op, const SeqMeta& seqs) {
+  constexpr int kMostTokens = 65535;  // a grid's second dimension
+  if (seqs.head_tables && seqs.num_tokens > kMostTokens) {
+    Fail("NotImplementedError", op, "block_tables", "a table for each KV head is supported for up ",
+         "to ", kMostTokens, " tokens on a GPU, got ", seqs.num_tokens);
+  }
 }
 
 int64_t HeadsContiguous(const char* op, const char* name, const Tensor& tensor) {

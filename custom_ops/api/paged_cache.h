@@ -1,8 +1,8 @@
 // Parsing and checking of the cache and sequence arguments that most operators take.
 #pragma once
 
-#include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "api/check.h"
 #include "params/common.h"
@@ -39,6 +39,9 @@ struct CacheArgs {
   const std::string& cache_quant_type;
   const std::string& fp8_format;
   CacheLayout layout = CacheLayout::kFastattn;
+  // block_tables where they may be [B, KV, max_blocks]: a cache of one head is then a pool of
+  // blocks that all of these KV heads share.
+  const Tensor* head_tables = nullptr;
 };
 
 // Strides of a cache [num_blocks, KV, rows, columns] or of dynamic scales [num_blocks, KV,
@@ -59,7 +62,7 @@ void RequireAlignedCache(const char* op, const PagedCache& cache);
 // with each other or with a tensor that is read, or if elements of one of these tensors do.
 // Everything has been checked before.
 void RequireCacheApart(const char* op, const CacheArgs& args, CacheType type,
-                       std::initializer_list<NamedTensor> read);
+                       const std::vector<NamedTensor>& read);
 
 // An int of each sequence, [size] or [size, 1], as the operators receive them; `why` is what an
 // error adds to the shape expected.
@@ -77,10 +80,15 @@ const int* ParseLengths(const char* op, const char* name, const Tensor& tensor, 
 
 // Checks dtypes, places and sizes (not values: those live on the device) and fills a SeqMeta of the
 // B sequences of seq_lens_this_time. block_tables and seq_lens_decoder may both have more: slots
-// that do not run. The length tensors may be [B] or [B, 1].
+// that do not run. The length tensors may be [B] or [B, 1]. With `table_heads` the cache has as
+// many heads, and may have a table for each of them: [slots, table_heads, max_blocks].
 SeqMeta ParseSeqs(const char* op, const Tensor& block_tables, const Tensor& cu_seqlens_q,
                   const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
-                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place);
+                  const Tensor* batch_id_per_token, int64_t num_tokens, const phi::Place& place,
+                  int64_t table_heads = 0);
+
+// Refuses more new tokens than a GPU's kernel for a block table for each KV head can take.
+void RequireGridOfTokens(const char* op, const SeqMeta& seqs);
 
 // Token stride of a tensor [tokens, KV, D] whose heads of one token must lie side by side.
 int64_t HeadsContiguous(const char* op, const char* name, const Tensor& tensor);

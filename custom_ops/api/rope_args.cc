@@ -45,10 +45,8 @@ void RequireEqualDims(const char* op, const PagedCache& cache) {
 
 void ParseQkv(const char* op, const Tensor& qkv, int num_heads, int num_kv_heads,
               RopeWriteCacheParams& p) {
-  Arg(op, "qkv", qkv)
-      .Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16})
-      .Rank(2)
-      .LastDimContiguous();
+  const Arg arg(op, "qkv", qkv);
+  arg.Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16}).Rank(2).LastDimContiguous();
   if (num_heads <= 0) Fail("ValueError", op, "num_heads", "expected at least 1, got ", num_heads);
   if (num_kv_heads != p.cache.num_kv_heads) {
     Fail("ValueError", op, "num_kv_heads", "key_cache holds ", p.cache.num_kv_heads,
@@ -59,7 +57,7 @@ void ParseQkv(const char* op, const Tensor& qkv, int num_heads, int num_kv_heads
          ", got ", num_heads);
   }
   const int64_t width = (num_heads + 2LL * num_kv_heads) * p.cache.head_dim;
-  Arg(op, "qkv", qkv).Dims({-1, width});
+  arg.Dims({-1, width});
   if (p.cache.type == CacheType::kNone && qkv.dtype() != phi::DataType::BFLOAT16 &&
       p.cache.dtype == DType::kBFloat16) {
     Fail("TypeError", op, "qkv", "expected the dtype of key_cache, bfloat16, got ", qkv.dtype());

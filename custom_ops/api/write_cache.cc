@@ -46,8 +46,8 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
   const Tensor& anchor = key_cache.initialized() ? key_cache : key;  // empty ones have no place
   const phi::Place place = anchor.place();
   WriteCacheParams p;
-  const CacheArgs cache{key_cache,           value_cache,      Get(cache_k_scales),
-                        Get(cache_v_scales), cache_quant_type, fp8_format};
+  const CacheArgs cache{key_cache,        value_cache, Get(cache_k_scales),    Get(cache_v_scales),
+                        cache_quant_type, fp8_format,  CacheLayout::kFastattn, &block_tables};
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
@@ -64,7 +64,7 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
          ", got ", NameOf(p.dtype));
   }
   p.seqs = ParseSeqs(kOp, block_tables, cu_seqlens_q, seq_lens_decoder, seq_lens_this_time,
-                     Get(batch_id_per_token), key.shape()[0], place);
+                     Get(batch_id_per_token), key.shape()[0], place, p.cache.num_kv_heads);
   RequireCacheApart(kOp, cache, p.cache.type,
                     {{"key", &key},
                      {"value", &value},
@@ -80,6 +80,7 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
 
 #if defined(FASTATTN_WITH_CUDA)
   if (OnGpu(anchor)) {
+    RequireGridOfTokens(kOp, p.seqs);
     LaunchOnGpu(kOp, anchor,
                 [&](cudaStream_t stream) { return cuda::LaunchWriteCache(p, transform, stream); });
     return;

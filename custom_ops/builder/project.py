@@ -45,7 +45,7 @@ def operators() -> list[str]:
         text = path.read_text(encoding="utf-8")
         # A declaration names the operator by a constant, which its errors have too.
         constants = dict(re.findall(r'\bconstexpr .*\b(k\w+)(?:\[\])? = "(\w+)"', headers + text))
-        names = re.findall(r"^FASTATTN_OPERATOR\(\w+, (k\w+),", text, re.M)
+        names = re.findall(r"^FASTATTN_OPERATOR\(\s*\w+, (k\w+),", text, re.M)
         found += [constants[name] for name in names]
     return sorted(found)
 

@@ -15,10 +15,10 @@ struct Normaliser {
   float factor;  // what the sum of P * V is multiplied with
 };
 
-// Joins a sink, which enters the denominator and has no value. `maximum` is in units of log2; `sum`
+// Adds a sink, which enters the denominator and has no value. `maximum` is in units of log2; `sum`
 // counts 2^kLog2Unit of the true sum relative to it. The sink is not infinity.
 template <int kLog2Unit>
-FASTATTN_HD Normaliser JoinSink(float maximum, float sum, float sink) {
+FASTATTN_HD Normaliser AddSink(float maximum, float sum, float sink) {
   constexpr float kUnit = kLog2Unit;
   const float largest = fmaxf(maximum, sink * kLog2E);
   const float weight = exp2f(maximum - largest);
@@ -42,9 +42,9 @@ FASTATTN_HD Normaliser NormaliserOf(bool empty, float maximum, float sum, const 
       lse = kInf;
       factor = 0.0f;
     } else {
-      const Normaliser joined = JoinSink<kLog2Unit>(maximum, sum, sink);
-      lse = joined.lse;
-      factor = joined.factor;
+      const Normaliser with_sink = AddSink<kLog2Unit>(maximum, sum, sink);
+      lse = with_sink.lse;
+      factor = with_sink.factor;
     }
   }
   return {lse, factor};
@@ -57,9 +57,9 @@ FASTATTN_HD Normaliser NormaliserOf(bool empty, float maximum, float sum, float 
   if (sink == kInf) {
     lse = empty ? lse : kInf;
   } else if (!empty) {
-    const Normaliser joined = JoinSink<0>(maximum, sum, sink);
-    lse = joined.lse;
-    factor = joined.factor;
+    const Normaliser with_sink = AddSink<0>(maximum, sum, sink);
+    lse = with_sink.lse;
+    factor = with_sink.factor;
   }
   return {lse, factor};
 }

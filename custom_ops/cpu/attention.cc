@@ -1,4 +1,4 @@
-// Attention on the CPU: cuts the step into tiles of packed GQA rows and splits of the keys, runs
+// Attention on the CPU: cuts the step into tiles of packed rows and splits of the keys, runs
 // these on all threads through the kernel of the best instruction set, merges the partial results
 // and writes the output.
 //
@@ -17,6 +17,7 @@
 
 #include "common/dispatch.h"
 #include "common/head_dims.h"
+#include "common/holes.h"
 #include "common/normaliser.h"
 #include "common/numeric.h"
 #include "common/seq_lengths.h"
@@ -35,6 +36,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // Keys of a split. Results depend neither on the number of threads nor on the tile.
 constexpr int64_t kSplitKeys = 2048;
 static_assert(kSplitKeys % kTileKeys == 0, "a pass is in one split");
+
+constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
 
 // So much of the plan's cost, times channels, is one nanosecond of work (see parallel.h).
 constexpr int64_t kCostPerWork = 16;
@@ -56,7 +59,6 @@ TileFunction ChooseTileFunction(const AttentionParams& p) {
 
 // Lengths of a sequence. The CPU counts positions in 64 bits and so needs no upper bound on them.
 AttentionSeq FindSeq(const AttentionParams& p, int batch_idx) {
-  constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
   const SeqMeta& seqs = p.seqs;
   const int* cu_q = seqs.cu_seqlens_q + batch_idx;
   const TokenRange<int64_t> queries = RaggedTokens<int64_t>(cu_q[0], cu_q[1], seqs.num_tokens);
@@ -75,7 +77,7 @@ AttentionSeq FindSeq(const AttentionParams& p, int batch_idx) {
   return seq;
 }
 
-// A tile of packed GQA rows of one sequence and KV head. Its tasks are the splits of its keys, or
+// A tile of packed rows of one sequence and KV head. Its tasks are the splits of its keys, or
 // one task has all of them, where there is work enough without; its result is their sum.
 struct OutputTile {
   int first_task = 0;
@@ -106,10 +108,26 @@ void BoundKeys(const AttentionParams& p, const AttentionSeq& seq, AttentionTask*
   const int64_t last = (task->packed_begin + task->packed_count - 1) / group + offset;
   int64_t num_keys = seq.k_len;
   if (p.paged) num_keys = std::min(num_keys, int64_t{p.seqs.max_blocks} * kBlockSize);
-  task->key_begin = VisibleKeys(p, first, num_keys).begin;
+  KeyRange<int64_t> keys = VisibleKeys(p, first, num_keys);
+  TakeHeadWindow(p.WindowOf(task->kv_head), first, kUnlimited, &keys);
+  task->key_begin = keys.begin;
   task->key_end = std::max(task->key_begin, VisibleKeys(p, last, num_keys).end);
 }
 
+// Takes from the keys that a row of the tile sees those that its head's window hides, and finds the
+// holes among the rest.
+void FindHoles(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task, int r,
+               int64_t query, KeyRange<int64_t>* keys, TileBuffers* buffers) {
+  const int64_t new_begin = seq.k_len - seq.q_len;
+  const KeyRange<int64_t> gap =
+      TakeHeadWindow(p.WindowOf(task.kv_head), query + new_begin, kUnlimited, keys);
+  const bool has_tree = p.tree.data != nullptr && seq.q_len <= p.tree.size;
+  buffers->tree_begin = new_begin;
+  buffers->gap_begin[r] = gap.begin;
+  buffers->gap_end[r] = gap.end;
+  buffers->tree[r] = has_tree ? p.tree.Row(task.batch_idx, query) : nullptr;
+  buffers->holes |= has_tree || gap.begin < gap.end;
+}
 // Where the split that has this key ends.
 int64_t SplitEnd(int64_t key) { return (key / kSplitKeys + 1) * kSplitKeys; }
 
@@ -117,9 +135,11 @@ int64_t SplitEnd(int64_t key) { return (key / kSplitKeys + 1) * kSplitKeys; }
 void FindVisible(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task,
                  TileBuffers* buffers) {
   const int64_t group = p.num_heads / p.num_kv_heads;
+  buffers->holes = false;
   for (int r = 0; r < task.packed_count; ++r) {
     const int64_t query = (task.packed_begin + r) / group;
     KeyRange<int64_t> keys = VisibleKeys(p, query + seq.k_len - seq.q_len, seq.k_len);
+    if (p.IsGeneral()) FindHoles(p, seq, task, r, query, &keys, buffers);
     keys = Intersect(keys, {task.key_begin, task.key_end});
     if (p.mask_offsets != nullptr) {
       const int* offsets = p.mask_offsets + 2 * (seq.q_begin + query);
@@ -166,7 +186,7 @@ Plan MakePlan(const AttentionParams& p) {
       }
     }
   }
-  // Reading a key costs about as much as using it for four packed GQA rows.
+  // Reading a key costs about as much as using it for four packed rows.
   const auto cost = [&](int i) {
     return (plan.tasks[i].packed_count + 4) * (plan.tasks[i].key_end - plan.tasks[i].key_begin);
   };
@@ -213,7 +233,7 @@ class ValueScales {
   float scale_ = 1.0f;
 };
 
-// Epilogue of one packed GQA row: joins the sink, normalises and writes. `maximum` is a base-2
+// Epilogue of one packed row: adds the sink, normalises and writes. `maximum` is a base-2
 // logarithm.
 template <DType kOut>
 void WriteRow(const AttentionParams& p, const AttentionSeq& seq, const AttentionTask& task, int r,

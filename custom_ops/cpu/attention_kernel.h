@@ -1,11 +1,12 @@
-// Attention of one tile of packed GQA rows over one range of keys. No include guard and no include:
+// Attention of one tile of packed rows over one range of keys. No include guard and no include:
 // attention_baseline.cc, attention_avx2.cc and attention_avx512.cc each compile this text for their
 // instruction set, in a namespace of their own, so that no inline function of one set can be merged
 // by the linker with that of another. For the same reason nothing here instantiates a function
 // template of a common header.
 //
-// Each row of the tile sees an interval of key positions. Scores of masked keys become -inf, and
-// values of masked keys are never multiplied, because that memory may hold anything, NaN included.
+// Each row of the tile sees an interval of key positions, in which it may have holes. Scores of
+// masked keys become -inf, and values of masked keys are never multiplied, because that memory may
+// hold anything, NaN included.
 
 // Kv: the formats of K and V (formats/kv_format.h), kByChannel: V is stored by channel.
 template <int kDim, typename Kv, bool kByChannel>
@@ -59,14 +60,18 @@ class TileKernel {
     int64_t begin = task_.key_end, end = task_.key_begin;
     common_begin_ = task_.key_begin;
     common_end_ = task_.key_end;
+    gap_begin_ = 0;
+    gap_end_ = b_.holes ? task_.key_end : 0;
     for (int r = 0; r < rows_; ++r) {
       b_.row_max[r] = -__builtin_inff();
       b_.row_sum[r] = 0.0f;
       common_begin_ = b_.visible_begin[r] > common_begin_ ? b_.visible_begin[r] : common_begin_;
       common_end_ = b_.visible_end[r] < common_end_ ? b_.visible_end[r] : common_end_;
+      if (b_.holes) NarrowCommon(r);
       if (b_.visible_begin[r] >= b_.visible_end[r]) continue;
       begin = b_.visible_begin[r] < begin ? b_.visible_begin[r] : begin;
       end = b_.visible_end[r] > end ? b_.visible_end[r] : end;
+      if (b_.holes) NarrowGap(r);
     }
     any_begin_ = begin;
     any_end_ = end;
@@ -83,6 +88,21 @@ class TileKernel {
       }
       if (num_chunks_ > 0) RunTile();
     }
+  }
+
+  // Keeps the keys that every row sees clear of a row's holes.
+  void NarrowCommon(int r) {
+    if (b_.gap_begin[r] < b_.gap_end[r] && b_.gap_end[r] > common_begin_) {
+      common_begin_ = b_.gap_end[r];
+    }
+    if (b_.tree[r] != nullptr && b_.tree_begin < common_end_) common_end_ = b_.tree_begin;
+  }
+
+  // Keeps the keys of every row's gap. Chunks there are left out as if their block were not
+  // assigned, which it need not be, so that results do not depend on that.
+  void NarrowGap(int r) {
+    gap_begin_ = b_.gap_begin[r] > gap_begin_ ? b_.gap_begin[r] : gap_begin_;
+    gap_end_ = b_.gap_end[r] < gap_end_ ? b_.gap_end[r] : gap_end_;
   }
 
   // Decodes the queries and finds each row's scale.
@@ -148,11 +168,13 @@ class TileKernel {
     chunk->valid = static_cast<int>(seq_.k_len - start < kBlockSize ? seq_.k_len - start
                                                                     : int64_t{kBlockSize});
     chunk->full = common_begin_ <= start && common_end_ >= start + kBlockSize;
+    if (start >= gap_begin_ && start + kBlockSize <= gap_end_) return false;
     if (p_.paged) {
       const SeqMeta& seqs = p_.seqs;
       const PagedCache& cache = p_.cache;
       const int block = BlockOf(seqs.block_tables, seqs.max_blocks, cache.num_blocks,
-                                task_.batch_idx, start / kBlockSize);
+                                seqs.TableOf(task_.batch_idx, task_.kv_head, cache.num_kv_heads),
+                                start / kBlockSize);
       if (block < 0) return false;
       const int head = task_.kv_head;
       chunk->k_scale = cache.k_scale_strides.Plane(block, head);
@@ -334,8 +356,20 @@ class TileKernel {
   }
 
   bool IsFull(int r, const Chunk& chunk) const {
-    return chunk.full ||
-           (b_.visible_begin[r] <= chunk.start && b_.visible_end[r] >= chunk.start + kBlockSize);
+    const int64_t end = chunk.start + kBlockSize;
+    if (chunk.full) return true;
+    if (b_.visible_begin[r] > chunk.start || b_.visible_end[r] < end) return false;
+    if (!b_.holes) return true;
+    const bool in_gap = b_.gap_begin[r] < end && b_.gap_end[r] > chunk.start;
+    return !in_gap && (b_.tree[r] == nullptr || b_.tree_begin >= end);
+  }
+
+  // Whether row r sees a key.
+  bool Sees(int r, int64_t key) const {
+    if (key < b_.visible_begin[r] || key >= b_.visible_end[r]) return false;
+    if (!b_.holes) return true;
+    if (key >= b_.gap_begin[r] && key < b_.gap_end[r]) return false;
+    return b_.tree[r] == nullptr || key < b_.tree_begin || b_.tree[r][key - b_.tree_begin] != 0;
   }
 
   // Row r's interval in tokens of a chunk, within [0, 64].
@@ -346,8 +380,17 @@ class TileKernel {
 
   // All ones in the lanes of columns i, i + 1, ... that row r sees.
   FASTATTN_INLINE VecInt Visible(int r, const Chunk& chunk, int i) const {
+    if (b_.holes) return VisibleBesideHoles(r, chunk, i);
     const VecInt token = LoadInt(kColumnOrder<kByChannel>.token + i);
     return (token >= First(b_.visible_begin[r], chunk)) & (token < First(b_.visible_end[r], chunk));
+  }
+
+  VecInt VisibleBesideHoles(int r, const Chunk& chunk, int i) const {
+    alignas(64) int32_t seen[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      seen[lane] = Sees(r, chunk.start + kColumnOrder<kByChannel>.token[i + lane]) ? -1 : 0;
+    }
+    return LoadInt(seen);
   }
 
   // --- values stored by token, [64, D]: a token's values are read only where it is visible -------
@@ -378,6 +421,7 @@ class TileKernel {
 
   // Number of rows (1, 2 or kBlockRows) from r on that see the same keys of the tile.
   int SameInterval(int r) const {
+    if (b_.holes) return 1;
     const int64_t first = chunks_[0].start;
     const int64_t last = chunks_[num_chunks_ - 1].start + kBlockSize;
     const auto clip = [&](int64_t x) { return x < first ? first : x > last ? last : x; };
@@ -403,6 +447,7 @@ class TileKernel {
     static_assert(kValueDim % kLanes == 0, "a head is whole vectors");
     constexpr int kVectors = kValueDim / kLanes;
     constexpr int kWide = kVectors % 4 == 0 ? 4 : kVectors % 2 == 0 ? 2 : 1;  // at a time
+    const bool holes = kRows == 1 && b_.holes;
     for (int d = 0; d < kValueDim; d += kWide * kLanes) {
       Vec acc[kRows][kWide];
       for (int i = 0; i < kRows; ++i) {
@@ -418,6 +463,7 @@ class TileKernel {
                      : reinterpret_cast<const Storage*>(chunks_[c].value)) +
             d;
         for (int j = First(b_.visible_begin[r], chunks_[c]); j < last; ++j) {
+          if (holes && !Sees(r, chunks_[c].start + j)) continue;
           Vec v[kWide];
           for (int w = 0; w < kWide; ++w) v[w] = LoadAs<kB>(values + j * stride + w * kLanes);
           for (int i = 0; i < kRows; ++i) {
@@ -574,7 +620,7 @@ class TileKernel {
         const int64_t key = chunks_[c].start + kColumnOrder<kByChannel>.token[column];
         const float x = values[lane - i];
         for (int r = 0; r < rows_ && x * 0.0f != 0.0f; ++r) {
-          if (key < b_.visible_begin[r] || key >= b_.visible_end[r]) continue;
+          if (!Sees(r, key)) continue;
           b_.acc[r * kValueDim + lane / kBlockSize] +=
               b_.scores[r * kTileKeys + c * kBlockSize + column] * x;
         }
@@ -594,6 +640,7 @@ class TileKernel {
   int64_t value_stride_;                       // elements between tokens or, by channel, channels
   int64_t any_begin_ = 0, any_end_ = 0;        // keys that some row sees
   int64_t common_begin_ = 0, common_end_ = 0;  // keys that every row sees
+  int64_t gap_begin_ = 0, gap_end_ = 0;        // keys in every row's gap
   Chunk chunks_[kMaxChunks + 1];               // and the first one of the next tile
   int num_chunks_ = 0;
 };

@@ -9,7 +9,7 @@ using Quad = float __attribute__((vector_size(16)));
 using QuadIndex = int32_t __attribute__((vector_size(16)));
 
 inline constexpr int kLanes = FASTATTN_SIMD_BITS / 32;
-// Packed GQA rows of a register block. 4 rows * 4 accumulators fit 32 registers, but not 16.
+// Packed rows of a register block. 4 rows * 4 accumulators fit 32 registers, but not 16.
 inline constexpr int kBlockRows = kLanes == 16 ? 4 : 2;
 
 #define FASTATTN_INLINE inline __attribute__((always_inline))

@@ -13,7 +13,7 @@
 
 namespace fastattn::cpu {
 
-// Packed GQA rows of a tile: (query token, query head of one KV head) pairs, tokens outermost.
+// Packed rows of a tile: (query token, query head of one KV head) pairs, tokens outermost.
 inline constexpr int kMaxTileRows = 64;
 // Keys that one pass of the online softmax covers: up to 4 chunks of a cache block's length.
 inline constexpr int kMaxChunks = 4;
@@ -27,11 +27,11 @@ struct AttentionSeq {
   int64_t k_begin = 0;  // first key token, ragged K and V only
 };
 
-// What a thread works on at a time: a tile of packed GQA rows over the keys [key_begin, key_end).
+// What a thread works on at a time: a tile of packed rows over the keys [key_begin, key_end).
 struct AttentionTask {
   int batch_idx = 0;
   int kv_head = 0;
-  int64_t packed_begin = 0;  // packed GQA row r is query token r / group, head r % group
+  int64_t packed_begin = 0;  // packed row r is query token r / group, head r % group
   int packed_count = 0;
   int64_t key_begin = 0;
   int64_t key_end = 0;
@@ -95,6 +95,14 @@ struct TileBuffers {
   float row_factor[kMaxTileRows];       // score = row_factor * (q . code) * key scale
   int64_t visible_begin[kMaxTileRows];  // keys that a row sees; none if end <= begin
   int64_t visible_end[kMaxTileRows];
+  // Of these a row does not see the ones in its gap, nor new keys, from `tree_begin` on, whose
+  // entry in its row of the tree is 0. `holes`: some row has a gap or a tree; else the rest is not
+  // set.
+  bool holes;
+  int64_t tree_begin;
+  int64_t gap_begin[kMaxTileRows];
+  int64_t gap_end[kMaxTileRows];
+  const uint8_t* tree[kMaxTileRows];  // null: no tree
 };
 
 using TileFunction = void (*)(const AttentionParams& p, const AttentionSeq& seq,

@@ -4,6 +4,7 @@
 
 namespace fastattn::cpu {
 
-void MlaSparseAttention(const MlaSparseParams& p);
+// Tokens of no sequence keep their output; their LSE is not written.
+void MlaAttention(const MlaAttentionParams& p);
 
 }  // namespace fastattn::cpu

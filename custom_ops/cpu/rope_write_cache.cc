@@ -52,11 +52,12 @@ class Writer {
       }
       StoreQ(token, head, x);
     }
-    const int block = BlockOf(p_.seqs.block_tables, p_.seqs.max_blocks, p_.cache.num_blocks,
-                              batch_idx, position / kBlockSize);
-    if (block < 0) return;
     const int slot = static_cast<int>(position % kBlockSize);
     for (int head = 0; head < p_.cache.num_kv_heads; ++head) {
+      const int64_t table = p_.seqs.TableOf(batch_idx, head, p_.cache.num_kv_heads);
+      const int block = BlockOf(p_.seqs.block_tables, p_.seqs.max_blocks, p_.cache.num_blocks,
+                                table, position / kBlockSize);
+      if (block < 0) continue;
       Load(token, p_.num_heads + head, x);
       TransformHead<kDType, kHeadDim>(p_, angles, k_weight_, x);
       TransformKey(transform_, head, kHeadDim, x);

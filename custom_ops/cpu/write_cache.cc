@@ -32,7 +32,7 @@ void Run(const WriteCacheParams& p, const KeyTransform& transform) {
       if (batch_idx < 0) continue;
       const int64_t position = PositionOf(p.seqs, batch_idx, token);
       const int block = BlockOf(p.seqs.block_tables, p.seqs.max_blocks, p.cache.num_blocks,
-                                batch_idx, position / kBlockSize);
+                                p.seqs.TableOf(batch_idx, head, heads), position / kBlockSize);
       if (block < 0) continue;
       const int slot = static_cast<int>(position % kBlockSize);
       LoadRow<kDType>(keys + token * p.key_token_stride + head * head_dim, head_dim, x);

@@ -23,9 +23,9 @@ struct AttentionDevice {
 
 // What takes the plan's whole tiles, those of sequences with many new tokens.
 enum class PrefillKernel : int {
-  kNone,       // mma_sm80, as the other tiles
-  kWgmmaFp8,   // wgmma_sm90/fp8
-  kWgmmaFp16,  // wgmma_sm90/fp16
+  kNone,      // mma_sm80, as the other tiles
+  kWgmmaFp8,  // wgmma_sm90/fp8
+  kWgmmaQ16,  // wgmma_sm90/q16
 };
 
 struct AttentionDecision {
@@ -37,19 +37,19 @@ struct AttentionDecision {
 };
 
 inline PrefillKernel ChoosePrefill(const AttentionParams& p, const AttentionDevice& device) {
-  if (device.major != 9) return PrefillKernel::kNone;
+  if (device.major != 9 || p.IsGeneral()) return PrefillKernel::kNone;
   if (WgmmaFp8Supports(p)) return PrefillKernel::kWgmmaFp8;
-  return WgmmaFp16Supports(p) ? PrefillKernel::kWgmmaFp16 : PrefillKernel::kNone;
+  return WgmmaQ16Supports(p) ? PrefillKernel::kWgmmaQ16 : PrefillKernel::kNone;
 }
 
 // New tokens from which a sequence is better off with whole tiles. Those of a prefill kernel are
 // 128 tokens of one head, which shorter sequences do not fill; split ones are 64 tokens and heads
 // together. Measured on an H100: with 32 tokens both take as long for e4m3 queries, and nearly as
-// long for 16-bit ones over 16-bit keys. Codes, which wgmma_sm90/fp16 converts for every head, are
+// long for 16-bit ones over 16-bit keys. Codes, which wgmma_sm90/q16 converts for every head, are
 // slower there up to 63.
 inline int64_t LongSeqFor(const AttentionParams& p, PrefillKernel prefill) {
   constexpr int64_t kPrefillSeq = 33;
-  const bool converts = prefill == PrefillKernel::kWgmmaFp16 && SizeOf(KeyType(p)) == 1;
+  const bool converts = prefill == PrefillKernel::kWgmmaQ16 && SizeOf(KeyType(p)) == 1;
   return prefill == PrefillKernel::kNone || converts ? kLongSeq : kPrefillSeq;
 }
 
@@ -67,6 +67,7 @@ inline AttentionSizes SizesOfCall(const AttentionParams& p, const AttentionDevic
   sizes.max_cluster = device.major >= 9 ? 8 : 1;  // 8 is what every such device can do
   sizes.num_clusters = device.num_clusters;
   sizes.per_token_scales = p.paged && IsDynamic(p.cache.type);
+  if (p.IsGeneral()) sizes.least_tile_rows = 16;
   return sizes;
 }
 
@@ -80,8 +81,10 @@ inline AttentionDecision DecideAttention(const AttentionParams& p, const Attenti
   if (decision.prefill == PrefillKernel::kWgmmaFp8) {
     decision.prefill_workspace = WgmmaFp8Workspace(p);
   }
-  if (const AttentionLaunch* whole = decision.plan.Whole(); whole != nullptr && device.major == 9) {
-    const int64_t min_tokens = CeilDiv<int64_t>(whole->min_pairs, p.num_heads / p.num_kv_heads);
+  if (const AttentionLaunch* whole = decision.plan.Whole();
+      whole != nullptr && device.major == 9 && !p.IsGeneral()) {
+    const int64_t min_tokens =
+        CeilDiv<int64_t>(whole->min_packed_rows, p.num_heads / p.num_kv_heads);
     decision.dequantize =
         PlanDequantize(p, decision.prefill != PrefillKernel::kNone, min_tokens, device.dequantize);
   }

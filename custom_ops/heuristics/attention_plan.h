@@ -5,7 +5,7 @@
 //    an equal share of them. The keys of a sequence may so be split over several CTAs, whose
 //    partial results a second kernel merges. The lengths are read on the device: the plan stays
 //    right, and the shares equal, when they change between replays of a CUDA graph. In a call of
-//    few sequences a cluster of CTAs takes all keys of a sequence and KV head instead, and joins
+//    few sequences a cluster of CTAs takes all keys of a sequence and KV head instead, and merges
 //    the partial results itself: a second kernel takes longer than such a call's keys. Where the
 //    host's bound of the lengths leaves open which of the two is faster, the device decides.
 //  - whole work tiles: a CTA takes a tile of queries with all their keys.
@@ -43,22 +43,23 @@ struct AttentionSizes {
   // Clusters of 8 CTAs, two a multiprocessor, that run at the same time; 0: unknown.
   int64_t num_clusters = 0;
   bool per_token_scales = false;  // of K and V
+  int least_tile_rows = 8;        // of a tile, for which there are kernels
 };
 
 struct AttentionLaunch {
-  int columns = 0;  // (query token, head) pairs of a tile: 8, 16 or 64
+  int tile_rows = 0;  // packed rows of a tile: 8, 16 or 64
   bool split = false;
-  int64_t min_pairs = 0;  // sequences with so many pairs a KV head, and at most max_pairs
-  int64_t max_pairs = 0;
+  int64_t min_packed_rows = 0;  // sequences with so many a KV head, and at most max_packed_rows
+  int64_t max_packed_rows = 0;
   int64_t grid = 0;     // CTAs
   int64_t shares = 0;   // CTAs of them that have equal shares, where clusters do not take the call
   int64_t cluster = 1;  // CTAs that take a sequence and KV head together; 1: equal shares
   // Clusters take a call whose sequences have no more KV tiles each: kAnyKvTiles where the host
   // knows that they do, else the device looks at the lengths.
   int64_t cluster_kv_tiles = 0;
-  bool finds_seqs = false;  // the device looks at the lengths before clusters begin
-  bool joins = false;       // the CTAs may join partial results themselves, given counters
-  int64_t workspace = 0;    // floats of partial results
+  bool finds_seqs = false;        // the device looks at the lengths before clusters begin
+  bool merges_in_kernel = false;  // the CTAs may merge partial results themselves, given counters
+  int64_t workspace = 0;          // floats of partial results
   // Of a batch-invariant launch (invariant_plan.h): splits of a work tile, at most; 0 elsewhere.
   int64_t invariant_splits = 0;
   bool whole_tiles = false;  // no work tile lies in several CTAs
@@ -80,20 +81,20 @@ struct AttentionPlan {
     return num_launches > 0 && !last.split ? &last : nullptr;
   }
 
-  // Whether a launch's CTAs may join partial results themselves.
-  bool Joins() const {
+  // Whether a launch's CTAs may merge partial results themselves.
+  bool MergesInKernel() const {
     return std::any_of(launches, launches + num_launches,
-                       [](const AttentionLaunch& launch) { return launch.joins; });
+                       [](const AttentionLaunch& launch) { return launch.merges_in_kernel; });
   }
 };
 
-// Counters of CTAs that join partial results without a second kernel: two for each equal share.
+// Counters of CTAs that merge partial results without a second kernel: two for each equal share.
 inline int64_t NumArrivals(int64_t shares) { return 2 * shares; }
 
 // Sequences of one launch; a step with more is launched in pieces.
 inline constexpr int kMaxPlanSeqs = 512;
 // Of a launch that takes sequences of any length.
-inline constexpr int64_t kAllPairs = 0x7FFFFFFF;
+inline constexpr int64_t kAllPackedRows = 0x7FFFFFFF;
 // CTAs that share a multiprocessor.
 inline constexpr int kAttentionCtasPerSm = 2;
 // KV tiles of a call in clusters, at most: by multiprocessor of the GPU, and those of a sequence
@@ -104,7 +105,7 @@ inline constexpr int kClusterKvTilesPerWorkTile = 4;
 inline constexpr int kOneSeqKvTilesPerCta = 10;
 // Where a work tile has more splits on average, a kernel of its own merges them faster; but not by
 // as much as that kernel costs a sequence alone that clusters mostly take.
-inline constexpr int kJoinedSplits = 16;
+inline constexpr int kMergedSplits = 16;
 // Ints that a CTA tells the merging kernel, and the partial results it may leave: of the work tile
 // that it found begun, and of the one that it leaves unfinished.
 inline constexpr int kPartialHeader = 8;
@@ -120,11 +121,13 @@ FASTATTN_HD constexpr int KeysPerKvTile(int head_dim, int element_bytes) {
   return StageDim(head_dim) * element_bytes > 128 ? 32 : 64;
 }
 
-inline int64_t PartialFloats(int64_t grid, int64_t columns, int64_t head_dim) {
-  return grid * (kPartialHeader + kPartialsPerCta * columns * (head_dim + 2));
+inline int64_t PartialFloats(int64_t grid, int64_t tile_rows, int64_t head_dim) {
+  return grid * (kPartialHeader + kPartialsPerCta * tile_rows * (head_dim + 2));
 }
 
-inline int ColumnsFor(int64_t pairs) { return pairs <= 8 ? 8 : pairs <= 16 ? 16 : 64; }
+inline int TileRowsFor(const AttentionSizes& s, int64_t packed_rows) {
+  return std::max(s.least_tile_rows, packed_rows <= 8 ? 8 : packed_rows <= 16 ? 16 : 64);
+}
 
 // Sequences that have new tokens, as far as the host knows. A step that a server captures in a CUDA
 // graph has lengths of as many sequences as the server can hold, most of them without tokens.
@@ -150,9 +153,9 @@ struct ClusterChoice {
 // docs/experiments/plan.md). They hold for
 // sequences of unequal lengths, too: the longest takes as long alone as in the company of others
 // like it.
-inline ClusterChoice ChooseCluster(const AttentionSizes& s, int columns, int64_t pairs) {
+inline ClusterChoice ChooseCluster(const AttentionSizes& s, int tile_rows, int64_t packed_rows) {
   const int64_t seqs = SeqsWithTokens(s), seq_heads = seqs * s.num_kv_heads;
-  if (s.batch > kMaxPlanSeqs || pairs > columns || columns > 16 ||
+  if (s.batch > kMaxPlanSeqs || packed_rows > tile_rows || tile_rows > 16 ||
       seq_heads > kAttentionCtasPerSm * s.num_sms) {
     return {};
   }
@@ -183,18 +186,20 @@ inline int64_t CtasAtOnce(const AttentionSizes& s, int64_t cluster) {
   return std::min(s.num_clusters > 0 ? s.num_clusters * 8 : ctas, ctas / 8 * 8);
 }
 
-inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t max_pairs) {
+inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int tile_rows,
+                                   int64_t max_packed_rows) {
   AttentionLaunch launch;
-  launch.columns = columns;
+  launch.tile_rows = tile_rows;
   launch.split = true;
-  launch.max_pairs = max_pairs;
+  launch.max_packed_rows = max_packed_rows;
   // As many CTAs as run at the same time, and none without work when the whole call is small.
   const int64_t keys =
       KeysPerKvTile(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
-  const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * s.num_heads / s.num_kv_heads;
-  const int64_t tiles = s.batch * s.num_kv_heads * CeilDiv(std::min(pairs, max_pairs), columns);
+  const int64_t packed_rows = std::max<int64_t>(s.max_seqlen_q, 1) * s.num_heads / s.num_kv_heads;
+  const int64_t tiles =
+      s.batch * s.num_kv_heads * CeilDiv(std::min(packed_rows, max_packed_rows), tile_rows);
   const int64_t kv_tiles = tiles * (CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), keys) + 1);
-  const ClusterChoice choice = ChooseCluster(s, columns, pairs);
+  const ClusterChoice choice = ChooseCluster(s, tile_rows, packed_rows);
   launch.cluster = choice.cluster;
   launch.shares = std::max<int64_t>(1, std::min(kv_tiles, CtasAtOnce(s, choice.cluster)));
   launch.grid = launch.shares;
@@ -210,10 +215,11 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int columns, int64_t
     launch.grid = CeilDiv(std::max(launch.grid, launch.shares), launch.cluster) * launch.cluster;
     // Clusters mostly take such a call, and a merging kernel would have nothing to do.
     const int64_t work_tiles = std::min(s.batch, s.num_tokens) * s.num_kv_heads;
-    launch.joins =
-        launch.shares / work_tiles <= kJoinedSplits || HalfReadsOneSeq(s, choice.cluster);
+    launch.merges_in_kernel =
+        launch.shares / work_tiles <= kMergedSplits || HalfReadsOneSeq(s, choice.cluster);
   }
-  launch.workspace = PartialFloats(launch.shares, columns, ValueDim(static_cast<int>(s.head_dim)));
+  launch.workspace =
+      PartialFloats(launch.shares, tile_rows, ValueDim(static_cast<int>(s.head_dim)));
   return launch;
 }
 
@@ -225,14 +231,14 @@ inline bool MayHaveShortSeqs(const AttentionSizes& s, int64_t long_seq) {
          s.num_tokens != s.max_seqlen_q + others;
 }
 
-inline AttentionLaunch WholeLaunch(const AttentionSizes& s, int64_t min_pairs) {
+inline AttentionLaunch WholeLaunch(const AttentionSizes& s, int64_t min_packed_rows) {
   AttentionLaunch launch;
-  launch.columns = 64;
-  launch.min_pairs = min_pairs;
-  launch.max_pairs = kAllPairs;
+  launch.tile_rows = 64;
+  launch.min_packed_rows = min_packed_rows;
+  launch.max_packed_rows = kAllPackedRows;
   const int64_t group = s.num_heads / s.num_kv_heads;
-  const int64_t tiles = std::min(CeilDiv(s.num_tokens * group, launch.columns) + s.batch,
-                                 s.batch * CeilDiv(s.max_seqlen_q * group, launch.columns));
+  const int64_t tiles = std::min(CeilDiv(s.num_tokens * group, launch.tile_rows) + s.batch,
+                                 s.batch * CeilDiv(s.max_seqlen_q * group, launch.tile_rows));
   launch.grid = std::min<int64_t>(tiles * s.num_kv_heads, int64_t{1} << 30);
   launch.shares = launch.grid;
   return launch;
@@ -247,9 +253,10 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
   AttentionPlan plan;
   if (s.num_tokens <= 0 || s.batch <= 0 || s.num_kv_heads <= 0 || s.num_heads <= 0) return plan;
   const int64_t group = s.num_heads / s.num_kv_heads;
-  const int64_t pairs = std::max<int64_t>(s.max_seqlen_q, 1) * group;
-  if (pairs <= 64 || s.max_seqlen_q <= 8) {
-    plan.launches[plan.num_launches++] = SplitLaunch(s, ColumnsFor(pairs), kAllPairs);
+  const int64_t packed_rows = std::max<int64_t>(s.max_seqlen_q, 1) * group;
+  if (packed_rows <= 64 || s.max_seqlen_q <= 8) {
+    plan.launches[plan.num_launches++] =
+        SplitLaunch(s, TileRowsFor(s, packed_rows), kAllPackedRows);
   } else {
     // Keys are better split where a tile for each sequence and head leaves half of the GPU without
     // work.
@@ -262,16 +269,16 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
       return plan;
     }
     const bool mixed = MayHaveShortSeqs(s, long_seq);
-    // Tiles of 16 pairs cost decoding sequences little, and short ones less than 64 pairs.
-    const int columns = ColumnsFor(mixed ? std::max<int64_t>(group, 16) : group);
-    const int64_t decoding = std::max<int64_t>(columns, group);
-    plan.launches[plan.num_launches++] = SplitLaunch(s, columns, decoding);
+    // Tiles of 16 packed rows cost decoding sequences little, and short ones less than 64 of them.
+    const int tile_rows = TileRowsFor(s, mixed ? std::max<int64_t>(group, 16) : group);
+    const int64_t decoding = std::max<int64_t>(tile_rows, group);
+    plan.launches[plan.num_launches++] = SplitLaunch(s, tile_rows, decoding);
     int64_t done = decoding;
     if (mixed || !is_long) {
       AttentionLaunch& rest = plan.launches[plan.num_launches++];
-      rest = SplitLaunch(s, 64, is_long ? long_seq * group - 1 : kAllPairs);
-      rest.min_pairs = decoding + 1;
-      done = rest.max_pairs;
+      rest = SplitLaunch(s, 64, is_long ? long_seq * group - 1 : kAllPackedRows);
+      rest.min_packed_rows = decoding + 1;
+      done = rest.max_packed_rows;
     }
     if (is_long) plan.launches[plan.num_launches++] = WholeLaunch(s, done + 1);
   }

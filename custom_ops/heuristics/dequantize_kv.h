@@ -19,9 +19,9 @@ namespace fastattn {
 // Of memory, at most, where nothing else is asked for (api/attention_run.cc).
 inline constexpr int64_t kDequantizedBytes = int64_t{512} << 20;
 
-// Packed GQA rows that see a key of a sequence, on average, from which 16-bit keys pay; 0: they
+// Packed rows that see a key of a sequence, on average, from which 16-bit keys pay; 0: they
 // never do. From the time that a key's codes cost a work tile beside its two copies (H100, tables
-// in docs/experiments/wgmma_fp16.md).
+// in docs/experiments/wgmma_q16.md).
 inline int64_t DequantizeFrom(const AttentionParams& p, bool has_prefill_kernel) {
   if (!has_prefill_kernel) return 128;
   if (!p.paged) return 0;
@@ -47,12 +47,12 @@ struct DequantizeLimits {
 // there is room for. Keys of a prefix are known by a bound only, which may be far off. So an eighth
 // of it is reckoned with, and without a prefix at most half of the cost may be lost.
 inline bool WorthDequantizing(const AttentionParams& p, int64_t blocks, double operations) {
-  const double columns =
+  const double per_key =
       2.0 * p.seqs.num_tokens * p.num_heads * (p.head_dim + ValueDim(p.head_dim));
   const double longest_q = std::min(p.max_seqlen_q, p.seqs.num_tokens);
   const double longest_k = std::max<double>(p.max_seqlen_k, longest_q);
   const double cost = operations * (3 + blocks * p.num_kv_heads / kIdleCtas);
-  const double least = columns * longest_q / 2, most = columns * (longest_k - longest_q / 2);
+  const double least = per_key * longest_q / 2, most = per_key * (longest_k - longest_q / 2);
   return least >= cost / 2 && least + (most - least) / 8 >= cost;
 }
 
@@ -118,9 +118,9 @@ inline DequantizePlan PlanDequantize(const AttentionParams& p, bool has_prefill_
   } else {
     // All sequences or none: as many rows must see a key on average.
     plan.min_tokens = static_cast<int>(min_tokens);
-    const double pairs = static_cast<double>(group) * p.seqs.num_tokens * p.max_seqlen_k;
+    const double row_keys = static_cast<double>(group) * p.seqs.num_tokens * p.max_seqlen_k;
     const int64_t blocks = CeilDiv<int64_t>(p.ragged.num_tokens, kBlockSize);
-    if (pairs >= static_cast<double>(rows) * p.ragged.num_tokens &&
+    if (row_keys >= static_cast<double>(rows) * p.ragged.num_tokens &&
         blocks <= limits.bytes / block_bytes) {
       plan.blocks = blocks;
     }

@@ -29,11 +29,11 @@ struct InvariantBounds {
   int least_tiles;  // KV tiles of a split, where there are several
 };
 
-// With 8 KV heads, 16 splits of one sequence give work to 128 CTAs. Tiles of 64 columns begin to be
-// as many as that by themselves, and their results are eight times as large.
-FASTATTN_HD constexpr InvariantBounds InvariantBoundsOf(int columns, int num_kv_heads) {
+// With 8 KV heads, 16 splits of one sequence give work to 128 CTAs. Tiles of 64 packed rows begin
+// to be as many as that by themselves, and their results are eight times as large.
+FASTATTN_HD constexpr InvariantBounds InvariantBoundsOf(int tile_rows, int num_kv_heads) {
   const int most = num_kv_heads >= 8 ? 16 : 32;
-  return columns == 64 ? InvariantBounds{most / 4, 16} : InvariantBounds{most, 8};
+  return tile_rows == 64 ? InvariantBounds{most / 4, 16} : InvariantBounds{most, 8};
 }
 
 // Splits of a sequence's work tiles: `count` of them at most, each but the last of `tiles` KV
@@ -56,43 +56,43 @@ FASTATTN_HD constexpr InvariantSplits InvariantSplitsOf(int kv_tiles, int most_s
 
 // Floats of the workspace of `grid` CTAs. Each has a header, a result for every split but the first
 // of the work tile that it found begun, and the total of the work tile that it is at.
-inline int64_t InvariantFloats(int64_t grid, int64_t most_splits, int64_t columns,
+inline int64_t InvariantFloats(int64_t grid, int64_t most_splits, int64_t tile_rows,
                                int64_t head_dim) {
-  return grid * (kPartialHeader + most_splits * columns * (head_dim + 2));
+  return grid * (kPartialHeader + most_splits * tile_rows * (head_dim + 2));
 }
 
-// The launch of the sequences with min_pairs to max_pairs packed GQA rows a KV head.
-inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int columns, int64_t min_pairs,
-                                       int64_t max_pairs) {
+// The launch of the sequences with min_packed_rows to max_packed_rows a KV head.
+inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int tile_rows,
+                                       int64_t min_packed_rows, int64_t max_packed_rows) {
   AttentionLaunch launch;
-  launch.columns = columns;
+  launch.tile_rows = tile_rows;
   launch.split = true;
-  launch.min_pairs = min_pairs;
-  launch.max_pairs = max_pairs;
+  launch.min_packed_rows = min_packed_rows;
+  launch.max_packed_rows = max_packed_rows;
   const int64_t keys =
       KeysPerKvTile(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
   const int64_t kv_tiles = CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), keys);
   const InvariantBounds bounds =
-      InvariantBoundsOf(columns, static_cast<int>(std::min<int64_t>(s.num_kv_heads, 8)));
+      InvariantBoundsOf(tile_rows, static_cast<int>(std::min<int64_t>(s.num_kv_heads, 8)));
   // A sequence of more keys than max_seqlen_k says is cut into no more splits than have room.
   launch.invariant_splits =
       std::clamp<int64_t>(kv_tiles / bounds.least_tiles, 1, bounds.most_splits);
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t longest = std::max<int64_t>(std::min(s.max_seqlen_q, s.num_tokens), 1);
   const int64_t tiles =
-      s.batch * s.num_kv_heads * CeilDiv(std::min(longest * group, max_pairs), columns);
+      s.batch * s.num_kv_heads * CeilDiv(std::min(longest * group, max_packed_rows), tile_rows);
   const int64_t ctas = s.num_sms * kAttentionCtasPerSm;
   // A call of few keys whose work tiles fill most of the GPU: a second kernel would take longer
   // than half of a tile's keys.
-  launch.whole_tiles = columns < 64 && s.batch <= kMaxPlanSeqs && 4 * tiles >= 3 * s.num_sms &&
+  launch.whole_tiles = tile_rows < 64 && s.batch <= kMaxPlanSeqs && 4 * tiles >= 3 * s.num_sms &&
                        tiles <= ctas && tiles * kv_tiles <= kClusterKvTilesPerSm * s.num_sms;
   launch.grid = std::max<int64_t>(
       1, std::min(tiles * (launch.whole_tiles ? 1 : launch.invariant_splits), ctas));
   launch.shares = launch.grid;
-  // A single split needs no room, and neither does a tile of 8 columns that is never cut: its total
-  // lies in registers.
-  if (launch.invariant_splits > 1 && !(launch.whole_tiles && columns == 8)) {
-    launch.workspace = InvariantFloats(launch.grid, launch.invariant_splits, columns, s.head_dim);
+  // A single split needs no room, and neither does a tile of 8 packed rows that is never cut: its
+  // total lies in registers.
+  if (launch.invariant_splits > 1 && !(launch.whole_tiles && tile_rows == 8)) {
+    launch.workspace = InvariantFloats(launch.grid, launch.invariant_splits, tile_rows, s.head_dim);
   }
   return launch;
 }
@@ -108,19 +108,19 @@ inline AttentionPlan PlanInvariantAttention(const AttentionSizes& s) {
   if (s.num_tokens <= 0 || s.batch <= 0 || s.num_kv_heads <= 0 || s.num_heads <= 0) return plan;
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t longest = std::max<int64_t>(std::min(s.max_seqlen_q, s.num_tokens), 1);
-  int64_t done = 0;  // pairs that launches so far take
-  for (const int columns : {8, 16, 64}) {
-    const int64_t most = columns == 64 ? s.long_seq * group - 1 : columns;
-    // No sequence has as many pairs, or only longer ones than the host says there are.
+  int64_t done = 0;  // packed rows that launches so far take
+  for (const int tile_rows : {8, 16, 64}) {
+    const int64_t most = tile_rows == 64 ? s.long_seq * group - 1 : tile_rows;
+    // No sequence has as many packed rows, or only longer ones than the host says there are.
     const int64_t first = done / group + 1;  // tokens of the shortest sequence that is left
     if (first * group > most || first > longest) continue;
-    plan.launches[plan.num_launches++] = InvariantLaunch(s, columns, done + 1, most);
+    plan.launches[plan.num_launches++] = InvariantLaunch(s, tile_rows, done + 1, most);
     done = most;
   }
   if (longest >= s.long_seq) {
     plan.launches[plan.num_launches++] = WholeLaunch(s, done + 1);
   } else {
-    plan.launches[plan.num_launches - 1].max_pairs = kAllPairs;
+    plan.launches[plan.num_launches - 1].max_packed_rows = kAllPackedRows;
   }
   for (int i = 0; i < plan.num_launches; ++i) plan.workspace += plan.launches[i].workspace;
   return plan;

@@ -84,7 +84,7 @@ inline bool Fp8Ragged(const RaggedKv& kv) {
          IsTmaAligned(kv.value);
 }
 
-inline bool Fp16Cache(const PagedCache& cache, DType query) {
+inline bool Q16Cache(const PagedCache& cache, DType query) {
   if (!IsTmaAligned(cache.key) || !IsTmaAligned(cache.value) || !PlanesFit(cache)) return false;
   if (!IsQuantized(cache.type)) return cache.dtype == query;
   if (HasGroupScales(cache.type) || HasTwoCodes(cache.type)) return false;
@@ -95,7 +95,7 @@ inline bool Fp16Cache(const PagedCache& cache, DType query) {
          cache.v_scales != nullptr;
 }
 
-inline bool Fp16Ragged(const RaggedKv& kv, DType query) {
+inline bool Q16Ragged(const RaggedKv& kv, DType query) {
   if (kv.dtype != query && (SizeOf(kv.dtype) != 1 || kv.dtype == DType::kUInt8)) return false;
   for (int64_t stride :
        {kv.key_token_stride, kv.key_head_stride, kv.value_token_stride, kv.value_head_stride}) {
@@ -130,14 +130,14 @@ inline bool WgmmaFp8Supports(const AttentionParams& p) {
 }
 
 // 16-bit queries over keys and values of 16 or 8 bits.
-inline bool WgmmaFp16Supports(const AttentionParams& p) {
+inline bool WgmmaQ16Supports(const AttentionParams& p) {
   if (p.q_dtype != DType::kBFloat16 && p.q_dtype != DType::kFloat16) return false;
   const bool fits = SizeOf(KeyType(p)) == 2 ? Wgmma16BitHeadDims::Has(p.head_dim)
                     : p.paged               ? WgmmaCacheHeadDims::Has(p.head_dim)
                                             : WgmmaHeadDims::Has(p.head_dim);
   if (!fits || !wgmma_support::Common(p)) return false;
-  return p.paged ? wgmma_support::Fp16Cache(p.cache, p.q_dtype)
-                 : wgmma_support::Fp16Ragged(p.ragged, p.q_dtype);
+  return p.paged ? wgmma_support::Q16Cache(p.cache, p.q_dtype)
+                 : wgmma_support::Q16Ragged(p.ragged, p.q_dtype);
 }
 
 }  // namespace fastattn

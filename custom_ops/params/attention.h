@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/holes.h"
 #include "params/common.h"
 
 namespace fastattn {
@@ -83,6 +84,21 @@ struct AttentionParams {
   // A sequence's bits follow from the sequence alone (heuristics/invariant_plan.h). The CPU kernel
   // is like that in any case.
   bool batch_invariant = false;
+
+  // paged, and absent in most calls: kernels of their own serve calls with any of them.
+  TreeMask tree;
+  const int* head_windows = nullptr;  // [KV, 2] (left, first), or null
+
+  bool IsGeneral() const {
+    return tree.data != nullptr || head_windows != nullptr || seqs.head_tables;
+  }
+  FASTATTN_HD HeadWindow WindowOf(int kv_head) const {
+    HeadWindow window;
+    if (head_windows != nullptr) {
+      window = {head_windows[2 * kv_head], head_windows[2 * kv_head + 1]};
+    }
+    return window;
+  }
 };
 
 }  // namespace fastattn

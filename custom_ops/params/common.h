@@ -64,7 +64,7 @@ struct PagedCache {
 // [0, num_blocks) is an unassigned block, a length below 0 counts as 0, tokens past `num_tokens`
 // are ignored.
 struct SeqMeta {
-  const int* block_tables = nullptr;        // [batch, max_blocks]
+  const int* block_tables = nullptr;        // [batch, max_blocks], or as head_tables says
   const int* cu_seqlens_q = nullptr;        // [batch + 1] first token of each
   const int* seq_lens_decoder = nullptr;    // [batch] tokens cached before this step
   const int* seq_lens_this_time = nullptr;  // [batch] new tokens; 0 = inactive
@@ -72,6 +72,12 @@ struct SeqMeta {
   int batch = 0;
   int max_blocks = 0;
   int num_tokens = 0;
+  bool head_tables = false;  // block_tables are [batch, KV, max_blocks]: a table for each KV head
+
+  // The table of a sequence's KV head, among those of all `num_kv_heads`.
+  FASTATTN_HD int64_t TableOf(int64_t batch_idx, int kv_head, int num_kv_heads) const {
+    return head_tables ? batch_idx * num_kv_heads + kv_head : batch_idx;
+  }
 };
 
 }  // namespace fastattn

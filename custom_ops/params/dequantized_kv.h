@@ -15,7 +15,7 @@ struct DequantizePlan {
   int64_t blocks = 0;       // of 64 keys that there is room for; 0: codes are attended as they are
   int64_t table_width = 0;  // of a cache: blocks of one sequence, at most
   int min_tokens = 0;       // new tokens of a sequence that takes part, at least
-  // And the packed GQA rows that see a key of it, on average.
+  // And the packed rows that see a key of it, on average.
   int64_t min_rows = 0;
 };
 

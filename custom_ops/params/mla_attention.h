@@ -60,7 +60,7 @@ struct MlaSparseParams {
 // whose page is assigned. Entry i of a block table is the page of keys i * page_size on.
 //
 // A query without a key gets 0 and an LSE of -inf. The LSE is natural and without the sink.
-struct MlaDenseParams {
+struct MlaAttentionParams {
   const uint16_t* q = nullptr;  // [num_tokens, heads, dim] bf16
   int64_t q_token_stride = 0;   // elements
   int64_t q_head_stride = 0;    // elements
@@ -79,7 +79,7 @@ struct MlaDenseParams {
   int max_seqlen_q = 0;
   int max_seqlen_k = 0;
   bool clear_padding = false;  // tokens of no sequence get output 0
-  float* workspace = nullptr;  // GPU: heuristics/mla_dense.h has its size
+  float* workspace = nullptr;  // GPU: heuristics/mla_attention.h has its size
 };
 
 }  // namespace fastattn

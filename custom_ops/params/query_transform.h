@@ -25,7 +25,7 @@ struct QueryTransformParams {
   float softmax_scale = 1.0f;
 };
 
-// Puts the LSE right, and the output where a sink is to join its denominator: a sink is a logit
+// Puts the LSE right, and the output where a sink is to enter its denominator: a sink is a logit
 // beside scores that do not lack the shift.
 struct ScoreShiftParams {
   const float* shifts = nullptr;        // [num_tokens, num_heads]

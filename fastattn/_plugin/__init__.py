@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 #: Method of FastDeploy's platform that returns the name of a backend's class.
@@ -46,7 +47,21 @@ def register() -> None:
 def method_of(platform: type) -> Any:
     """The platform's original method, without the change of a failed registration, or None."""
     method = getattr(platform, METHOD, None)
-    return getattr(method, "fastattn_failed", method)
+    return getattr(method, "fastattn_original", method)
+
+
+def change(platform: type, result: Callable[[Any], Any], *, registered: bool) -> None:
+    """Pass what the platform's original method returns through a function.
+
+    The original runs first, because it refuses backends that FastDeploy does not know.
+    """
+    original = method_of(platform)
+
+    def get_attention_backend_cls(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return result(original(*args, **kwargs))
+
+    vars(get_attention_backend_cls).update(fastattn=registered, fastattn_original=original)
+    setattr(platform, METHOD, classmethod(get_attention_backend_cls))
 
 
 def _fail_when_chosen(error: Exception) -> None:
@@ -55,16 +70,14 @@ def _fail_when_chosen(error: Exception) -> None:
         platform = type(importlib.import_module("fastdeploy.platforms").current_platform)
     except (ImportError, AttributeError):
         return  # without FastDeploy there is no backend to choose
-    original = method_of(platform)
-    if not inspect.ismethod(original) or getattr(original, "fastattn", False):
+    method = getattr(platform, METHOD, None)
+    if not inspect.ismethod(method) or getattr(method, "fastattn", False):
         return
     text = f"fastattn: registering failed, {type(error).__name__}: {error}"
 
-    def get_attention_backend_cls(cls: type, *args: Any, **kwargs: Any) -> Any:
-        path = original(*args, **kwargs)
+    def refuse(path: Any) -> Any:
         if str(path).rpartition(".")[2] in REPLACED:
             raise RuntimeError(f"{text}; unset FD_PLUGINS to serve without it")
         return path
 
-    get_attention_backend_cls.fastattn_failed = original  # type: ignore[attr-defined]
-    setattr(platform, METHOD, classmethod(get_attention_backend_cls))
+    change(platform, refuse, registered=False)

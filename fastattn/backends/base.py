@@ -104,18 +104,8 @@ class AttentionBackend(ABC):
         return self.forward_mixed(q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta)
 
     @abstractmethod
-    def forward_mixed(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        qkv: Any,
-        compressed_kv: Any,
-        k_pe: Any,
-        layer: Any,
-        forward_meta: Any,
-    ) -> Any:
-        """Attention of a step with prefill, decoding and inactive sequences."""
+    def forward_mixed(self, *args: Any, **kwargs: Any) -> Any:
+        """Attention of a step with sequences of any kind, with the arguments of :meth:`forward`."""
 
     def _metadata(self) -> Any:
         """Metadata of the current step."""

@@ -58,6 +58,10 @@ class BackendConfig:
         Whether each layer has the window of `window_size`; empty means that all have it.
     window_tables : bool
         Whether layers with a window rotate by ``forward_meta.swa_rotary_embs``.
+    window_heads : float
+        Part of the heads, the last ones, that have a layer's window; 0 means that all have it.
+    first_tokens : int
+        Number of tokens at the start of a sequence that stay visible beside a window.
     rotary_dim : int or None
         Number of rotated channels of a head; None means all.
     kv_heads : int or None
@@ -78,6 +82,8 @@ class BackendConfig:
     window_size: int
     window_layers: tuple[bool, ...]
     window_tables: bool
+    window_heads: float
+    first_tokens: int
     rotary_dim: int | None
     kv_heads: int | None
     layer_kv_heads: tuple[int, ...]
@@ -107,6 +113,8 @@ class BackendConfig:
             window_size=count_of(fd_config, backend, "model_config.window_size", 0, 0),
             window_layers=window_layers,
             window_tables=bool(read(fd_config, "model_config.swa_rope_theta", 0)),
+            window_heads=_window_heads(fd_config, backend),
+            first_tokens=count_of(fd_config, backend, "model_config.sink_size", 0, 0),
             rotary_dim=_rotary_dim(fd_config, head_dim),
             kv_heads=read(fd_config, "model_config.num_key_value_heads"),
             layer_kv_heads=_layer_kv_heads(fd_config, window_layers),
@@ -151,9 +159,7 @@ def drafted_tokens(fd_config: Any, backend: str) -> int:
 
 def tensor_parallel(fd_config: Any) -> tuple[int, int]:
     """Number of tensor-parallel ranks, and the rank of this process."""
-    # FastDeploy 2.0 calls the number tensor_parallel_degree.
-    older = read(fd_config, "parallel_config.tensor_parallel_degree", 1)
-    size = read(fd_config, "parallel_config.tensor_parallel_size", older)
+    size = read(fd_config, "parallel_config.tensor_parallel_size", 1)
     return int(size), int(read(fd_config, "parallel_config.tensor_parallel_rank", 0))
 
 
@@ -166,7 +172,7 @@ def _rotary_dim(fd_config: Any, head_dim: int) -> int | None:
     configuration without architectures does not come from FastDeploy.
     """
     draft = read(fd_config, "speculative_config.model_type", "main") != "main"
-    if not draft and any(read(fd_config, name) for name in _rope_3d_options(fd_config)):
+    if not draft and read(fd_config, "enable_rope_3d_runtime"):
         return None
     factor = float(read(fd_config, "model_config.partial_rotary_factor", 1.0))
     names = read(fd_config, "model_config.architectures", ())
@@ -187,6 +193,18 @@ def _window_layers(fd_config: Any, backend: str) -> tuple[bool, ...]:
         )
         refuse(backend, "model_config.window_attn_skip_freq", pattern, supported)
     return tuple(bool(entry) for entry in pattern)
+
+
+def _window_heads(fd_config: Any, backend: str) -> float:
+    """``model_config.head_wise_swa_ratio``, a number from 0 to 1."""
+    value = read(fd_config, "model_config.head_wise_swa_ratio", 0) or 0
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
+        raise ValueError(
+            f"{backend}: fd_config.model_config.head_wise_swa_ratio: expected a number from 0 to "
+            f"1, got {value!r}"
+        )
+    return float(value)
 
 
 def _layer_kv_heads(fd_config: Any, window_layers: tuple[bool, ...]) -> tuple[int, ...]:
@@ -220,27 +238,7 @@ def refuse_server_options(fd_config: Any, backend: str) -> None:
     if role == "prefill" and seqs > MOST_SIGNALLED_SEQS:
         supported = f"a prefill server's signals have room for {MOST_SIGNALLED_SEQS} sequences"
         refuse(backend, "scheduler_config.max_num_seqs", seqs, supported)
-    level = count_of(fd_config, backend, "graph_opt_config.graph_opt_level", 0, 0)
-    if level > 0:
-        # FastDeploy requests one program without graph breaks, but Paddle's SOT breaks in a
-        # backend.
-        supported = "supported: 0 (CUDA graphs of dygraph)"
-        refuse(backend, "graph_opt_config.graph_opt_level", level, supported)
     refuse_unknown_options(fd_config, backend)
-
-
-def _rope_3d_options(fd_config: Any) -> tuple[str, ...]:
-    """Options of which one says that each sequence has its own rotary table.
-
-    ``rope_3d`` of the model only means that its file has an ``mrope_section``, which some text
-    models also have. FastDeploy from 2.6 on says in ``enable_rope_3d_runtime`` whether it makes
-    such tables. Earlier releases make them for multimodal models.
-    """
-    if read(fd_config, "enable_rope_3d_runtime") is not None:
-        return ("enable_rope_3d_runtime",)
-    if not read(fd_config, "model_config.enable_mm", True):
-        return ()
-    return ("model_config.rope_3d", "model_config.use_3d_rope")
 
 
 def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
@@ -254,11 +252,6 @@ def _refuse(fd_config: Any, backend: str, head_dim: int) -> None:
         cache_type_of(cache_kind(fd_config))
     except NotImplementedError as error:
         raise NotImplementedError(f"{backend}: quant_config.{error}") from None
-    for name in ("head_wise_swa_ratio", "sink_size"):
-        value = read(fd_config, f"model_config.{name}", 0)
-        if value:
-            same = "sliding windows are the same for every head"
-            refuse(backend, f"model_config.{name}", value, same)
     refuse_server_options(fd_config, backend)
 
 
@@ -268,6 +261,7 @@ _LEFT_OUT = "FLAGS_cuda_graph_blacklist"
 _OPERATORS = tuple(
     f"custom_op.fastattn_{name}{end}"
     for name in (
+        "attention_step",
         "rope_write_cache_kv",
         "paged_attention",
         "merge_attn_states",

@@ -1,4 +1,4 @@
-"""The plug-in that makes FastDeploy 2.x use the backends of this package.
+"""The plug-in that makes FastDeploy 2.6 use the backends of this package.
 
 FastDeploy calls :func:`register` in every process that loads its models or its engine, if the
 environment variable ``FD_PLUGINS`` names ``fastattn``. The call goes through ``fastattn._plugin``,
@@ -10,11 +10,9 @@ From then on ``APPEND_ATTN``, ``FLASH_ATTN``, ``FLASH_MASK_ATTN``, ``MLA_ATTN`` 
 mean the classes of :mod:`fastattn.backends`. So do ``DECODE_UNIFIED_ATTN``, FastDeploy's append
 backend with another decode kernel, and ``TRITON_MLA_ATTN``. FastDeploy keeps every other backend.
 
-FastDeploy's platform class has a method that returns the name of a backend's class, and the class
-is imported when the first backend is made. :func:`register` replaces that name. The alternative, to
-put the classes into FastDeploy's own package, has two faults. It would import that package with all
-its compiled operators in processes that only ask for shapes. It would also be undone if the package
-is still being imported.
+FastDeploy's platform class has a method that returns the name of a backend's class, and imports it
+when the first backend is made. :func:`register` replaces that name, which needs no GPU and no
+compiled operator in processes that only ask for shapes.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from typing import Any
 import paddle
 
 from fastattn import _ops
-from fastattn._plugin import METHOD, REPLACED, method_of
+from fastattn._plugin import METHOD, REPLACED, change, method_of
 from fastattn._plugin.patches import BACKEND_CLASS
 from fastattn.backends import fastdeploy_models
 
@@ -74,7 +72,7 @@ def _cuda_platform() -> type:
         current = importlib.import_module("fastdeploy.platforms").current_platform
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"fastattn: FastDeploy 2.x is needed, its fastdeploy.platforms cannot be used: {error}"
+            f"fastattn: FastDeploy 2.6 is needed, its fastdeploy.platforms cannot be used: {error}"
         ) from error
     if not current.is_cuda():
         name = getattr(current, "device_name", type(current).__name__)
@@ -116,22 +114,13 @@ def _check_not_chosen() -> None:
 
 def _patch(platform: type) -> None:
     original = method_of(platform)
-    known = BACKEND_CLASS.parameters
-    if (
-        not inspect.ismethod(original)
-        or ", ".join(inspect.signature(original).parameters) not in known
-    ):
+    if not inspect.ismethod(original):
         raise RuntimeError(
-            f"fastattn: FastDeploy's {platform.__name__} has no class method "
-            f"{METHOD}({known[0]}): this version of FastDeploy is not supported"
+            f"fastattn: FastDeploy's {platform.__name__} has no class method {METHOD}: this "
+            "version of FastDeploy is not supported"
         )
-
-    # FastDeploy's own method runs first, because it refuses backends that it does not know.
-    def get_attention_backend_cls(cls: type, *args: Any, **kwargs: Any) -> Any:
-        return _replacement(original(*args, **kwargs))
-
-    get_attention_backend_cls.fastattn = True  # type: ignore[attr-defined]
-    setattr(platform, METHOD, classmethod(get_attention_backend_cls))
+    BACKEND_CLASS.replaces(original)
+    change(platform, _replacement, registered=True)
 
 
 def _replacement(path: Any) -> Any:

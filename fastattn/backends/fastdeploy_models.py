@@ -9,7 +9,7 @@ attributes stay.
 
 from __future__ import annotations
 
-import sys
+import importlib
 from typing import Any
 
 import paddle
@@ -18,28 +18,6 @@ from fastattn._plugin import patches
 
 #: FastDeploy's module of DeepSeek's and GLM's models.
 MODELS = "fastdeploy.model_executor.models.deepseek_v3"
-
-
-class KeyNorm(paddle.nn.Layer):  # type: ignore[misc]
-    """LayerNorm of index keys with a bias, where FastDeploy 2.6 has an RMSNorm.
-
-    Its parameters have the names in a checkpoint, so FastDeploy loads both.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-        constant = paddle.nn.initializer.Constant
-        self.weight = self.create_parameter([channels], default_initializer=constant(1.0))
-        self.bias = self.create_parameter([channels], is_bias=True)
-
-    def forward(self, keys: Any) -> Any:
-        """Keys [T, channels], normalised in float32."""
-        parameters = (self.weight.astype("float32"), self.bias.astype("float32"))
-        normed = paddle.nn.functional.layer_norm(
-            keys.astype("float32"), self.channels, *parameters, 1e-6
-        )
-        return normed.astype(keys.dtype)
 
 
 def take_indexer() -> None:
@@ -53,10 +31,12 @@ def take_indexer() -> None:
 
 
 def _with_key_norm(make: Any) -> Any:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        if _is_rms(self.k_norm):
-            self.k_norm = KeyNorm(self.index_head_dim)
+    def __init__(self: Any, fd_config: Any, layer_id: int, prefix: str = "") -> None:
+        make(self, fd_config, layer_id, prefix)
+        norms = importlib.import_module("fastdeploy.model_executor.layers.normalization")
+        self.k_norm = norms.LayerNorm(  # as the development branch has it
+            fd_config, self.index_head_dim, 1e-6, prefix=f"{prefix}.k_norm", with_bias=True
+        )
 
     return __init__
 
@@ -70,8 +50,9 @@ def _selecting(own: Any) -> Any:
     return forward
 
 
-def _is_rms(norm: Any) -> bool:
-    return isinstance(norm, getattr(sys.modules.get(MODELS), "RMSNorm", ()))
+def _lacks_bias(norm: Any) -> bool:
+    """Whether a norm of index keys has no parameter for the bias that checkpoints have."""
+    return getattr(norm, "bias", None) is None
 
 
 def indexer_forward(
@@ -82,35 +63,16 @@ def indexer_forward(
     positions: Any = None,
     rotary_emb: Any = None,
 ) -> Any:
-    """Slots of the keys that each query of a layer reads; replaces ``Indexer.forward``.
+    """Slots [T, topk] of the keys that each query reads; replaces ``Indexer.forward``.
 
-    Parameters
-    ----------
-    self : object
-        The model's ``Indexer``: ``wq_b``, ``wk``, ``k_norm``, ``weights_proj``.
-    forward_meta : ForwardMeta
-        ``attn_backend`` is a :class:`fastattn.backends.DSAAttentionBackend`.
-    hidden_states : Tensor, shape [T, hidden], bfloat16
-    qr : Tensor, shape [T, q_lora_rank], bfloat16
-    positions : Tensor, shape [T], optional
-        Passed by release 2.6. Later releases have them in `forward_meta`.
-    rotary_emb : object
-        The model's rotation of neighbouring channels. For models whose pairs are half of the
-        channels apart (DeepSeek-V3.2), the channels are reordered.
-
-    Returns
-    -------
-    Tensor, shape [T, topk], int32
-
-    Raises
-    ------
-    NotImplementedError
-        If keys have an RMSNorm, which means that the bias of the checkpoint was not loaded.
+    `positions` is passed by release 2.6; later releases have them in `forward_meta`. `rotary_emb`
+    rotates neighbouring channels. For models whose pairs are half of the channels apart
+    (DeepSeek-V3.2), the channels are reordered before and after.
     """
-    if _is_rms(self.k_norm):
+    if _lacks_bias(self.k_norm):
         raise NotImplementedError(
-            "DSAAttentionBackend: Indexer.k_norm is an RMSNorm, the checkpoint's is a LayerNorm "
-            "with a bias; register the plug-in before the model is made"
+            "DSAAttentionBackend: Indexer.k_norm has no bias, the checkpoint's LayerNorm has one; "
+            "register the plug-in before the model is made"
         )
     backend = forward_meta.attn_backend
     heads, dim, rotated = self.index_n_heads, self.index_head_dim, self.rope_dim
@@ -119,11 +81,11 @@ def indexer_forward(
     key = self.k_norm(self.wk(hidden_states)).reshape([-1, 1, dim])
     q_pe, k_pe = query[..., :rotated], key[..., :rotated]
     if not backend.indexer.interleaved:
-        q_pe, k_pe = _neighbours(q_pe), _neighbours(k_pe)
+        q_pe, k_pe = _reordered(q_pe, [2, -1]), _reordered(k_pe, [2, -1])
     q_pe, k_pe = rotary_emb(positions, q_pe.contiguous(), k_pe.contiguous())
     q_pe, k_pe = q_pe.reshape([-1, heads, rotated]), k_pe.reshape([-1, 1, rotated])
     if not backend.indexer.interleaved:
-        q_pe, k_pe = _halves(q_pe), _halves(k_pe)
+        q_pe, k_pe = _reordered(q_pe, [-1, 2]), _reordered(k_pe, [-1, 2])
     return backend.select(
         paddle.concat([q_pe, query[..., rotated:]], axis=-1),
         paddle.concat([k_pe, key[..., rotated:]], axis=-1),
@@ -133,13 +95,10 @@ def indexer_forward(
     )
 
 
-def _neighbours(x: Any) -> Any:
-    """Put channels i and D/2 + i of [T, H, D] next to each other."""
-    tokens, heads, dim = x.shape
-    return x.reshape([tokens, heads, 2, dim // 2]).transpose([0, 1, 3, 2]).reshape(x.shape)
+def _reordered(x: Any, pairs: list[int]) -> Any:
+    """Channels [T, H, D] as rows of a matrix of the shape `pairs`, read by its columns.
 
-
-def _halves(x: Any) -> Any:
-    """The inverse of :func:`_neighbours`."""
-    tokens, heads, dim = x.shape
-    return x.reshape([tokens, heads, dim // 2, 2]).transpose([0, 1, 3, 2]).reshape(x.shape)
+    ``[2, -1]`` puts channels i and D/2 + i next to each other, and ``[-1, 2]`` puts them back.
+    """
+    split = x.reshape([*x.shape[:2], *pairs])
+    return split.transpose([0, 1, 3, 2]).reshape(x.shape)

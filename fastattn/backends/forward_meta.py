@@ -68,8 +68,7 @@ def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     """Block tables, starts, cached and new lengths of a step's sequences, in operators' order.
 
     Block tables and cached lengths may cover all slots of the server, of which the first ones run;
-    the operators ignore the others. With CUDA graphs, FastDeploy 2.4 also passes the new lengths of
-    all slots, but the starts of only the slots that run.
+    the operators ignore the others.
 
     Raises
     ------
@@ -83,8 +82,6 @@ def sequences(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
     if tables is None or starts is None or cached is None or new is None:
         for name in ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time"):
             field(forward_meta, name)  # names the missing field
-    if paddle.in_dynamic_mode() and is_tensor(new) and is_tensor(starts) and is_tensor(tables):
-        new = _of_running(new, starts, tables)
     return tables, starts, cached, new
 
 
@@ -114,8 +111,9 @@ _LONG_SEQ = 64
 def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool) -> int:
     """Estimate the new tokens of a step's longest sequence from what the host knows.
 
-    ``fastattn._direct.step`` uses the same rule (custom_ops/heuristics/step_lengths.h). A wrong
-    estimate only costs time.
+    A wrong estimate only costs time. A step without prefill has no more tokens than its sequences
+    decode. That the server says so is not enough, because FastDeploy's draft models are never told
+    of prefill. In other steps it is mostly one chunk beside sequences that decode a token each.
 
     Parameters
     ----------
@@ -132,14 +130,6 @@ def guess_new_tokens(tokens: int, seqs: int, decode_tokens: int, prefills: bool)
         return min(tokens, decode_tokens)
     chunk = tokens - (seqs - 1)
     return chunk if decode_tokens == 1 and chunk >= _LONG_SEQ else tokens
-
-
-def _of_running(new: Any, starts: Any, tables: Any) -> Any:
-    """New lengths of the sequences that have a start. Shapes are on the host, so nothing waits."""
-    slots, ends = new.shape[:1], starts.shape[:1]
-    if not ends or not 0 < ends[0] <= (slots or [0])[0] or tables.shape[:1] != slots:
-        return new  # matches the starts, or is wrong: the operator reports that
-    return new[: ends[0] - 1]
 
 
 #: Fields that a cascade plan depends on.
@@ -285,12 +275,13 @@ class ForwardMeta:
             table of a later step names it, another sequence may write it.
         caches : sequence of Tensor
             ``2 * layer + {0: k, 1: v}``, or ``4 * layer + {k, v, k_scales, v_scales}`` for the
-            dynamic types.
+            dynamic types. Without a backend any list does: only its place and its number of blocks
+            are read.
         rotary_embs : Tensor, optional
             See :func:`fastattn.functional.rope_write_cache_kv`.
         prefill : sequence of bool, optional
             Whether each sequence is in prefill. Default: sequences with more than one new token
-            are.
+            are, or with `attn_mask` those without cached ones.
         num_tokens : int, optional
             Number of tokens of ``qkv``, if more than ``sum(new)``; the rest is padding.
         shared_prefix_tokens : int
@@ -330,7 +321,9 @@ class ForwardMeta:
         for name, lengths in (("cached", cached_lens), ("new", lens)):
             if (lengths < 0).any():
                 raise ValueError(f"{op}: {name}: expected at least 0, got {lengths.min()}")
-        flags = lens > 1 if prefill is None else np.asarray(prefill, bool)
+        # A tree of drafts has several tokens, too.
+        usual = cached_lens == 0 if fields.get("attn_mask") is not None else lens > 1
+        flags = usual if prefill is None else np.asarray(prefill, bool)
         if flags.shape != (batch,):
             raise ValueError(f"{op}: prefill: expected shape [{batch}], got {list(flags.shape)}")
         encoder = np.where(flags, lens, 0).astype(np.int32)

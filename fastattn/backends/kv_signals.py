@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +34,6 @@ class KvSignals:
     begins_steps : bool
         Whether a step begins with this backend. The draft model's backend continues the step of the
         main model.
-    key_rule : {"rank", "wide"}
-        Rule for the key of the queue, see :func:`queue_key`.
     """
 
     mode: str
@@ -44,7 +41,6 @@ class KvSignals:
     device: str
     first_layer: int
     begins_steps: bool
-    key_rule: str
 
     @classmethod
     def of(cls, fd_config: Any) -> KvSignals | None:
@@ -61,21 +57,19 @@ class KvSignals:
         rank += size * int(read(fd_config, "parallel_config.local_data_parallel_id", 0))
         devices = env.visible_devices()
         listed = [str(rank)] if devices is None else devices
-        parallel = getattr(fd_config, "parallel_config", None)
         return cls(
             mode=mode,
             rank=rank,
             device=listed[rank % len(listed)].strip(),
             first_layer=int(read(fd_config, "model_config.start_layer_index", 0)),
             begins_steps=read(fd_config, "speculative_config.model_type", "main") != "mtp",
-            key_rule=_key_rule(parallel) if mode == "per_chunk" else "wide",
         )
 
     @functools.cached_property
     def channel(self) -> str:
         """The receiver, as operators name it. FastDeploy's worker sets the number of its queue."""
         if self.mode == "per_chunk":
-            return f"queue:{queue_key(self.rank, self.key_rule)}"
+            return f"queue:{queue_key(self.rank)}"
         step, layer = shared_names(self.rank, self.device)
         return f"shm:{layer}:{step}"
 
@@ -103,46 +97,19 @@ def _send(key: Any, value: Any, layer_id: int, channel: str) -> None:
     _ops.call("send_kv_signal", (key, value), (layer_id, channel))
 
 
-def _key_rule(parallel: Any) -> str:
-    """The key rule of the installed FastDeploy, whose receiver is one of its compiled operators.
-
-    Builds of release 2.5.0 differ in their rule. A queue that nobody reads would fill up and block
-    the worker.
-    """
-    if not hasattr(parallel, "local_engine_worker_queue_port"):
-        return "rank"
-    if str(getattr(sys.modules.get("fastdeploy"), "__version__", "")).startswith("2.5.0"):
-        raise NotImplementedError(
-            "parallel_config.pd_disaggregation_mode = 'per_chunk' is not supported with FastDeploy "
-            "2.5.0, whose builds name the queue of signals differently; supported: per_query, "
-            "FastDeploy 2.5.1 and later"
-        )
-    return "wide"
-
-
-def queue_key(rank: int, rule: str = "wide") -> int:
+def queue_key(rank: int) -> int:
     """Key of the System V queue of a rank, as both ends compute it.
 
-    Parameters
-    ----------
-    rank : int
-    rule : {"rank", "wide"}
-        "rank": FastDeploy 2.4, C's ``ftok("/opt/", 1024 + rank)``, the same for all servers of a
-        node. "wide": later releases, with 20 bits of a number that is made of the server's
-        ``INFERENCE_MSG_QUEUE_ID`` and the rank.
+    It is C's ``ftok("/opt/", ..)`` with 20 bits of a number that is made of the server's
+    ``INFERENCE_MSG_QUEUE_ID`` and the rank.
     """
     try:
         place = os.stat("/opt/")
     except OSError:
         return -1
-    if rule == "wide":
-        number = env.message_queue()
-        # FastDeploy means (id << 4) + rank, but C evaluates it as id << (4 + rank).
-        number = number << (4 + rank) & 0xFFFFF
-        key = (place.st_dev & 0xF) << 28 | (place.st_ino & 0xFF) << 20 | number
-    else:
-        number = 1024 + rank & 0xFF  # C's ftok takes the lower 8 bits
-        key = number << 24 | (place.st_dev & 0xFF) << 16 | place.st_ino & 0xFFFF
+    # FastDeploy means (id << 4) + rank, but C evaluates it as id << (4 + rank).
+    number = env.message_queue() << (4 + rank) & 0xFFFFF
+    key = (place.st_dev & 0xF) << 28 | (place.st_ino & 0xFF) << 20 | number
     return key - (1 << 32) if key >= 1 << 31 else key  # as an int of C
 
 

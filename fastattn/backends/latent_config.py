@@ -173,6 +173,11 @@ def _refuse(fd_config: Any, backend: str, num_heads: int) -> None:
         value = read(fd_config, f"model_config.{name}", 0)
         if any(value) if isinstance(value, (list, tuple)) else value:
             refuse(backend, f"model_config.{name}", value, "latent attention has no window")
+    level = count_of(fd_config, backend, "graph_opt_config.graph_opt_level", 0, 0)
+    if level > 0:
+        # In a program, what these models decide by the step's lengths would be a constant.
+        supported = "supported for latent attention: 0 (CUDA graphs of dygraph)"
+        refuse(backend, "graph_opt_config.graph_opt_level", level, supported)
     if env.deterministic():
         refuse(backend, "FD_DETERMINISTIC_MODE", 1, "bits of a sequence may depend on the batch")
     refuse_server_options(fd_config, backend)

@@ -1,4 +1,4 @@
-"""Arguments that a layer gives to its two operators, cached between steps.
+"""Arguments that a layer gives to its operator, cached between steps.
 
 A server calls a backend for every layer of every step. To ask an ``nn.Layer`` for twenty
 attributes, most of them absent, takes longer than an operator's call. The cache keeps no cache
@@ -7,21 +7,19 @@ tensors and does not keep layers alive.
 
 from __future__ import annotations
 
-import functools
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Union
 
 import paddle
 
 from fastattn import _ops
 from fastattn.backends.layer_cache import LayerCache
 from fastattn.functional._cache_types import DYNAMIC_TYPES, STATIC_TYPES
-from fastattn.functional.attention import paged_attention_attrs
-from fastattn.functional.rope import rope_write_attrs
+from fastattn.functional.step import StepOptions, step_options
 
 #: Options of an attention whose mask is given as offsets.
-_OFFSETS_ALONE = {"causal": False, "window_size": (-1, -1)}
+OFFSETS_ALONE = {"causal": False, "window_size": (-1, -1)}
 
 #: Attributes of a layer that determine the arguments of its operators.
 _READ = (
@@ -52,26 +50,17 @@ _READ = (
 )
 
 
-#: Tensors of a layer that ``rope_write_cache_kv`` takes, in its order.
-_WRITE_TENSORS = (
-    "q_norm_weight",
-    "k_norm_weight",
-    "qkv_bias",
-    "q_scale",
-    "k_center",
-    "k_feedback",
-)
-
-#: Tensors of a layer that ``paged_attention`` takes.
-_ATTEND_TENSORS = ("sinks", "out_scale", "k_center")
-
 #: Attributes in which ``paddle.nn.Layer`` keeps tensors.
 _HOLDERS = ("_parameters", "_buffers")
 
 
-@dataclass
+_Step = tuple[StepOptions, Union[Callable[..., Any], None]]
+
+
 class LayerFacts:
-    """Arguments of a layer's operators, and the values from which they were made.
+    """Arguments of a layer's operator, and the values from which they were made.
+
+    It is no dataclass, because SOT translates no methods of one.
 
     Attributes
     ----------
@@ -85,18 +74,16 @@ class LayerFacts:
         Static scales.
     shard : HeadShard
         The layer's KV heads that this process holds.
-    write_tensors, write_attrs : tuple
-        Arguments of the operator ``rope_write_cache_kv``: the layer's tensors and the attributes.
-    q_quant : str
-        How the operator returns Q.
-    attend : dict
-        Keyword arguments of ``paged_attention``, without the scales.
-    attend_tensors, attend_attrs : tuple
-        Arguments of the operator ``paged_attention`` in a plain step, without the arguments of the
-        step itself.
-    masked_attrs : tuple
-        `attend_attrs` for a step with offsets, which are its whole mask.
-    head_dim : int
+    step : (StepOptions, callable or None)
+        The layer's options of the operator ``attention_step``, for ``run_step``.
+    masked_step : (StepOptions, callable or None)
+        The same for a step with offsets, which are the whole mask of the layer.
+    options : dict
+        The options of `step` by name.
+    head_windows : Tensor or None
+        Window and first tokens of each KV head, where heads differ in what they see.
+    window : int
+        Number of keys that a query sees, including its own; 0 means all.
     sources : tuple of Tensor or None
         The layer's scales of K and V if `k_scales` and `v_scales` were made from them. Writes to
         the sources must then reach the scales.
@@ -114,14 +101,11 @@ class LayerFacts:
     k_scales: Any
     v_scales: Any
     shard: Any
-    write_tensors: tuple[Any, ...]
-    write_attrs: tuple[Any, ...]
-    q_quant: str
-    attend: dict[str, Any]
-    attend_tensors: tuple[Any, ...]
-    attend_attrs: tuple[Any, ...]
-    masked_attrs: tuple[Any, ...]
-    head_dim: int
+    step: _Step
+    masked_step: _Step
+    options: dict[str, Any]
+    head_windows: Any
+    window: int
     sources: tuple[Any, Any] | None
     detached: bool
     kinds: list[Any]
@@ -133,11 +117,10 @@ class LayerFacts:
         caches: Any,
         cache: LayerCache,
         shard: Any,
-        heads: tuple[int, int, int],
-        write: dict[str, Any],
-        attend: dict[str, Any],
+        options: dict[str, Any],
+        head_windows: Any = None,
     ) -> LayerFacts:
-        """Make the facts from the keyword arguments of a layer's operators and (H, KV, D)."""
+        """Make the facts from a layer's keyword arguments of ``attention_step``."""
         dynamic = cache.quant_type in DYNAMIC_TYPES
         given = tuple(
             getattr(layer, name, None) for name in ("cache_k_out_scale", "cache_v_out_scale")
@@ -148,90 +131,38 @@ class LayerFacts:
         detached = made and all(
             ours.dtype == theirs.dtype and ours.shape == theirs.shape for ours, theirs in pairs
         )
-        return cls(
-            seen=_seen_of(layer) if paddle.in_dynamic_mode() else None,
-            num_caches=len(caches),
-            first=(4 if dynamic else 2) * layer.layer_id,
-            dynamic=dynamic,
-            k_scales=None if dynamic else cache.k_scales,
-            v_scales=None if dynamic else cache.v_scales,
-            shard=shard,
-            write_tensors=tuple(write.get(name) for name in _WRITE_TENSORS),
-            write_attrs=rope_write_attrs(
-                num_heads=heads[0],
-                num_kv_heads=heads[1],
-                **{name: x for name, x in write.items() if name not in _WRITE_TENSORS},
-            ),
-            q_quant=write["q_quant"],
-            attend=attend,
-            attend_tensors=(attend["sinks"], None, attend["out_scale"], None, attend["k_center"]),
-            attend_attrs=_attend_attrs(attend, heads[2]),
-            masked_attrs=_attend_attrs({**attend, **_OFFSETS_ALONE}, heads[2]),
-            head_dim=heads[2],
-            sources=(given[0], given[1]) if made else None,
-            detached=detached,
-            kinds=_kinds_of(given) if static else [],
-        )
+        facts = cls()
+        facts.seen = _seen_of(layer) if paddle.in_dynamic_mode() else None
+        facts.num_caches = len(caches)
+        facts.first = (4 if dynamic else 2) * layer.layer_id
+        facts.dynamic = dynamic
+        facts.k_scales = None if dynamic else cache.k_scales
+        facts.v_scales = None if dynamic else cache.v_scales
+        facts.shard = shard
+        facts.step = _step_of(options)
+        facts.masked_step = _step_of({**options, **OFFSETS_ALONE})
+        facts.options = options
+        facts.head_windows = head_windows
+        facts.window = int(options["window_size"][0]) + 1
+        facts.sources = (given[0], given[1]) if made else None
+        facts.detached = detached
+        facts.kinds = _kinds_of(given) if static else []
+        return facts
 
     def hold(self, layer: Any, caches: Any) -> bool:
         """Whether the layer and the length of the list of caches are unchanged."""
         if self.seen is None or len(caches) != self.num_caches:
             return False
-        for tensor in caches[self.first : self.first + (4 if self.dynamic else 2)]:
-            if tensor is None:  # LayerCache raises the error
-                return False
+        first = self.first  # LayerCache raises the error for a cache that is None
+        if caches[first] is None or caches[first + 1] is None:
+            return False
+        if self.dynamic and (caches[first + 2] is None or caches[first + 3] is None):
+            return False
         helper = _ops.helpers()
         if helper is not None:
-            return bool(helper.unchanged(layer.__dict__, _HOLDERS, _READ, self.seen))
+            return bool(helper.unchanged(layer, _HOLDERS, _READ, self.seen))
         now = _seen_of(layer)
         return now is not None and list(map(id, now)) == list(map(id, self.seen))
-
-    @functools.cached_property
-    def step_plan(self) -> tuple[Any, ...] | None:
-        """The layer's part of ``fastattn._direct.step``, or None if it cannot take the layer's
-        steps.
-        """
-        if self.seen is None or self.q_quant != "none":
-            return None
-        return (
-            _ops.handle("rope_write_cache_kv"),
-            self.write_tensors,
-            self.write_attrs,
-            _ops.handle("paged_attention"),
-            self.attend_tensors,
-            self.attend_attrs,
-            self.num_caches,
-            self.first,
-            _HOLDERS,
-            _READ,
-            self.seen,
-        )
-
-    def masked_step_plan(
-        self, plan: tuple[Any, ...] | None, mask_offsets: Any
-    ) -> tuple[Any, ...] | None:
-        """:attr:`step_plan` for a step with offsets, which are the whole mask of the layer.
-
-        The plan is an argument because SOT translates this method and cannot read a cached
-        property.
-        """
-        if plan is None:
-            return None
-        sinks, _, *others = self.attend_tensors
-        return (*plan[:4], (sinks, mask_offsets, *others), self.masked_attrs, *plan[6:])
-
-    @property
-    def window(self) -> int:
-        """Number of keys that a query sees, including its own; 0 means all."""
-        return int(self.attend["window_size"][0]) + 1
-
-    def q_descale(self, written: list[Any]) -> Any:
-        """Scales of the Q that the writer returned; None if it is not quantised."""
-        if self.q_quant == "none":
-            return None
-        if self.q_quant == "per_tensor":
-            return self.write_tensors[_WRITE_TENSORS.index("q_scale")]
-        return written[1]
 
     def scales(self, forward_meta: Any, layer: Any) -> tuple[Any, Any]:
         """Scales of K and V for a call."""
@@ -248,11 +179,9 @@ class LayerFacts:
         return cache.k_scales, cache.v_scales
 
 
-def _attend_attrs(attend: dict[str, Any], head_dim: int) -> tuple[Any, ...]:
-    return paged_attention_attrs(
-        softmax_scale=float(head_dim**-0.5),
-        **{name: x for name, x in attend.items() if name not in _ATTEND_TENSORS},
-    )
+def _step_of(options: dict[str, Any]) -> _Step:
+    made = step_options(**options)
+    return made, made.bound() if paddle.in_dynamic_mode() else None
 
 
 def _kinds_of(scales: Any) -> list[Any]:

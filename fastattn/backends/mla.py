@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 
 from fastattn import _views, functional
-from fastattn.backends.forward_meta import field, optional, sequences
+from fastattn.backends.forward_meta import field, max_len_tensor, optional, sequences
 from fastattn.backends.latent import LatentAttentionBackend
 from fastattn.backends.latent_config import LATENT_DIM, ROPE_DIM
 
@@ -23,7 +23,8 @@ class MLAAttentionBackend(LatentAttentionBackend):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._lengths = _absorbed_only()
+        # The lengths of a step of one sequence, which decodes.
+        self._lengths = max_len_tensor(*np.array([[1], [1], [0]]))
 
     def get_kv_cache_shape(
         self, max_num_blocks: int, kv_cache_quant_type: str | None = None
@@ -135,10 +136,3 @@ class MLAAttentionBackend(LatentAttentionBackend):
             As for :meth:`forward_mixed`.
         """
         return self.forward_mixed(q, None, None, None, compressed_kv, k_pe, layer, forward_meta)
-
-
-def _absorbed_only() -> Any:
-    """FastDeploy's ``max_len_tensor_cpu`` for a step without prefill: its entry 2 is not 0."""
-    lengths = np.zeros(9, np.int32)
-    lengths[2] = 1
-    return paddle.to_tensor(lengths, place=paddle.CPUPlace())

@@ -1,4 +1,4 @@
-"""Base class of the backends: each step of a layer calls two operators."""
+"""Base class of the backends: each step of a layer calls one operator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import paddle
 
-from fastattn import _ops, _views, env, functional
+from fastattn import env
+from fastattn.backends.apart import StepTensors
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.calibrated import Calibrated
 from fastattn.backends.config import BLOCK_SIZE, BackendConfig, keep_out_of_graphs
@@ -21,13 +22,15 @@ from fastattn.backends.forward_meta import (
     optional,
     sequences,
 )
+from fastattn.backends.head_windows import head_windows
 from fastattn.backends.kv_signals import KvSignals
 from fastattn.backends.layer_cache import LayerCache, cache_type_of
 from fastattn.backends.layer_facts import KnownLayers, LayerFacts
 from fastattn.backends.peers import guard
+from fastattn.backends.programs import Programs, program_step
 from fastattn.backends.scales import HeadShard, local_heads
 from fastattn.backends.stale_starts import StaleStarts
-from fastattn.backends.step_masks import in_sot, layer_mask, mask_offsets
+from fastattn.backends.step_masks import draft_trees, in_sot, layer_mask, mask_offsets
 from fastattn.functional._attributes import ANY_LENGTH
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
@@ -35,7 +38,7 @@ from fastattn.functional._cache_types import (
     codes_per_byte,
     token_scales,
 )
-from fastattn.functional._marker import unified
+from fastattn.functional.step import run_step
 
 #: Values that FastDeploy's model runner passes as `decoder_block_shape_q` outside deterministic
 #: mode.
@@ -52,24 +55,36 @@ class PagedAttentionMetadata(AttentionMetadata):
         Maximum numbers of new tokens and of keys of a sequence; None if unknown on the host.
     cascade_plan : CascadePlan or None
         Plan of a cascade, if the step's sequences share a prefix.
+    guessed : (Tensor, int, (int, int)) or None
+        Block tables and number of tokens for which lengths were guessed, and these.
     mask : (Tensor, Tensor) or None
         Flat offsets that a layer was given, and the same offsets as [T, 2].
     windowed : list of (Tensor, int, int, int, Tensor)
         Masks of layers with a window: the offsets and their version, the window, the layer that
         made the mask, and the mask.
+    program : (weakref, dict) or None
+        What programs of the layers are translated from: see :class:`Programs`.
+    drafts : Tensor or None
+        ``forward_meta.attn_mask``, the trees of a step with drafts.
+    trees : (Tensor, int, int, Tensor) or None
+        The same and its version, the layer that made the operator's mask of it, and that mask.
     """
 
     host_lengths: tuple[int, int] | None = None
     cascade_plan: Any = None
+    guessed: tuple[Any, int, tuple[int, int]] | None = None
     mask: tuple[Any, Any] | None = None
     windowed: list[tuple[Any, int, int, int, Any]] = dataclass_field(default_factory=list)
+    program: tuple[Any, dict[str, Any]] | None = None
+    drafts: Any = None
+    trees: tuple[Any, int, int, Any] | None = None
 
 
 class PagedAttentionBackend(AttentionBackend):
-    """Write the new tokens into the cache, then attend to the whole cache.
+    """Write the new tokens into the cache, then attend to the whole cache, in one operator.
 
-    Prefill, decoding, speculative and inactive sequences use the same two operators, in one call
-    each. Nothing is dequantised in advance. Partial results are merged only if
+    Prefill, decoding, speculative and inactive sequences share the call of ``attention_step``.
+    Nothing is dequantised in advance. Partial results are merged only if
     ``forward_meta.cascade_plan`` says that the sequences share a prefix.
 
     Parameters
@@ -147,6 +162,7 @@ class PagedAttentionBackend(AttentionBackend):
         self._known_layers = KnownLayers()
         guard(fd_config, name)
         self._signals = KvSignals.of(fd_config)
+        self._programs = Programs.of(fd_config, name, q_quant, self._signals, self.config)
         self._stale_starts = StaleStarts() if self.config.cuda_graphs else None
 
     def get_kv_cache_shape(
@@ -203,8 +219,11 @@ class PagedAttentionBackend(AttentionBackend):
         if self._stale_starts is not None and starts is not None:
             self._stale_starts.settle(starts)
         metadata = PagedAttentionMetadata(host_lengths(forward_meta), current_plan(forward_meta))
+        metadata.drafts = optional(forward_meta, "attn_mask")
         if self._signals is not None:
             self._signals.begin(forward_meta)
+        if self._programs is not None:
+            metadata.program = self._programs.begin(forward_meta)
         return metadata
 
     def forward_mixed(
@@ -246,19 +265,21 @@ class PagedAttentionBackend(AttentionBackend):
         ValueError
             If the step lacks a field, or the caches and scales do not match the layer.
         """
+        if in_sot():
+            if self._programs is None:  # with its guards, SOT runs a backend between two programs
+                paddle.jit.sot.psdb.fallback(True)
+            return program_step(self, qkv, layer, forward_meta)
         if compressed_kv is not None or k_pe is not None:
             self._refuse(
                 f"{'k_pe' if compressed_kv is None else 'compressed_kv'}, of latent attention,"
             )
-        metadata = self._metadata()
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
+        metadata = self._metadata()
         if self._has_own_table(layer, forward_meta):
             forward_meta = OwnTable(forward_meta, field(forward_meta, "swa_rotary_embs"))
-        done = self._step(qkv, layer, forward_meta, metadata)
-        if done is not None:
-            return done
-        if qkv.shape[0] == 0:
+        tokens = _size(qkv, 0)
+        if tokens == 0:
             width = self.num_heads * self.head_dim
             codes = getattr(layer, "fp8_output_scale", None) is not None
             return paddle.zeros([0, width], dtype=paddle.uint8 if codes else qkv.dtype)
@@ -270,19 +291,41 @@ class PagedAttentionBackend(AttentionBackend):
         rotated = optional(forward_meta, "rope_already_applied")
         table = None if rotated else field(forward_meta, "rotary_embs")
         batch_ids = optional(forward_meta, "batch_id_per_token")
-        written = _call(
-            "rope_write_cache_kv",
-            (qkv, key, value, table, *seqs, *facts.write_tensors, *scales, batch_ids),
-            facts.write_attrs,
-        )
-        if self._signals is not None:
-            self._signals.send(key, value, layer, forward_meta)
-        descale = facts.q_descale(written)
-        options = self._options(facts, scales, descale, qkv, forward_meta, metadata, layer.layer_id)
-        lengths = metadata.host_lengths or self._guess_lengths(written[0], seqs, forward_meta)
+        lengths = metadata.host_lengths or self._guess_lengths(tokens, seqs, forward_meta, metadata)
+        mask = mask_offsets(forward_meta, metadata)
+        if mask is not None:
+            mask = layer_mask(mask, forward_meta, metadata, facts.window, layer.layer_id)
+        windows = facts.head_windows
+        trees = None
+        if metadata.drafts is not None:
+            trees = draft_trees(forward_meta, metadata, layer.layer_id)
+        self._refuse_masks(mask, trees, windows, facts.window)
         plan = _cascade_plan(forward_meta, metadata)
-        attended = self._attend(written[0], key, value, seqs, lengths, options, plan)
-        return _views.flat(attended)
+        holes = trees is not None or windows is not None
+        if plan is not None or self._signals is not None or holes:
+            step = StepTensors(
+                *(qkv, key, value, table, seqs, lengths, batch_ids, scales, mask),
+                *(trees, windows, plan),
+            )
+            query = step.write(facts.options)
+            if self._signals is not None:
+                self._signals.send(key, value, layer, forward_meta)
+            return step.attend(facts.options, *query)
+        options, bound = facts.step if mask is None else facts.masked_step
+        return run_step(
+            options,
+            bound,
+            qkv,
+            key,
+            value,
+            table,
+            *seqs,
+            *lengths,
+            batch_id_per_token=batch_ids,
+            cache_k_scales=scales[0],
+            cache_v_scales=scales[1],
+            mask_offsets=mask,
+        )
 
     def attend(self, qkv: Any, layer: Any, forward_meta: Any) -> Any:
         """Attention of one layer: :meth:`forward_mixed` without the arguments that it ignores.
@@ -294,119 +337,39 @@ class PagedAttentionBackend(AttentionBackend):
         """
         return self.forward_mixed(None, None, None, qkv, None, None, layer, forward_meta)
 
-    def _step(
-        self, qkv: Any, layer: Any, forward_meta: Any, metadata: PagedAttentionMetadata
-    ) -> Any:
-        """Run a plain step of a known layer outside Python; None if this is not possible."""
-        facts = self._known_layers.get(layer)
-        if facts is None or _cascade_plan(forward_meta, metadata) is not None:
-            return None
-        if self._signals is not None:  # signals are sent between the step's two operators
-            return None
-        run = _ops.step_function()
-        if run is None:
-            return None
-        mask = mask_offsets(forward_meta, metadata)
-        if mask is not None:
-            mask = layer_mask(mask, forward_meta, metadata, facts.window, layer.layer_id)
-        plan = facts.step_plan
-        if mask is not None:
-            plan = facts.masked_step_plan(plan, mask)
-        caches = optional(forward_meta, "caches")
-        if plan is None or caches is None:
-            return None
-        lengths = metadata.host_lengths
-        if lengths is None and self.batch_invariant:  # no estimate is allowed: see _guess_lengths
-            tables = optional(forward_meta, "block_tables")
-            if tables is None:
-                return None
-            lengths = _size(qkv, 0), self._most_keys(tables)
-        scales = None if facts.dynamic else facts.scales(forward_meta, layer)
-        try:
-            return run(
-                plan,
-                layer.__dict__,
-                caches,
-                forward_meta,
-                qkv,
-                lengths,
-                (self.config.decode_tokens, self.config.max_model_len),
-                scales,
-            )
-        except RuntimeError as error:
-            _ops.reraise(error)
-
-    def _options(
+    def _guess_lengths(
         self,
-        facts: LayerFacts,
-        scales: tuple[Any, Any],
-        q_descale: Any,
-        qkv: Any,
+        tokens: int,
+        seqs: tuple[Any, Any, Any, Any],
         forward_meta: Any,
         metadata: PagedAttentionMetadata,
-        layer_id: int,
-    ) -> dict[str, Any]:
-        options = {
-            **facts.attend,
-            "q_descale": q_descale,
-            "cache_k_scales": scales[0],
-            "cache_v_scales": scales[1],
-        }
-        mask = mask_offsets(forward_meta, metadata)
-        if mask is not None:
-            mask = layer_mask(mask, forward_meta, metadata, facts.window, layer_id)
-            options["mask_offsets"] = mask
-            options.update(causal=False, window_size=(-1, -1))
-        if q_descale is not None and options["out_scale"] is None:
-            options["out_dtype"] = _dtype_name(qkv)
-        return options
-
-    def _attend(
-        self,
-        query: Any,
-        key: Any,
-        value: Any,
-        seqs: tuple[Any, Any, Any, Any],
-        longest: tuple[int, int],
-        options: dict[str, Any],
-        plan: Any,
-    ) -> Any:
-        """Attention [T, H, D] over the whole cache; `longest` holds upper bounds of the lengths."""
-        _, cu_seqlens_q, _, seq_lens_this_time = seqs
-        if plan is None or not _sees_all(options):
-            return functional.paged_attention(query, key, value, *seqs, *longest, **options)
-        return functional.cascade_attention(
-            query,
-            key,
-            value,
-            plan,
-            cu_seqlens_q,
-            seq_lens_this_time,
-            *longest,
-            **options,
-        )
-
-    def _guess_lengths(
-        self, query: Any, seqs: tuple[Any, Any, Any, Any], forward_meta: Any
     ) -> tuple[int, int]:
         """Upper bounds of the new tokens and of the keys of a sequence, if the host has no lengths.
 
         Longer sequences only cost time. A traced step also serves steps of other kinds, so any of
         its sequences may have all tokens.
         """
-        tokens = _size(query, 0)
-        guessed = paddle.in_dynamic_mode() and not in_sot()
-        if guessed and not self.batch_invariant:  # too small a bound could change its bits
-            count = seqs[1].shape[0] - 1
+        traced = not paddle.in_dynamic_mode()
+        known = metadata.guessed
+        if known and not traced:
+            tables, count, lengths = known
+            if tables is seqs[0] and count == tokens:
+                return lengths
+        longest = tokens
+        if not traced and not self.batch_invariant:  # too small a bound could change its bits
             prefills = optional(forward_meta, "exist_prefill") is True
-            tokens = guess_new_tokens(tokens, count, self.config.decode_tokens, prefills)
-        return tokens, self._most_keys(seqs[0])
-
-    def _most_keys(self, block_tables: Any) -> int:
-        return min(self.config.max_model_len, _size(block_tables, 1) * BLOCK_SIZE)
+            slots = seqs[1].shape[0] - 1
+            longest = guess_new_tokens(tokens, slots, self.config.decode_tokens, prefills)
+        lengths = (
+            longest,
+            min(self.config.max_model_len, _size(seqs[0], len(seqs[0].shape) - 1) * BLOCK_SIZE),
+        )
+        if not traced:
+            metadata.guessed = seqs[0], tokens, lengths
+        return lengths
 
     def _facts_of(self, layer: Any, forward_meta: Any) -> LayerFacts:
-        """Arguments of the layer's operators, reused if the layer is unchanged."""
+        """Arguments of the layer's operator, reused if the layer is unchanged."""
         caches = field(forward_meta, "caches")
         known = self._known_layers.get(layer) if paddle.in_dynamic_mode() else None
         if known is not None and known.hold(layer, caches):
@@ -414,35 +377,48 @@ class PagedAttentionBackend(AttentionBackend):
         self._refuse_layer(layer)
         shard = self.config.shard_of(self.kv_num_heads, layer.layer_id)
         cache = LayerCache.of(forward_meta, layer, shard)
-        types = {"cache_quant_type": cache.quant_type, "fp8_format": cache.fp8_format}
         masks = self._mask_arguments(layer)
         transform = self._key_transform(layer, cache, shard)
-        # The writer rotates Q along with K, so the attention need not. But a sink needs the scores
-        # of the original K, for which the attention takes the unrotated Q and the centre.
+        # A sink needs products of Q itself, not of its codes, with a centre.
         shifts = transform["k_center"] is not None and masks["sinks"] is not None
         q_quant = self._q_quant_for(cache, shifts)
-        write = {
+        options = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.kv_num_heads,
             "q_quant": q_quant,
             "q_scale": getattr(layer, "q_scale", None) if q_quant == "per_tensor" else None,
-            **self._projection_arguments(layer),
-            **types,
-            **transform,
-            "q_rotation": "none" if shifts else transform["k_rotation"],
-        }
-        attend = {
             "out_scale": getattr(layer, "fp8_output_scale", None),
             "batch_invariant": self.batch_invariant,
+            "cache_quant_type": cache.quant_type,
+            "fp8_format": cache.fp8_format,
+            **self._projection_arguments(layer),
             **masks,
-            **types,
-            "k_rotation": transform["k_rotation"] if shifts else "none",
-            "k_center": transform["k_center"] if shifts else None,
+            **transform,
         }
-        facts = LayerFacts.of(layer, caches, cache, shard, self._heads(), write, attend)
+        windows = self._head_windows(layer, cache.key.place)
+        if windows is not None:
+            options["window_size"] = (-1, -1)
+        facts = LayerFacts.of(layer, caches, cache, shard, options, windows)
         self._known_layers.put(layer, facts)
         return facts
 
+    def _head_windows(self, layer: Any, place: Any) -> Any:
+        """The operator's `head_windows` [KV, 2]; None if all heads of the layer see the same."""
+        heads = self.num_heads, self.kv_num_heads, self.head_dim
+        window = self._window_of(layer)
+        windows = head_windows(self.config, window, heads, self.batch_invariant, self._refuse)
+        return paddle.to_tensor(windows, "int32", place=place) if windows else None
+
+    def _refuse_masks(self, mask: Any, trees: Any, windows: Any, window: int) -> None:
+        """Refuse masks that no operator takes together."""
+        if windows is not None and mask is not None:
+            self._refuse(
+                "forward_meta.attn_mask_offsets", " for a layer with windows of some heads"
+            )
+        if trees is not None and (window or windows is not None):
+            self._refuse("forward_meta.attn_mask", " for a layer with a window")
+
     def _q_quant_for(self, cache: LayerCache, shifts: bool) -> str:
-        """`shifts`: the attention needs products of Q itself, not of its codes, with the centre."""
         if self.q_quant == "auto":
             return "per_token_head" if cache.holds_e4m3() and not shifts else "none"
         if self.q_quant != "none" and shifts:
@@ -468,9 +444,6 @@ class PagedAttentionBackend(AttentionBackend):
             feedback = local_heads("cache_k_feedback", feedback, [heads, dim, dim], shard)
         default = "hadamard" if 2 in codes_per_byte(cache.quant_type) else "none"
         return {"k_rotation": rotation or default, "k_center": center, "k_feedback": feedback}
-
-    def _heads(self) -> tuple[int, int, int]:
-        return self.num_heads, self.kv_num_heads, self.head_dim
 
     def _projection_arguments(self, layer: Any) -> dict[str, Any]:
         """Arguments that describe how Q, K and V come out of the fused projection."""
@@ -516,8 +489,19 @@ class PagedAttentionBackend(AttentionBackend):
         return rotates and self._has_window(layer)
 
     def _refuse_step(self, forward_meta: Any) -> None:
-        if optional(forward_meta, "attn_mask") is not None:
-            self._refuse("forward_meta.attn_mask", "; use attn_mask_offsets")
+        drafts = optional(forward_meta, "attn_mask")
+        if drafts is not None:
+            if self.batch_invariant:
+                self._refuse("forward_meta.attn_mask", " with batch_invariant")
+            for name in ("attn_mask_offsets", "tbo_microbatch_id"):
+                if optional(forward_meta, name) is not None:
+                    self._refuse(f"forward_meta.attn_mask beside {name}")
+            shape = list(getattr(drafts, "shape", []))
+            if len(shape) != 3 or shape[1] != shape[2]:
+                raise ValueError(
+                    f"{type(self).__name__}: forward_meta.attn_mask: expected shape [S, N, N], "
+                    f"got {shape}"
+                )
         if self.batch_invariant and optional(forward_meta, "cascade_plan") is not None:
             self._refuse(
                 "forward_meta.cascade_plan",
@@ -537,28 +521,13 @@ class PagedAttentionBackend(AttentionBackend):
             self._refuse(f"layer.out_scale = {out_scale}, a quantised output,")
 
 
-@unified
-def _call(op: str, inputs: tuple[Any, ...], attrs: tuple[Any, ...]) -> list[Any]:
-    """Call an operator in a way that Paddle does not rewrite when it traces a backend."""
-    return _ops.call(op, inputs, attrs)
-
-
 def _size(tensor: Any, dimension: int) -> int:
     """Size of a dimension, or an upper bound of any size if a traced program does not know it."""
     size = tensor.shape[dimension]
     return size if isinstance(size, int) and size >= 0 else ANY_LENGTH
 
 
-def _dtype_name(qkv: Any) -> str:
-    return "float16" if qkv.dtype == paddle.float16 else "bfloat16"
-
-
 def _cascade_plan(forward_meta: Any, metadata: PagedAttentionMetadata) -> Any:
     """The plan of the prepared step; None for its micro-batches, which have no plan."""
     plan = metadata.cascade_plan
     return None if plan is None or optional(forward_meta, "cascade_plan") is not plan else plan
-
-
-def _sees_all(mask: dict[str, Any]) -> bool:
-    """Whether every query sees all keys of the prefix, as a cascade requires."""
-    return "mask_offsets" not in mask and mask["window_size"] == (-1, -1)

@@ -11,14 +11,13 @@ find the block in the pool.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from fastattn import env
 from fastattn._plugin import patches
 from fastattn.backends.calibrated import digest
-from fastattn.backends.config import fastdeploy_flag, read
+from fastattn.backends.config import cache_kind, fastdeploy_flag, read
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,7 +27,6 @@ LAYOUT = "fastattn-1"
 #: Field with the byte order in FastDeploy's messages between servers.
 FIELD = "kv_cache_layout"
 
-_CONNECTOR = "fastdeploy.splitwise.splitwise_connector"
 _PLAIN = ("bfloat16", "float16", "float32", "bf16", "fp16", "none")
 
 
@@ -62,17 +60,15 @@ def guard(fd_config: Any, backend: str) -> None:
             "for quantised caches that other servers read; it names and moves blocks elsewhere",
         )
     if role != "mixed":
-        _guard_messages(fd_config, backend)
+        _guard_messages()
     if pool is not None:
         _guard_pool(pool, backend)
 
 
 def _is_quantised(fd_config: Any) -> bool:
     """Whether caches are quantised. Workers have a type; engines have the storage type."""
-    kind = read(fd_config, "quant_config.kv_cache_quant_type")
-    if kind is None:
-        kind = read(fd_config, "cache_config.cache_dtype", "none")
-    return str(getattr(kind, "value", kind)).lower() not in _PLAIN
+    kind = cache_kind(fd_config) or read(fd_config, "cache_config.cache_dtype", "none")
+    return str(kind).lower() not in _PLAIN
 
 
 def _refuse(backend: str, what: str, value: Any, why: str) -> NoReturn:
@@ -82,23 +78,13 @@ def _refuse(backend: str, what: str, value: Any, why: str) -> NoReturn:
 # ---- messages between a prefill and a decode server ----
 
 
-def _guard_messages(fd_config: Any, backend: str) -> None:
+def _guard_messages() -> None:
     """Send the layout with every request from one server to another, and refuse requests without
     it.
 
     A prefill server sends a request ("prefill"). The decode server answers with its blocks, or with
     an error that fails the request ("cache_sync").
     """
-    connector = getattr(sys.modules.get(_CONNECTOR), "SplitwiseConnector", None)
-    protocol = str(read(fd_config, "cache_config.cache_transfer_protocol", ""))
-    if "ipc" in protocol.split(",") and hasattr(connector, "send_splitwise_tasks_innode"):
-        _refuse(
-            backend,
-            "cache_config.cache_transfer_protocol",
-            protocol,
-            "for quantised caches: over ipc this FastDeploy's servers exchange no messages that "
-            "could name the order of a cache's bytes; supported: rdma",
-        )
     patches.SEND.apply(_sending_layout)
     patches.RECEIVE.apply(_requiring_layout)
 
@@ -148,11 +134,7 @@ def _accepts(connector: Any, task: dict[str, Any]) -> bool:
         return True
     text = _difference("prefill", info)
     _LOG.error("fastattn: request %s refused: %s", task.get("request_id"), text)
-    if "prefill_ip" in info:
-        address = f"{info['prefill_ip']}:{info['prefill_connector_port']}"
-    else:  # FastDeploy 2.4
-        place = info["cache_info"]["rdma"]
-        address = f"{place['ip']}:{place['port']}"
+    address = f"{info['prefill_ip']}:{info['prefill_connector_port']}"
     answer = {"request_id": task.get("request_id"), "error_msg": text}
     connector._send_message(address, "cache_sync", [answer])
     return False

@@ -64,6 +64,48 @@ class LayerCalibration:
             parts.append("feedback")
         return "+".join(parts)
 
+    def make_cache(
+        self,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: str = "bfloat16",
+        place: Any = None,
+    ) -> Any:
+        """Allocate the layer's cache, for a server of one's own.
+
+        Parameters
+        ----------
+        num_blocks, num_kv_heads, head_dim, dtype, place
+            As for :func:`fastattn.functional.make_cache`.
+
+        Returns
+        -------
+        KVCache
+            Its ``arguments`` are for the writer and for the attention.
+        """
+        import paddle
+
+        from fastattn import functional
+
+        def tensor(x: Array | None) -> Any:
+            return None if x is None else paddle.to_tensor(x, place=place)
+
+        return functional.make_cache(
+            num_blocks,
+            num_kv_heads,
+            head_dim,
+            self.cache_quant_type,
+            dtype=dtype,
+            cache_k_scales=tensor(self.cache_k_out_scale),
+            cache_v_scales=tensor(self.cache_v_out_scale),
+            k_rotation=self.cache_k_rotation or "auto",
+            k_center=tensor(self.cache_k_center),
+            k_feedback=tensor(self.cache_k_feedback),
+            place=place,
+        )
+
 
 @dataclass
 class Calibration:

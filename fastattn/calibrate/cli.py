@@ -410,6 +410,9 @@ def _show(rows: list[tuple[str, ...]], costs: bool) -> None:
             print("  ".join(row))
         return
     table = Table(*columns)
+    table.columns[1].no_wrap = True  # the type and its transforms, never cut
+    table.columns[1].overflow = "ignore"
+    table.columns[1].min_width = max(len(row[1]) for row in rows) if rows else None
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -429,6 +432,10 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.output is not None:
             calibration.write(arguments.output, fastdeploy_prefix=arguments.fastdeploy_prefix)
             print(f"wrote {arguments.output}")
+            if arguments.rotate_values:
+                print(
+                    "it is for the model with rotated values: models.load(..).with_rotated_values()"
+                )
     except (CalibrationError, OSError) as error:
         print(f"fastattn calibrate: {error}", file=sys.stderr)
         return 1

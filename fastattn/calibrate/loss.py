@@ -9,7 +9,7 @@ outputs. One pass a layer, with that layer's cache alone quantised, gives the fa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from fastattn.calibrate.choose import (
     try_candidate,
 )
 from fastattn.calibrate.samples import LayerSamples
-from fastattn.evaluate.score import rows_at_a_time, score
+from fastattn.evaluate.score import Scores, rows_at_a_time, score
 from fastattn.functional._cache_types import (
     BLOCK_SIZE,
     DYNAMIC_TYPES,
@@ -117,19 +117,32 @@ def head_divergences(
     return np.array([[found[n, h] for h in heads] for n in probes])
 
 
-def joint_divergence(
+def joint_loss(
     model: LanguageModel, texts: Sequence[Array], calibration: Calibration
-) -> float:
-    """Divergence of the next token when all layers are stored as calibrated, in nats."""
+) -> tuple[float, float]:
+    """What all layers cost when they are stored as calibrated, in nats a token.
+
+    Returns
+    -------
+    divergence : float
+        Of the next token's distribution.
+    rise : float
+        Of the negative log-likelihood of the texts. It is the divergence where the model's
+        distribution is that of the texts, has far more noise, and may be below 0.
+    """
 
     def change(layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         return _stored(calibration.layers[layer], slice(None), k, v)
 
-    total = 0.0
+    divergence = rise = 0.0
     for tokens in texts:
         base = exact.forward(model.dense, tokens)
-        total += _divergence(model, base, exact.forward(model.dense, tokens, change=change), tokens)
-    return total / sum(len(tokens) - 1 for tokens in texts)
+        hidden = exact.forward(model.dense, tokens, change=change)
+        for before, after in _scores(model, base, hidden, tokens):
+            divergence += float(after.divergence.sum())
+            rise += float((after.loss - before.loss).sum())
+    count = sum(len(tokens) - 1 for tokens in texts)
+    return divergence / count, rise / count
 
 
 def _stored(probe: LayerCalibration, heads: slice, k: Array, v: Array) -> tuple[Array, Array]:
@@ -176,13 +189,20 @@ def _divergences(
 
 def _divergence(model: LanguageModel, base: Array, hidden: Array, tokens: Array) -> float:
     """Sum over the tokens of a text."""
-    total, step = 0.0, rows_at_a_time(model.config.vocabulary)
+    found = _scores(model, base, hidden, tokens)
+    return max(sum(float(after.divergence.sum()) for _, after in found), 0.0)
+
+
+def _scores(
+    model: LanguageModel, base: Array, hidden: Array, tokens: Array
+) -> Iterator[tuple[Scores, Scores]]:
+    """Scores of a text, some tokens at a time: of the base, and against it."""
+    step = rows_at_a_time(model.config.vocabulary)
     for at in range(0, len(tokens) - 1, step):
         end = min(at + step, len(tokens) - 1)
         logits = [model.dense.logits(x[at:end]) for x in (base, hidden)]
-        _, (found,) = score(logits[0], logits[1:], tokens[at + 1 : end + 1])
-        total += float(found.divergence.sum())
-    return max(total, 0.0)
+        before, (after,) = score(logits[0], logits[1:], tokens[at + 1 : end + 1])
+        yield before, after
 
 
 def best_of_types(

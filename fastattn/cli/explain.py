@@ -37,7 +37,7 @@ PEAKS = {
     "sm_100": Peaks("B200", 148, 8.0e12, 2250e12, 4500e12),
 }
 
-_KERNELS = ("mma_sm80", "wgmma_fp16", "wgmma_fp8", "dequantize_kv", "merge of partial results")
+_KERNELS = ("mma_sm80", "wgmma_q16", "wgmma_fp8", "dequantize_kv", "merge of partial results")
 _SHAPE = {"seqs": 1, "new": 1, "keys": 1024, "heads": 32, "kv_heads": 8, "head_dim": 128}
 
 
@@ -210,7 +210,7 @@ def explain(call: AttentionCall, device: Device, causal: bool) -> dict[str, Any]
     facts = _plan.decision(call, device)
     long = {
         name: least_new_tokens(call, device, name)
-        for name in ("wgmma_fp16", "wgmma_fp8")
+        for name in ("wgmma_q16", "wgmma_fp8")
         if name not in facts["kernels"]
     }
     peaks = PEAKS.get(device.name)
@@ -230,7 +230,7 @@ def _launch_line(launch: dict[str, int]) -> str:
     if launch["cluster"] > 1:
         clusters = f"a cluster of {launch['cluster']} CTAs for a sequence and KV head"
         how = clusters if not launch["shares"] else f"{clusters}, or {how} (the device decides)"
-    return f"{launch['grid']} CTAs, tiles of {launch['columns']} rows, {how}"
+    return f"{launch['grid']} CTAs, tiles of {launch['tile_rows']} rows, {how}"
 
 
 def _print(facts: dict[str, Any], peaks: Peaks | None) -> None:

@@ -29,6 +29,8 @@ class Step(NamedTuple):
         Interval of keys to which each query is limited.
     explicit : bool
         Whether `offsets` are the whole mask.
+    trees : array of bool, shape [B, N, N], or None
+        Queries of each sequence that see each other, within `offsets`; N is the largest number.
     """
 
     starts: Ints
@@ -37,6 +39,7 @@ class Step(NamedTuple):
     indices: Ints
     offsets: Ints | None = None
     explicit: bool = False
+    trees: NDArray[np.bool_] | None = None
 
     @property
     def queries(self) -> Ints:
@@ -145,14 +148,32 @@ def dense_block_tables(indptr: ArrayLike, indices: ArrayLike) -> NDArray[np.int3
     return block_tables(Step(pointers, unused, pointers, pages), 1, 1)
 
 
-def intervals_of_mask(op: str, step: Step, mask: Any) -> Ints:
-    """Keys ``[first, last + 1)`` that each query sees according to a flattened boolean mask."""
+def parts_of_mask(op: str, step: Step, mask: Any) -> tuple[Ints, NDArray[np.bool_] | None]:
+    """A flattened boolean mask as `offsets` and `trees` of a step.
+
+    Returns
+    -------
+    offsets : array of int, shape [T, 2]
+        Keys ``[first, last + 1)`` of those that each query sees.
+    trees : array of bool, shape [B, N, N], or None
+        None if each query sees all keys of its interval.
+
+    Raises
+    ------
+    NotImplementedError
+        If a query sees several intervals of the keys before the queries, or one that ends there
+        and keys of queries.
+    ValueError
+        If the mask has another number of elements.
+    """
     flat = _array(op, "custom_mask", mask).reshape(-1).astype(bool)
     sizes = step.queries * step.keys
     if flat.size != sizes.sum():
         raise ValueError(f"{op}: custom_mask: expected {sizes.sum()} elements, got {flat.size}")
     offsets = np.zeros((int(step.starts[-1]), 2), np.int64)
     ends = np.cumsum(sizes)
+    most = int(step.queries.max(initial=0))
+    trees, plain = np.ones((len(step.keys), most, most), bool), True
     for b, (queries, keys) in enumerate(zip(step.queries, step.keys)):
         if not queries or not keys:
             continue
@@ -160,13 +181,24 @@ def intervals_of_mask(op: str, step: Step, mask: Any) -> Ints:
         count = rows.sum(axis=1)
         first = np.where(count > 0, rows.argmax(axis=1), 0)
         end = np.where(count > 0, keys - rows[:, ::-1].argmax(axis=1), 0)
-        if (end - first != count).any():
-            i = int(np.argmax(end - first != count))
-            refuse(
-                op, "custom_mask", f"query {i} of sequence {b} sees more than one interval of keys"
-            )
         offsets[step.starts[b] : step.starts[b + 1]] = np.stack([first, end], axis=1)
-    return offsets
+        plain &= bool((end - first == count).all())
+        # A tree hides keys of queries alone. Those of all its queries it may hide in any case.
+        own = max(keys - queries, 0)
+        wrong = (np.minimum(end, own) - np.minimum(first, own)) != rows[:, :own].sum(axis=1)
+        if keys < queries:
+            wrong = end - first != count
+        if wrong.any():
+            i = int(np.argmax(wrong))
+            refuse(
+                op,
+                "custom_mask",
+                f"query {i} of sequence {b} sees more than one interval of the keys before the "
+                "queries, or not the last of these beside keys of queries",
+            )
+        if keys >= queries:
+            trees[b, :queries, :queries] = rows[:, own:]
+    return offsets, None if plain else trees
 
 
 def explicit_offsets(step: Step, causal: bool, window_left: int) -> Ints:

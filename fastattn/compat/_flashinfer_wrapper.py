@@ -129,6 +129,8 @@ class PagedWrapper:
         self._hold("cached", np.maximum(step.keys - step.queries, 0))
         if step.offsets is not None:
             self._hold("offsets", step.offsets)
+        if step.trees is not None:  # without CUDA graphs
+            self._held["trees"] = paddle.to_tensor(step.trees, place=self._like.place)
         per_page = sizes[3] // BLOCK_SIZE
         columns = room_of(self._pages, sizes[3]) if self._graph else None
         # strides of a tuple and of a pool
@@ -224,6 +226,7 @@ class PagedWrapper:
             softcap=self._softcap,
             sinks=sinks,
             mask_offsets=self._held["offsets"] if step.offsets is not None else None,
+            tree_mask=self._held["trees"] if step.trees is not None else None,
             return_softmax_lse=return_lse,
             out=out,
             out_dtype=self._out_dtype,

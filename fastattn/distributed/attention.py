@@ -60,6 +60,9 @@ def paged_attention_dcp(
     batch_invariant: bool = False,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    head_windows: Tensor | None = None,
+    k_feedback: Tensor | None = None,
     local_keys: LocalKeys | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a cache that is spread over the ranks of a group.
@@ -105,6 +108,11 @@ def paged_attention_dcp(
         As for :func:`paged_attention`, for the same ranks. The ranks that hold a sequence's blocks
         must follow from the sequence alone, as with :func:`dcp_local_block_tables`. Partial results
         are merged for each token separately.
+    tree_mask, head_windows : Tensor, optional
+        As for :func:`paged_attention`, with one rank only. Several ranks take neither of them, nor
+        a table for each KV head: a rank counts its own keys.
+    k_feedback : Tensor, optional
+        As for :func:`paged_attention`: not read.
     local_keys : LocalKeys, optional
         Result of :func:`dcp_local_keys` for these arguments. It is the same for all layers of a
         step that have the same mask. Without it, every call launches one more kernel to find it.
@@ -183,18 +191,21 @@ def paged_attention_dcp(
         "k_rotation": k_rotation,
         "k_center": k_center,
     }
+    masks: dict[str, Any] = {"tree_mask": tree_mask, "head_windows": head_windows}
     alone = world_size == 1 and (out is None or not paddle.in_dynamic_mode())
     shape = q.shape if is_tensor(q) else []
     if alone or len(shape) != 3 or 0 in shape:
         return paged_attention(
             *arguments,
-            **options,
+            **{**options, **masks},
             sinks=sinks,
             out_scale=out_scale,
             return_softmax_lse=return_softmax_lse,
             out=out,
             out_dtype=out_dtype,
         )
+    if world_size > 1:
+        _refuse_holes(masks, block_tables)
     dtype = value_dtype(_OP, q, out, out_scale, out_dtype)
     check_results(_OP, q, out, out_scale, dtype)
     check_tensor(_OP, "sinks", sinks, list(shape[1:2]), ("float32", "bfloat16"))
@@ -205,12 +216,12 @@ def paged_attention_dcp(
         results: dict[str, Any] = {"sinks": sinks, "out_scale": out_scale}
         results["return_softmax_lse"] = return_softmax_lse
         results["out_dtype"] = out_dtype if out_scale is not None else dtype
-        return store(paged_attention(*arguments, **{**options, **results}), out)
+        return store(paged_attention(*arguments, **{**options, **masks, **results}), out)
     partial = partial_dtype(exchange_dtype, dtype)
     exchange = Exchange(output_shape(q), partial, q.place, world_size, group)
     # otherwise the operator reports the error
     if is_tensor(key_cache) and len(key_cache.shape) == 4:
-        arguments, masks = local_call(
+        arguments, local_masks = local_call(
             _OP,
             local_keys,
             arguments,
@@ -219,8 +230,8 @@ def paged_attention_dcp(
             window_size=window_size,
             mask_offsets=mask_offsets,
         )
-        if masks is not None:
-            options.update(causal=False, window_size=(-1, -1), mask_offsets=masks)
+        if local_masks is not None:
+            options.update(causal=False, window_size=(-1, -1), mask_offsets=local_masks)
     with partial_tables():
         _, partial_lse = paged_attention(
             *arguments, **options, return_softmax_lse=True, out=exchange.out, out_dtype=partial
@@ -228,3 +239,12 @@ def paged_attention_dcp(
     states = exchange.gather(partial_lse)
     result, lse = merge_ranks(states, sinks, dtype, out, out_scale, in_lse=True)
     return (result, lse) if return_softmax_lse else result
+
+
+def _refuse_holes(masks: dict[str, Any], block_tables: Any) -> None:
+    """Refuse what a rank cannot tell from the keys that it holds."""
+    given = next((name for name, mask in masks.items() if mask is not None), None)
+    if given is None and is_tensor(block_tables) and len(block_tables.shape) == 3:
+        given = "a block table for each KV head"
+    if given is not None:
+        raise NotImplementedError(f"{_OP}: {given} is not supported with several ranks")

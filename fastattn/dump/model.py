@@ -20,6 +20,7 @@ from fastattn.dump.files import Array
 from fastattn.functional._attributes import DEFAULT_SCALE
 from fastattn.reference import numerics
 from fastattn.reference.cache import code_of, dynamic_scales
+from fastattn.reference.step import write_step
 
 Given = dict[str, Any]  # inputs as arrays and attributes, by name; None for an absent input
 Results = Mapping[str, Array]
@@ -107,6 +108,7 @@ def _in_place(model: str, written: Mapping[str, str]) -> Callable[..., Verdicts]
     return check
 
 
+_SEQS = ("block_tables", "cu_seqlens_q", "seq_lens_decoder", "seq_lens_this_time")
 _CACHES = {
     "key_cache_out": "key_cache",
     "value_cache_out": "value_cache",
@@ -287,6 +289,24 @@ def _attention(model: str) -> Callable[..., Verdicts]:
     return check
 
 
+#: Arguments of ``attention_step`` that belong to its writer alone, or to the cache.
+_OF_WRITER = frozenset(inspect.signature(reference.rope_write_cache_kv).parameters) - frozenset(
+    {"qkv", "key_cache", "value_cache", "rotary_embs", *_SEQS, "q_rotation"}
+)
+
+
+def _step(given: Given, results: Results, on_gpu: bool) -> Verdicts:
+    options = {name: given[name] for name in _OF_WRITER}
+    if options["rotary_dim"] == _NOT_GIVEN["rotary_dim"]:
+        options["rotary_dim"] = None
+    caches, seqs = (given["key_cache"], given["value_cache"]), tuple(given[name] for name in _SEQS)
+    scores = given["sinks"] is not None or given["return_softmax_lse"]
+    written = write_step(given["qkv"], caches, given["rotary_embs"], seqs, scores=scores, **options)
+    verdicts = _bits(results, {out: given[name] for out, name in _CACHES.items() if out in results})
+    attended = {**given, **written, "quantize_q": False}
+    return verdicts | _attention("paged_attention")(attended, results, on_gpu)
+
+
 def _mxfp4_values(given: Given, results: Results, on_gpu: bool) -> Verdicts:
     dtype = numerics.bfloat16 if given["dtype"] == "bfloat16" else np.dtype(given["dtype"])
     want = reference.mxfp4_dequantize(given["codes"], given["scales"], dtype)
@@ -298,6 +318,7 @@ def _save_states(given: Given, results: Results, on_gpu: bool) -> Verdicts:
 
 
 MODELS: dict[str, Callable[[Given, Results, bool], Verdicts]] = {
+    "attention_step": _step,
     "append_cache_kv_c8": _in_place("append_cache_kv_c8", {"key_out": "key", "value_out": "value"}),
     "flash_attention": _attention("flash_attention"),
     "paged_attention": _attention("paged_attention"),
@@ -344,9 +365,13 @@ MOST_WORK = 2e10
 
 def work_of(op: str, given: Given) -> float:
     """Products of an attention model, roughly: its fp64 matrices hold all queries by all keys."""
-    if op not in ("paged_attention", "flash_attention", "mla_attention", "mqa_logits"):
+    if op == "attention_step":
+        (tokens, width), heads = given["qkv"].shape, given["num_heads"]
+        dim = width // (heads + 2 * given["num_kv_heads"])
+    elif op in ("paged_attention", "flash_attention", "mla_attention", "mqa_logits"):
+        tokens, heads, dim = given["q"].shape
+    else:
         return 0.0
-    tokens, heads, dim = given["q"].shape
     keys = given.get("max_seqlen_k", 1)
     if op == "mqa_logits":
         keys = given["keys"].shape[0]

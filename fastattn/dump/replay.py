@@ -62,8 +62,11 @@ class Call:
         if self.op not in _ops.operators():
             raise DumpError(f"{dump.folder}: operator {self.op!r} is not in this build")
         self.sig = _ops.signature(self.op)
-        names = [*self.sig.inputs], self.sig.attr_names
-        if (dump.facts["order"], [*dump.facts["attrs"]]) != names:
+        # An optional input that is newer than the dump was absent.
+        order = [n for n in self.sig.inputs if n in dump.facts["order"]]
+        needed = {n for n, optional in zip(self.sig.inputs, self.sig.optional) if not optional}
+        known = order == dump.facts["order"] and needed <= {*order}
+        if not known or [*dump.facts["attrs"]] != self.sig.attr_names:
             raise DumpError(f"{dump.folder}: {self.op} has other arguments in this fastattn")
         gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
         if place == "gpu" and not gpu:

@@ -1,6 +1,6 @@
 """The operators as typed Python functions that check their arguments."""
 
-from fastattn import _ops
+from fastattn import _ops, _programs
 from fastattn.functional.attention import flash_attention, paged_attention
 from fastattn.functional.cache import (
     append_cache_kv_c8,
@@ -36,11 +36,13 @@ from fastattn.functional.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.functional.quantize import quantize_fp8
 from fastattn.functional.rope import rope_write_cache_kv
 from fastattn.functional.rotary_styles import use_neox_rotary_style
+from fastattn.functional.step import attention_step
 from fastattn.functional.step_maps import query_rows, token_maps
 from fastattn.functional.topk import topk_indices
 
 __all__ = [
     "append_cache_kv_c8",
+    "attention_step",
     "cascade_attention",
     "combine_topk_window",
     "compact_block_tables",
@@ -83,3 +85,4 @@ __all__ = [
 ]
 
 _ops.check_installation()
+_programs.register_before_loading()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import paddle
 from paddle import Tensor
 
 from fastattn import _ops
@@ -180,33 +181,11 @@ def flash_attention(
     return (result, lse) if return_softmax_lse else result
 
 
-def paged_attention_attrs(
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int, int],
-    cache_quant_type: str,
-    fp8_format: str,
-    softcap: float = 0.0,
-    return_softmax_lse: bool = False,
-    out_dtype: str = "auto",
-    quantize_q: bool = False,
-    batch_invariant: bool = False,
-    k_rotation: str = "none",
-) -> tuple[Any, ...]:
-    """Attributes of the operator ``paged_attention`` after the two lengths, in its order."""
-    return (
-        softmax_scale,
-        causal,
-        *as_window("paged_attention", window_size),
-        as_float("paged_attention", "softcap", softcap),
-        return_softmax_lse,
-        out_dtype,
-        cache_type_name(cache_quant_type),
-        fp8_format,
-        quantize_q,
-        batch_invariant,
-        k_rotation,
-    )
+def _as_bytes(mask: Any) -> Any:
+    """A mask of integers of 32 or 64 bits as bool; others are left to the operator."""
+    if mask is not None and getattr(mask, "dtype", None) in (paddle.int32, paddle.int64):
+        return mask.astype("bool")
+    return mask
 
 
 @unified
@@ -242,6 +221,9 @@ def paged_attention(
     batch_invariant: bool = False,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    head_windows: Tensor | None = None,
+    k_feedback: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step's new tokens over a layer's paged cache.
 
@@ -271,9 +253,12 @@ def paged_attention(
         dimension for ``block_wise_int4`` and ``block_wise_mxfp4``: a byte holds two channels. For
         ``block_wise_k8v4`` and ``block_wise_kfp8v4`` that holds for V alone. V has 128 channels if
         K has 192, otherwise as many as K.
-    block_tables : Tensor, shape [B, max_blocks], int32
+    block_tables : Tensor, shape [B, max_blocks] or [B, KV, max_blocks], int32
         Physical block of each group of 64 tokens of a sequence. `block_tables` and
-        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run.
+        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run. With
+        three dimensions each KV head has blocks of its own: the key of head h at position p is in
+        slot ``p % 64`` of head h of block ``block_tables[b, h, p // 64]``. Caches [num_blocks, 1,
+        ...] of one head are then a pool whose blocks all KV heads share.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         Index of the first token of each sequence in `q`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
@@ -339,6 +324,21 @@ def paged_attention(
         rotated. All scores of a query then lack the same number. The output needs no correction for
         this; the LSE and the sinks get one. So e4m3 queries are not supported with an LSE or sinks.
         `softcap`, and `sinks` together with `out`, are never supported.
+    tree_mask : Tensor, shape [B, N, N], bool, uint8, int8, int32 or int64, optional
+        A tree of drafts, or any other mask among the new tokens of a sequence: new token i sees new
+        token j only if ``tree_mask[b, i, j]`` is not 0. Earlier keys are not concerned, nor are
+        sequences with more than N new tokens. The other masks apply as well: with `causal` no token
+        sees a later one, and `window_size` counts slots, not steps from the root. A bool or 8-bit
+        mask is read as it is; others are converted first. The first dimension may have more than B
+        entries.
+    head_windows : Tensor, shape [KV, 2], int32, optional
+        A pair (left, first) for each KV head, on top of the other masks. Its queries see the last
+        `left` keys before their position, and the first `first` keys of the sequence. A negative
+        `left` is unlimited. Blocks that no query sees then need no entry in a table of three
+        dimensions: -1 frees them.
+    k_feedback : Tensor, optional
+        Not read: it changes only how the writer rounds K. It is here so that the writer and this
+        call take the same ``arguments`` of :func:`make_cache`.
 
     Returns
     -------
@@ -358,16 +358,21 @@ def paged_attention(
     NotImplementedError
         If `cache_quant_type` or the head dimension is not supported, or another argument does not
         go with `k_rotation` or `k_center`. Supported head dimensions are 64, 96, 128, 192 and 256.
+        Also for `batch_invariant` with `tree_mask`, `head_windows`, or a table for each KV head.
 
     Notes
     -----
-    On the CPU the softmax weights stay in fp32. The keys of a sequence with at most 64 (query,
-    head) pairs per KV head are split into ranges of 2048, whatever the number of threads. So the
-    same input gives the same bits in every run.
+    On the CPU the softmax weights stay in fp32. A query's bits follow from the keys that it sees,
+    whatever the number of threads and however its sequence was cut into steps (docs/numerics.md).
+
+    On a GPU calls with `tree_mask`, `head_windows` or a table for each KV head run on the kernel
+    that every GPU has, whatever their lengths. A block that is not assigned costs no traffic; the
+    plan of the work counts its keys all the same.
 
     See Also
     --------
     write_cache_kv, rope_write_cache_kv : fill the cache.
+    attention_step : fill it and attend in one call.
     fastattn.reference.paged_attention : the same in NumPy.
 
     Examples
@@ -402,19 +407,23 @@ def paged_attention(
         out_scale,
         out,
         k_center,
+        _as_bytes(tree_mask),
+        head_windows,
     )
-    attrs = paged_attention_attrs(
+    attrs = (
+        max_seqlen_q,
+        max_seqlen_k,
         scale_of("paged_attention", softmax_scale),
         causal,
-        window_size,
-        cache_quant_type,
-        fp8_format,
-        softcap,
+        *as_window("paged_attention", window_size),
+        as_float("paged_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
+        cache_type_name(cache_quant_type),
+        fp8_format,
         quantize_q,
         batch_invariant,
         k_rotation,
     )
-    result, lse, *_ = _ops.call("paged_attention", inputs, (max_seqlen_q, max_seqlen_k, *attrs))
+    result, lse, *_ = _ops.call("paged_attention", inputs, attrs)
     return (result, lse) if return_softmax_lse else result

@@ -69,9 +69,11 @@ def write_cache_kv(
         Type ``"none"`` has the shape [num_blocks, KV, 64, D]. In both shapes, D is half of the head
         dimension for ``block_wise_int4`` and ``block_wise_mxfp4``: a byte holds two channels. For
         ``block_wise_k8v4`` and ``block_wise_kfp8v4`` that holds for V alone.
-    block_tables : Tensor, shape [B, max_blocks], int32
+    block_tables : Tensor, shape [B, max_blocks] or [B, KV, max_blocks], int32
         Physical block of each group of 64 tokens of a sequence. `block_tables` and
-        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run.
+        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run. With
+        three dimensions each KV head has a table of its own, as in :func:`paged_attention`. On a
+        GPU this is for up to 65535 tokens, and a prompt is written token by token.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         Index of the first token of each sequence in `key`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32

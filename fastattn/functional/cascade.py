@@ -244,6 +244,7 @@ def cascade_attention(
     batch_invariant: bool = False,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
+    k_feedback: Tensor | None = None,
 ) -> Any:
     r"""Attention of a step whose sequences share their first cache blocks.
 
@@ -309,6 +310,7 @@ def cascade_attention(
         Only False is supported, because all sequences attend to the prefix together.
     k_rotation : {"none", "hadamard"}
     k_center : Tensor, shape [KV, D], float32, optional
+    k_feedback : Tensor, optional
         As for :func:`paged_attention`.
 
     Returns

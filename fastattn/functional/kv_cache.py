@@ -9,6 +9,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
+from fastattn._foreign import not_a_tensor
+from fastattn._ops import is_tensor
 from fastattn.functional._attributes import check_int
 from fastattn.functional._cache_types import (
     BLOCK_SIZE,
@@ -36,7 +38,7 @@ class KVCache:
     k_rotation : {"none", "hadamard"}
     k_center : Tensor or None
     k_feedback : Tensor or None
-        For the writer alone.
+        Only the writer reads it.
     """
 
     key_cache: Tensor
@@ -55,8 +57,9 @@ class KVCache:
 
         ``write_cache_kv(key, value, c.key_cache, c.value_cache, .., **c.arguments)`` and
         ``paged_attention(q, c.key_cache, c.value_cache, .., **c.arguments)`` agree on the type,
-        the scales, the rotation and the centre. Where the writer gets ``q_rotation="hadamard"``
-        too, the attention must not rotate Q again: give it ``k_rotation="none"`` then.
+        the scales, the rotation, the centre and the error feedback. Where the writer gets
+        ``q_rotation="hadamard"`` too, the attention must not rotate Q again: give it
+        ``k_rotation="none"`` then.
         """
         return {
             "cache_k_scales": self.cache_k_scales,
@@ -65,12 +68,8 @@ class KVCache:
             "fp8_format": self.fp8_format,
             "k_rotation": self.k_rotation,
             "k_center": self.k_center,
+            "k_feedback": self.k_feedback,
         }
-
-    @property
-    def write_arguments(self) -> dict[str, Any]:
-        """:attr:`arguments`, and what the writer alone takes."""
-        return {**self.arguments, "k_feedback": self.k_feedback}
 
     @property
     def bytes_per_token(self) -> float:
@@ -119,12 +118,12 @@ def make_cache(
     k_rotation : {"auto", "none", "hadamard"}
         How K is rotated before it is quantised. ``"auto"`` rotates where a type loses much
         without it: ``block_wise_int4``, ``block_wise_mxfp4``, ``block_wise_int8``,
-        ``block_wise_k8v4`` and ``block_wise_kfp8v4`` (docs/quality.md). Types with static scales are not rotated by it, since their scales are
-        of K as it was calibrated.
+        ``block_wise_k8v4`` and ``block_wise_kfp8v4`` (docs/quality.md). Types with static scales
+        are not rotated by it, since their scales are of K as it was calibrated.
     k_center : Tensor, shape [KV, D], float32, optional
         What K is stored without.
     k_feedback : Tensor, shape [KV, D, D], float32, optional
-        Error feedback of the writer, kept for :attr:`KVCache.write_arguments`.
+        Error feedback of the writer, kept for :attr:`KVCache.arguments`.
     place : paddle.Place, optional
         Of the tensors; the current one by default.
 
@@ -172,6 +171,13 @@ def make_cache(
         raise ValueError(f"{op}: dtype: expected bfloat16 or float16, got {dtype!r}")
     if k_rotation not in ("auto", "none", "hadamard"):
         raise ValueError(f"{op}: k_rotation: expected auto, none or hadamard, got {k_rotation!r}")
+
+    for name, x in (("k_center", k_center), ("k_feedback", k_feedback)):
+        wanted = [num_kv_heads, head_dim] + [head_dim] * (name == "k_feedback")
+        if x is not None and not is_tensor(x):
+            raise not_a_tensor(op, name, x)
+        if x is not None and list(x.shape) != wanted:
+            raise ValueError(f"{op}: {name}: expected shape {wanted}, got {list(x.shape)}")
 
     def zeros(shape: list[int], code: Any) -> Tensor:
         return paddle.to_tensor(np.zeros(shape, code), place=place)

@@ -2,43 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float
 from fastattn.functional._cache_types import cache_type_name, check_no_zero_points
 from fastattn.functional._marker import unified
-
-
-def rope_write_attrs(
-    num_heads: int,
-    num_kv_heads: int,
-    rms_norm_eps: float,
-    use_neox_rotary_style: bool,
-    rotary_dim: int | None,
-    qk_norm_before_rope: bool = False,
-    q_quant: str = "none",
-    cache_quant_type: str = "none",
-    fp8_format: str = "e4m3",
-    k_rotation: str = "none",
-    q_rotation: str = "none",
-) -> tuple[Any, ...]:
-    """Attributes of the operator ``rope_write_cache_kv``, in its order."""
-    return (
-        num_heads,
-        num_kv_heads,
-        as_float("rope_write_cache_kv", "rms_norm_eps", rms_norm_eps),
-        use_neox_rotary_style,
-        -1 if rotary_dim is None else rotary_dim,
-        qk_norm_before_rope,
-        q_quant,
-        cache_type_name(cache_quant_type),
-        fp8_format,
-        k_rotation,
-        q_rotation,
-    )
 
 
 @unified
@@ -101,9 +70,11 @@ def rope_write_cache_kv(
         With one more leading dimension, [S, 2, 1, max_seq, 1, columns] or [S, 2, max_seq, columns],
         there is one table per sequence (multimodal RoPE, FastDeploy's ``rope_3d``): sequence b uses
         table b. There may be more tables than sequences.
-    block_tables : Tensor, shape [B, max_blocks], int32
+    block_tables : Tensor, shape [B, max_blocks] or [B, KV, max_blocks], int32
         Physical block of each group of 64 tokens of a sequence. `block_tables` and
-        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run.
+        `seq_lens_decoder` may have more than B rows, for slots of a server that do not run. With
+        three dimensions each KV head has a table of its own, as in :func:`paged_attention`. On a
+        GPU this is for up to 65535 tokens, and a prompt is written token by token.
     cu_seqlens_q : Tensor, shape [B + 1], int32
         Index of the first token of each sequence in `qkv`.
     seq_lens_decoder, seq_lens_this_time : Tensor, shape [B], int32
@@ -173,6 +144,7 @@ def rope_write_cache_kv(
 
     See Also
     --------
+    attention_step : this and the attention in one call.
     fastattn.reference.rope_write_cache_kv : the same in NumPy.
 
     Examples
@@ -219,15 +191,15 @@ def rope_write_cache_kv(
             cache_v_scales,
             batch_id_per_token,
         ),
-        rope_write_attrs(
+        (
             num_heads,
             num_kv_heads,
-            rms_norm_eps,
+            as_float("rope_write_cache_kv", "rms_norm_eps", rms_norm_eps),
             use_neox_rotary_style,
-            rotary_dim,
+            -1 if rotary_dim is None else rotary_dim,
             qk_norm_before_rope,
             q_quant,
-            cache_quant_type,
+            cache_type_name(cache_quant_type),
             fp8_format,
             k_rotation,
             q_rotation,

@@ -189,7 +189,7 @@ class _Step:
             rms_norm_eps=config.norm_eps,
             use_neox_rotary_style=config.neox,
             qk_norm_before_rope=True,
-            **cache.write_arguments,
+            **cache.arguments,
         )
         window = config.window_of(layer)
         out = F.paged_attention(

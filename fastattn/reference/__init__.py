@@ -28,12 +28,14 @@ from fastattn.reference.mqa_logits import mqa_logits, paged_mqa_logits
 from fastattn.reference.mxfp4 import mxfp4_dequantize, mxfp4_quantize
 from fastattn.reference.quantize import quantize_fp8, quantize_query
 from fastattn.reference.rope import make_rotary_embs, rope_write_cache_kv
+from fastattn.reference.step import attention_step
 from fastattn.reference.step_maps import query_rows, token_maps
 from fastattn.reference.topk import topk_indices
 
 __all__ = [
     "append_cache_kv_c8",
     "attention_mask",
+    "attention_step",
     "combine_topk_window",
     "compact_block_tables",
     "convert_cache_layout",

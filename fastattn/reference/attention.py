@@ -8,6 +8,8 @@ error.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import ml_dtypes
 import numpy as np
 
@@ -31,6 +33,8 @@ def attention_mask(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     mask_offsets: Array | None = None,
+    tree_mask: Array | None = None,
+    head_window: tuple[int, int] = (-1, 0),
 ) -> Array:
     """Keys that each query of one sequence sees.
 
@@ -45,6 +49,13 @@ def attention_mask(
         unlimited.
     mask_offsets : array of int, shape [num_queries, 2], optional
         Query i sees keys ``[start, end)`` at most.
+    tree_mask : array, shape [N, N], optional
+        The queries' own keys are the last ``num_queries`` ones. Query i sees the j-th of them only
+        if ``tree_mask[i, j]`` is not 0. Earlier keys are not concerned. Nothing is masked if
+        ``num_queries > N``.
+    head_window : (left, first)
+        What one KV head's queries see: the last `left` keys before a position and the position's
+        own, and the first `first` keys of the sequence. A negative `left` is unlimited.
 
     Returns
     -------
@@ -63,6 +74,12 @@ def attention_mask(
     if mask_offsets is not None:
         start, end = np.asarray(mask_offsets).T
         visible &= (key >= start[:, None]) & (key < end[:, None])
+    if tree_mask is not None and num_queries <= len(tree_mask):
+        own = np.asarray(tree_mask)[:num_queries, :num_queries] != 0
+        visible[:, num_keys - num_queries :] &= own
+    left, first = head_window
+    if left >= 0:
+        visible &= (key >= position - left) | (key < first)
     return visible
 
 
@@ -333,6 +350,30 @@ def gather_seq(
     return gathered[0], gathered[1], np.repeat(known, BLOCK_SIZE)[:num_keys]
 
 
+class _Heads(NamedTuple):
+    """Heads that one attention over a sequence takes."""
+
+    query: slice
+    stored: slice  # of the cache
+    pooled: tuple[int, int] | None  # (KV head, their number) in a cache of one head for all
+
+
+def _heads_of(index: int, count: int, kv_heads: int, heads: int, stored: int) -> _Heads:
+    """Those of part `index` of `count`: of one KV head, or of all."""
+    group = heads // count
+    pooled = (index, kv_heads) if stored != kv_heads else None
+    own = slice(None) if count == 1 or pooled else slice(index, index + 1)
+    return _Heads(slice(index * group, (index + 1) * group), own, pooled)
+
+
+def _scales_of(scales: Array | None, of: _Heads, cache_quant_type: str) -> Array | None:
+    """Scales for :func:`gather_seq`: in a pool, a head's own of a static type."""
+    if scales is None or of.pooled is None or cache_quant_type in DYNAMIC_TYPES or len(scales) == 1:
+        return scales
+    head, kv_heads = of.pooled
+    return scales.reshape(kv_heads, -1)[head]
+
+
 def paged_attention(
     q: Array,
     key_cache: Array,
@@ -357,12 +398,25 @@ def paged_attention(
     quantize_q: bool = False,
     k_rotation: str = "none",
     k_center: Array | None = None,
+    tree_mask: Array | None = None,
+    head_windows: Array | None = None,
     precision: str = "float64",
 ) -> tuple[Array, Array]:
     """Attention of new tokens over a paged cache; see :func:`fastattn.functional.paged_attention`.
 
     Sequence b has ``n = min(seq_lens_this_time[b], cu_seqlens_q[b + 1] - cu_seqlens_q[b])`` new
     tokens and ``seq_lens_decoder[b] + n`` keys, which are read from the bytes of the cache.
+
+    Parameters
+    ----------
+    block_tables : array of int, shape [B, max_blocks] or [B, KV, max_blocks]
+        With three dimensions each KV head has blocks of its own: the key at position p of head h
+        lies in slot ``p % 64`` of head h of block ``block_tables[b, h, p // 64]``. In a cache of
+        one head, a pool that all heads share, that is the block's only head.
+    tree_mask : array, shape [B, N, N], optional
+        That of each sequence; see :func:`attention_mask`.
+    head_windows : array of int, shape [KV, 2], optional
+        The `head_window` of each KV head.
 
     Returns
     -------
@@ -373,7 +427,7 @@ def paged_attention(
     """
     tokens, heads, head_dim = q.shape
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    shifts = np.zeros((tokens, heads))
+    shifts = None
     if k_center is not None:
         given = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
         centers = np.repeat(np.asarray(k_center, np.float64), heads // len(k_center), axis=0)
@@ -385,6 +439,10 @@ def paged_attention(
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
     out = np.zeros((tokens, heads, _head_dim(value_cache, cache_quant_type, "v")))
     lse = np.full((heads, tokens), -np.inf)
+    own_tables = np.ndim(block_tables) == 3
+    kv_heads = np.shape(block_tables)[1] if own_tables else key_cache.shape[1]
+    # Each KV head alone where heads differ in what they see, else all of them together.
+    count = kv_heads if head_windows is not None or own_tables else 1
     for b in range(len(block_tables)):
         first = int(cu_seqlens_q[b])
         span = min(int(cu_seqlens_q[b + 1]), tokens) - first
@@ -393,32 +451,37 @@ def paged_attention(
             continue
         at = slice(first, first + new)
         num_keys = max(int(seq_lens_decoder[b]), 0) + new
-        k, v, assigned = gather_seq(
-            key_cache,
-            value_cache,
-            block_tables[b],
-            num_keys,
-            cache_k_scales=cache_k_scales,
-            cache_v_scales=cache_v_scales,
-            cache_quant_type=cache_quant_type,
-            fp8_format=fp8_format,
-        )
-        visible = attention_mask(
-            new,
-            num_keys,
-            causal=causal,
-            window_size=window_size,
-            mask_offsets=None if mask_offsets is None else mask_offsets[at],
-        )
-        out[at], lse[:, at] = dense_attention(
-            queries[at],
-            k,
-            v,
-            visible & assigned,
-            softmax_scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-            shifts=None if k_center is None else shifts[at],
-            precision=precision,
-        )
+        table = block_tables[b]
+        for kv_head in range(count):
+            of = _heads_of(kv_head, count, kv_heads, heads, key_cache.shape[1])
+            k, v, assigned = gather_seq(
+                key_cache,
+                value_cache,
+                table[kv_head] if own_tables else table,
+                num_keys,
+                cache_k_scales=_scales_of(cache_k_scales, of, cache_quant_type),
+                cache_v_scales=_scales_of(cache_v_scales, of, cache_quant_type),
+                cache_quant_type=cache_quant_type,
+                fp8_format=fp8_format,
+            )
+            visible = attention_mask(
+                new,
+                num_keys,
+                causal=causal,
+                window_size=window_size,
+                mask_offsets=None if mask_offsets is None else mask_offsets[at],
+                tree_mask=None if tree_mask is None else tree_mask[b],
+                head_window=(-1, 0) if head_windows is None else tuple(head_windows[kv_head]),
+            )
+            out[at, of.query], lse[of.query, at] = dense_attention(
+                queries[at, of.query],
+                k[:, of.stored],
+                v[:, of.stored],
+                visible & assigned,
+                softmax_scale=scale,
+                softcap=softcap,
+                sinks=None if sinks is None else sinks[of.query],
+                shifts=None if shifts is None else shifts[at, of.query],
+                precision=precision,
+            )
     return _store(out, out_scale), lse

@@ -191,9 +191,12 @@ def write_cache_kv(
 ) -> None:
     """Write new tokens into a paged cache; see :func:`fastattn.functional.write_cache_kv`.
 
-    The caches and dynamic scales, C-contiguous arrays, change in place.
+    The caches and dynamic scales, C-contiguous arrays, change in place. `block_tables` may be
+    [B, KV, max_blocks]: a table for each KV head. A cache of one head is then a pool that all heads
+    share.
     """
     num_blocks, kv_heads = key_cache.shape[:2]
+    pooled = key.shape[1] != kv_heads
     quantised = cache_quant_type != "none"
     value_layout = "fastattn" if quantised else "logical"
     if k_rotation != "none" or k_center is not None:
@@ -204,14 +207,18 @@ def write_cache_kv(
         ("k", key, key_cache, cache_k_scales, k_offsets, k_feedback),
         ("v", value, value_cache, cache_v_scales, v_offsets, None),
     )
-    found = []  # token, block and slot of every write
+    found: list[tuple[int, int | slice, int, int]] = []  # token, heads, block, slot of every write
     for token, b, position in new_tokens(
         len(key), cu_seqlens_q, seq_lens_decoder, seq_lens_this_time, batch_id_per_token
     ):
-        block = block_of(block_tables[b], position, num_blocks)
-        if block is not None:
-            found.append((token, block, position % BLOCK_SIZE))
-    tokens = [token for token, _, _ in found]
+        tables: list[tuple[int | slice, Array]] = [(slice(None), block_tables[b])]
+        if np.ndim(block_tables) == 3:
+            tables = list(enumerate(block_tables[b]))
+        for head, table in tables:
+            block = block_of(table, position, num_blocks)
+            if block is not None:
+                found.append((token, head, block, position % BLOCK_SIZE))
+    tokens = [token for token, *_ in found]
     for kind, x, cache, scales, offsets, feedback in sides:
         flat = cache.reshape(num_blocks, kv_heads, offsets.size)
         token_scales = None
@@ -224,10 +231,11 @@ def write_cache_kv(
         else:
             with np.errstate(over="ignore", invalid="ignore"):
                 written = x[tokens].astype(cache.dtype)
-        for i, (_, block, slot) in enumerate(found):
-            flat[block][:, offsets[slot]] = written[i]
+        for i, (_, head, block, slot) in enumerate(found):
+            stored = 0 if pooled else head
+            flat[block][stored, offsets[slot]] = written[i][head]
             if token_scales is not None and scales is not None:
-                scales[block, :, slot] = token_scales[i]
+                scales[block, stored, slot] = token_scales[i][head]
 
 
 def append_cache_kv_c8(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -156,8 +155,14 @@ def options() -> Iterator[Case]:
         "sliding_window of a layer": lambda: _day(architectures.GPT_OSS, None, NEOX),
         "window_size of the model": lambda: _day({"window_size": 24}, None, NEOX),
         "window_attn_skip_freq, a list": _window_of_some_layers,
-        "head_wise_swa_ratio": lambda: _day({"head_wise_swa_ratio": 0.5, "window_size": 24}),
-        "sink_size": lambda: _day({"sink_size": 4, "window_size": 24}),
+        "head_wise_swa_ratio": lambda: _day(
+            {"head_wise_swa_ratio": 0.5, "window_size": 24}, None, NEOX
+        ),
+        "sink_size": lambda: _day({"sink_size": 4, "window_size": 24}, None, NEOX),
+        "head_wise_swa_ratio and sink_size": lambda: _day(
+            {"head_wise_swa_ratio": 0.5, "sink_size": 4, "window_size": 24}, "int8", NEOX
+        ),
+        "attn_mask, trees of drafts": _trees,
         "not causal": lambda: _not_causal(),
         "partial rotary, ERNIE": lambda: _day(half),
         "partial rotary, GLM": lambda: _day(
@@ -173,9 +178,6 @@ def options() -> Iterator[Case]:
         ),
         "CUDA graph of all slots, fewer run": _replay,
         "full_cuda_graph false": _piecewise,
-        "graph_opt_level 1": lambda: _day(
-            {}, None, NEOX, graph_optimization_config={"graph_opt_level": 1}
-        ),
         "deterministic mode": _deterministic,
         "scales through the v1 loader": _second_loader,
         "two-batch overlap": _micro_batches,
@@ -236,7 +238,7 @@ def _piecewise() -> float:
     graphs = {"use_cudagraph": True, "full_cuda_graph": False, "graph_opt_level": 0}
     error = _day({}, "int8", NEOX, graph_optimization_config=graphs)
     flag = "FLAGS_cuda_graph_blacklist"
-    if "fastattn_paged_attention" not in str(paddle.get_flags(flag)[flag]):
+    if "fastattn_attention_step" not in str(paddle.get_flags(flag)[flag]):
         raise Wrong("the operators are not on FLAGS_cuda_graph_blacklist")
     return error
 
@@ -294,13 +296,7 @@ def _split(server: Serving, meta: Any) -> list[Any]:
     server.config.model_config.image_patch_id = -12345
     meta.hidden_states = paddle.zeros([sum_of(meta), 1])
     meta.decode_states = paddle.zeros([SLOTS, 1])
-    split = tbo.split_batch_decoder_layers
-    asked = len(inspect.signature(split).parameters)  # 2.4 takes no configuration
-    parts = split(*(meta, server.config)[:asked])
-    if any(len(part.rotary_embs) != 2 for part in parts):
-        raise NotRun(
-            "this FastDeploy cuts the rotary table of plain models as if it were rope_3d's"
-        )
+    parts = tbo.split_batch_decoder_layers(meta, server.config)
     if len(parts) != 2 or not all(map(sum_of, parts)):
         raise Wrong(f"FastDeploy made micro-batches of {[sum_of(x) for x in parts]} tokens")
     return parts
@@ -350,6 +346,29 @@ def _offsets(split: bool) -> float:
     for index in range(len(server.layers)):
         out = _by_parts(server, index, new, _split(server, meta) if split else [meta])
         worst = max(worst, server.check(index, out, new, ends))
+    return tolerable(worst)
+
+
+def _trees() -> float:
+    """A step whose new tokens are branches of drafts: each sees one of the two before it."""
+    server = Serving(make_config({}, "int8"), "int8", **NEOX)
+    server.step(*STEPS["prefill"])
+    new = [5, 1, 7, 4]
+    size = 8
+    seen = np.eye(size, dtype=bool)
+    for token in range(1, size):
+        seen[token] |= seen[max(token - 2, 0)]
+    seen[:, 0] = True
+    trees = np.repeat(seen[None], len(new), axis=0)
+    meta = server.prepare(new, [False] * len(new))
+    meta.attn_mask = paddle.to_tensor(~trees)
+    for backend in server.runner.attn_backends:
+        backend.init_attention_metadata(meta)
+    worst = 0.0
+    for index, layer in enumerate(server.layers):
+        with paddle.no_grad():
+            out = layer(qkv=server.fused(index, new), forward_meta=meta)
+        worst = max(worst, server.check(index, out, new, trees=trees))
     return tolerable(worst)
 
 

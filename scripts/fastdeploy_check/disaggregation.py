@@ -16,16 +16,13 @@ import importlib.util
 import inspect
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastdeploy_check.cases import NEOX, STEPS, Case, NotRun, environment
 from fastdeploy_check.serving import Serving, Wrong, make_config
-from fastdeploy_check.stubs import OPS
 
 #: Variables that FastDeploy's engine sets for the workers of a server, by mode and by role.
 MODES = {
@@ -44,39 +41,11 @@ class _Message(ctypes.Structure):
     _fields_ = (("mtype", ctypes.c_long), ("text", ctypes.c_int * WORDS))
 
 
-def _sources() -> Path:
-    package = importlib.util.find_spec("fastdeploy")
-    assert package is not None and package.origin is not None
-    return Path(package.origin).parents[1] / "custom_ops" / "gpu_ops"
-
-
 def _key(rank: int) -> int:
-    """Key of the queue: C's ``ftok``, or its replacement in newer trees."""
-    sources = _sources()
-    if not (sources / "custom_ftok.h").exists():
-        sender = (sources / "remote_cache_kv_ipc.h").read_text(encoding="utf-8")
-        of_server = "msg_queue_id += rank" in sender  # since 2.5.0
-        number = int(os.environ["INFERENCE_MSG_QUEUE_ID"]) if of_server else 1024
-        return int(LIBC.ftok(b"/opt/", number + rank))
+    """Key of the queue, by the rule of ``custom_ftok.h`` in the tree's operators."""
     place, number = os.stat("/opt/"), int(os.environ["INFERENCE_MSG_QUEUE_ID"])
     key = (place.st_dev & 15) << 28 | (place.st_ino & 255) << 20 | number << (4 + rank) & 0xFFFFF
     return ctypes.c_int(key).value
-
-
-@contextlib.contextmanager
-def _strings_of_operators() -> Iterator[None]:
-    """A file in place of FastDeploy's compiled operators, with the strings of its sources."""
-    module = sys.modules[OPS]
-    sources = [_sources() / name for name in ("remote_cache_kv_ipc.h", "custom_ftok.h")]
-    before = module.__path__
-    with tempfile.TemporaryDirectory() as folder:
-        text = b"".join(path.read_bytes() for path in sources if path.exists())
-        (Path(folder) / "fastdeploy_ops_pd_.so").write_bytes(text)
-        module.__path__ = [folder]
-        try:
-            yield
-        finally:
-            module.__path__ = before
 
 
 class Queue:
@@ -173,8 +142,7 @@ def _serve(mode: str, role: str, kind: str | None, silent: bool = False, **more:
     with environment(
         **{MODES[mode]: "1", "CUDA_VISIBLE_DEVICES": device, "INFERENCE_MSG_QUEUE_ID": "", **more}
     ):
-        with _strings_of_operators():
-            server = _worker(mode, role, kind)
+        server = _worker(mode, role, kind)
         return _day(server, _receiver(mode), silent)
 
 
@@ -244,9 +212,7 @@ def _request() -> Any:
 def _pass_on(sender: Any, receiver: Any, kind: str, payload: Any) -> tuple[str, Any]:
     """A message from one engine to another, as FastDeploy's bytes."""
     message = sender._serialize_message(kind, payload)
-    return receiver._deserialize_message(  # 2.5 and newer: frames, with the sender's name first
-        message if isinstance(message, bytes) else [b"", *message]
-    )
+    return receiver._deserialize_message([b"", *message])  # the sender's name first
 
 
 def _agree(kind: str | None, protocol: str = "rdma") -> float:

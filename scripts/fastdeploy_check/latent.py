@@ -239,8 +239,6 @@ class LatentServing:
         names = inspect.signature(layer.forward).parameters
         if "position_ids" not in names:
             return layer(meta, hidden)
-        if hasattr(self.net, "pre_process"):  # 2.4 and 2.5: positions, mask
-            return layer(meta, hidden, *self.net.pre_process(meta))
         return layer(meta, hidden, meta.position_ids.cast("int32"))
 
     def step(self, new: list[int], prefill: list[bool]) -> float:

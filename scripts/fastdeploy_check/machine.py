@@ -42,6 +42,7 @@ def pretend_cuda() -> None:
     cuda.create_event, cuda.Event = Event, Event
     for name in ("synchronize", "empty_cache"):
         setattr(cuda, name, lambda *_, **__: None)
+        setattr(paddle.device, name, lambda *_, **__: None)
     cuda.get_device_properties = lambda *_, **__: types.SimpleNamespace(
         name="H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132
     )
@@ -54,6 +55,7 @@ def pretend_cuda() -> None:
     _divide_in_float32()
     _multiply_in_float32()
     _one_process()
+    _mend_sot()
     wanted = paddle.set_flags
 
     def set_flags(flags: dict[str, Any]) -> None:
@@ -93,6 +95,28 @@ def _one_process() -> None:
     fleet.fleet._user_defined_strategy = fleet.DistributedStrategy()
     paddle.distributed.new_group = lambda *_, **__: None
     paddle.distributed.all_reduce = lambda *_, **__: None
+
+
+def _mend_sot() -> None:
+    """Let SOT translate ``if tensor is not None``, as in FastDeploy's norm.
+
+    From Python 3.11 on this is an instruction of its own, at which Paddle 3.3's SOT breaks off.
+    """
+    package = "paddle.jit.sot.opcode_translator.executor"
+    executor = importlib.import_module(f"{package}.opcode_executor").OpcodeExecutorBase
+    tensor = importlib.import_module(f"{package}.variables").TensorVariable
+    for name in dir(executor):
+        if not (name.startswith("POP_JUMP") and name.endswith("_NONE")):
+            continue
+        really, jumps = getattr(executor, name), name.endswith("NOT_NONE")
+
+        def jump(self: Any, instr: Any, really: Any = really, jumps: bool = jumps) -> Any:
+            if not isinstance(self.stack.top, tensor):
+                return really(self, instr)
+            self.stack.pop()
+            return self.jump_to(instr.jump_to) if jumps else None
+
+        setattr(executor, name, jump)
 
 
 def _divide_in_float32() -> None:
@@ -146,6 +170,27 @@ def _multiply_in_float32() -> None:
 
     incubated = importlib.import_module("paddle.incubate.nn.functional")
     incubated.fused_rms_norm, incubated.fused_layer_norm = norm(False), norm(True)
+    incubated.fused_bias_act = _swiglu
+    really = paddle.nn.functional.linear
+
+    def linear(x: Any, weight: Any, bias: Any = None, name: Any = None) -> Any:
+        if x.dtype != paddle.bfloat16:
+            return really(x, weight, bias)
+        out = paddle.matmul(x.astype("float32"), weight.astype("float32"))
+        out = out if bias is None else out + bias.astype("float32")
+        return out.astype("bfloat16")
+
+    paddle.nn.functional.linear = linear
+    layers = importlib.import_module("paddle.distributed.fleet.layers.mpu.mp_layers")
+    layers.F.linear = linear
+
+
+def _swiglu(x: Any, bias: Any = None, act_method: str = "gelu", **_: Any) -> Any:
+    """Paddle's activation of two halves, which it has only on a GPU."""
+    if act_method != "swiglu" or bias is not None:
+        raise OpNotStoodInFor(f"fused_bias_act: {act_method}")
+    gate, up = paddle.chunk(x.astype("float32"), 2, -1)
+    return (gate * paddle.nn.functional.sigmoid(gate) * up).astype("bfloat16")
 
 
 #: Flags that FastDeploy has set.

@@ -39,14 +39,17 @@ def get_padding_offset(input_ids: Any, *args: Any) -> list[Any]:
     return _offsets(_lengths((None, *args)), input_ids)
 
 
-def speculate_get_padding_offset(input_ids: Any, draft: Any, cum: Any, num: Any, *args: Any) -> Any:
-    """The same for the speculative decoding of 2.4."""
-    return _offsets(args[0].numpy().reshape(-1), input_ids)
-
-
-def speculate_pre_process(num: Any, input_ids: Any, lens: Any, *_: Any) -> list[Any]:
-    """The same since 2.6, with additional data for the outputs."""
-    found = _offsets(lens.numpy().reshape(-1), input_ids)
+def speculate_pre_process(
+    num: Any, input_ids: Any, lens: Any, drafts: Any = None, encoder: Any = None, *_: Any
+) -> list[Any]:
+    """The same for steps with drafts, with additional data for the outputs."""
+    lens = lens.numpy().reshape(-1)
+    if encoder is not None:  # decoding sequences have their tokens among the drafts
+        decoding = np.flatnonzero(encoder.numpy().reshape(-1)[: len(lens)] == 0)
+        ids, given = input_ids.numpy().copy(), drafts.numpy()
+        ids[decoding, : given.shape[1]] = given[decoding]
+        input_ids = paddle.to_tensor(ids)
+    found = _offsets(lens, input_ids)
     return [*found, found[2], found[1], _int32([found[1].shape[0]])]
 
 
@@ -96,6 +99,13 @@ def rotate_in_place(query: Any, key: Any, positions: Any, table: Any, dim: int, 
         x.set_value(paddle.to_tensor(pairs.reshape(x.shape)).astype(x.dtype))
 
 
+def numpy_to_tensor(source: Any, target: Any) -> Any:
+    """Copy the values of a checkpoint's array into a parameter."""
+    values = paddle.to_tensor(np.ascontiguousarray(source)).reshape(target.shape)
+    target.copy_(values.astype(target.dtype), False)
+    return target
+
+
 def nothing(*_: Any, **__: Any) -> None:
     """An operator whose effects this check does not examine."""
 
@@ -103,14 +113,12 @@ def nothing(*_: Any, **__: Any) -> None:
 #: Stand-ins by operator.
 OPS: dict[str, Callable[..., Any]] = {
     "get_padding_offset": get_padding_offset,
-    "speculate_get_padding_offset": speculate_get_padding_offset,
     "speculate_pre_process": speculate_pre_process,
-    "speculate_get_seq_lens_output": lambda lens, *_: [lens],
-    "speculate_get_output_padding_offset": lambda cum, num, lens, _: [lens, cum],
     "get_position_ids": fill_positions,
     "get_position_ids_and_mask_encoder_batch": fill_positions,
     "get_position_ids_and_slot_mapping": fill_positions_and_slots,
     "fused_rotary_position_encoding": rotate_in_place,
+    "custom_numpy_to_tensor": numpy_to_tensor,
     "set_data_ipc": nothing,
     "recover_decode_task": nothing,
     "update_attn_mask_offsets": update_attn_mask_offsets,

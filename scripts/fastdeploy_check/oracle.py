@@ -75,6 +75,10 @@ class LayerModel:
         Dequantisation multipliers of K and V.
     window : int
         Number of keys that a query sees, including its own; 0 means all.
+    window_heads : float
+        Part of the query heads, the last ones, that have the window; 0 means all of them.
+    first : int
+        Tokens at the start of a sequence that stay visible beside a window.
     """
 
     heads: int
@@ -89,11 +93,16 @@ class LayerModel:
     sinks: np.ndarray | None = None
     window: int = 0
     causal: bool = True
+    window_heads: float = 0.0
+    first: int = 0
 
-    def attend(self, qkv: np.ndarray, first: int, ends: Any = None) -> np.ndarray:
+    def attend(
+        self, qkv: np.ndarray, first: int, ends: Any = None, tree: np.ndarray | None = None
+    ) -> np.ndarray:
         """Outputs [n - first, heads * D] of a sequence's tokens from `first` on.
 
         `ends`: number of leading keys that each of these queries sees, instead of a causal mask.
+        `tree`: which of the tokens from `first` on see each other, [n - first, n - first].
         """
         tokens = len(qkv)
         rows = qkv.astype(np.float64).reshape(tokens, -1, self.dim)
@@ -113,9 +122,13 @@ class LayerModel:
             seen = key < np.asarray(ends)[:, None]
         elif self.causal:
             seen = key <= query
-            if self.window > 0:
-                seen &= key > query - self.window
-        scores = np.where(seen[None], scores, -np.inf)
+        if tree is not None:
+            seen[:, first:] &= tree
+        seen = np.repeat(seen[None], self.heads, axis=0)
+        if ends is None and self.causal and self.window > 0:
+            whole = int((1 - self.window_heads) * self.heads) if self.window_heads else 0
+            seen[whole:] &= (key > query - self.window) | (key < self.first)
+        scores = np.where(seen, scores, -np.inf)
         most = scores.max(-1, keepdims=True)
         if self.sinks is not None:
             most = np.maximum(most, self.sinks[:, None, None])

@@ -105,7 +105,7 @@ def make_config(
     return config
 
 
-class _Signal:
+class Signal:
     """FastDeploy's signal to another process. There is none; it reports that the caches exist."""
 
     def __init__(self, name: str = "", array: Any = None, **_: Any) -> None:
@@ -115,7 +115,7 @@ class _Signal:
 def make_runner(config: Any) -> Any:
     """FastDeploy's own ``GPUModelRunner`` with its caches."""
     module = importlib.import_module("fastdeploy.worker.gpu_model_runner")
-    module.IPCSignal = importlib.import_module("fastdeploy.spec_decode.mtp").IPCSignal = _Signal
+    module.IPCSignal = importlib.import_module("fastdeploy.spec_decode.mtp").IPCSignal = Signal
     # a package that is not installed
     module.GPUModelRunner._init_image_preprocess = lambda self: None
     runner = module.GPUModelRunner(config, "gpu", 0, config.parallel_config.tensor_parallel_rank, 0)
@@ -185,6 +185,8 @@ def model_of(layer: Any, config: Any, table: np.ndarray, kind: str | None) -> La
         array(getattr(layer, "sinks", None)),
         window,
         getattr(config.model_config, "causal", True),
+        getattr(config.model_config, "head_wise_swa_ratio", 0.0),
+        getattr(config.model_config, "sink_size", 0),
     )
 
 
@@ -231,8 +233,6 @@ class Serving:
             row, column = np.divmod(np.arange(last - first), (last - first) // 2)
             image = first + np.stack([np.zeros_like(row), row, column], 1)
             ids = paddle.to_tensor(np.concatenate([text, image]).astype(np.int64))
-            # One at a time: for several slots, 2.4 and 2.5 give all of ERNIE's slots the table of
-            # the last one.
             (table,) = self.runner.prepare_rope3d(ids, [MAX_LEN // 2], [0, last])
             self.inputs["rope_emb"][slot : slot + 1, :] = table
         self.tables = self.inputs["rope_emb"].numpy()
@@ -289,10 +289,15 @@ class Serving:
         return paddle.to_tensor(np.concatenate(parts).astype(np.float32)).astype("bfloat16")
 
     def check(
-        self, layer: int, out: Any, new: list[int], ends: list[np.ndarray] | None = None
+        self,
+        layer: int,
+        out: Any,
+        new: list[int],
+        ends: list[np.ndarray] | None = None,
+        trees: np.ndarray | None = None,
     ) -> float:
         """Largest error of a sequence of the step. `ends`: number of keys that each of its tokens
-        sees.
+        sees. `trees`: which new tokens of each slot see each other.
         """
         worst, start, values = 0.0, 0, array(out)
         for slot, n in enumerate(new):
@@ -305,7 +310,8 @@ class Serving:
             seen = None if ends is None else ends[slot]
             if self.masked:
                 seen = self._image_ends(slot, n)
-            exact = self.models[layer].attend(rounded, self.cached[slot], ends=seen)
+            tree = None if trees is None else trees[slot, :n, :n]
+            exact = self.models[layer].attend(rounded, self.cached[slot], ends=seen, tree=tree)
             worst = max(worst, relative_error(values[start : start + n], exact))
             start += n
         if len(values) != start:

@@ -45,18 +45,18 @@ def plan(
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, max_q, columns",
+    "heads, kv_heads, max_q, tile_rows",
     [
         *((32, 8, 1, 8), (64, 8, 1, 8), (32, 8, 2, 8), (32, 8, 3, 16), (16, 1, 1, 16)),
         *((17, 1, 1, 64), (32, 8, 5, 64), (64, 8, 8, 64), (128, 1, 1, 64), (128, 1, 8, 64)),
     ],
 )
-def test_short_seqs_are_one_split_launch(heads, kv_heads, max_q, columns):
+def test_short_seqs_are_one_split_launch(heads, kv_heads, max_q, tile_rows):
     """All query heads of a KV head share a tile: the smallest that holds them, at most 64."""
     (launch,) = plan(4, max_q, 8192, heads=heads, kv_heads=kv_heads)
     assert launch["split"] == 1
-    assert launch["columns"] == columns
-    assert launch["min_pairs"] == 0 and launch["max_pairs"] >= 2**31 - 1
+    assert launch["tile_rows"] == tile_rows
+    assert launch["min_packed_rows"] == 0 and launch["max_packed_rows"] >= 2**31 - 1
 
 
 GROUPS = [(8, 8), (16, 8), (6, 2), (32, 8), (40, 8), (64, 8), (9, 1), (16, 1), (17, 1), (128, 1)]
@@ -70,16 +70,16 @@ def test_launches_of_a_mixed_call(heads, kv_heads, long_seq):
     sizes = dict(heads=heads, kv_heads=kv_heads, long_seq=long_seq)
     decode, rest, long = plan(70, 2000, 8192, tokens=2200, **sizes)
     assert (decode["split"], rest["split"], long["split"]) == (1, 1, 0)
-    assert decode["columns"] == (16 if group <= 16 else 64)
-    assert decode["max_pairs"] == max(decode["columns"], group)
-    assert rest["max_pairs"] == long_seq * group - 1
-    assert (rest["columns"], long["columns"]) == (64, 64)
+    assert decode["tile_rows"] == (16 if group <= 16 else 64)
+    assert decode["max_packed_rows"] == max(decode["tile_rows"], group)
+    assert rest["max_packed_rows"] == long_seq * group - 1
+    assert (rest["tile_rows"], long["tile_rows"]) == (64, 64)
     assert long["workspace"] == 0
 
 
 def test_a_chunk_beside_decode_has_tiles_for_one_token():
     decode, long = plan(33, 2048, 8192, tokens=2080)
-    assert decode["columns"] == 8 and not long["split"]
+    assert decode["tile_rows"] == 8 and not long["split"]
 
 
 @pytest.mark.parametrize("batch, long", [(2, False), (3, True)])
@@ -92,15 +92,15 @@ def test_a_few_seqs_are_split_though_they_are_long(batch, long):
 def _launches_of(launches, tokens, group):
     """How many launches take a sequence of so many new tokens, by each kernel's rule.
 
-    Decode and whole tiles count pairs of a token and a head; a prefill kernel counts tokens, from
+    Decode and whole tiles count packed rows; a prefill kernel counts tokens, from
     the fewest that the launch of whole tiles would take.
     """
-    by_pairs = [x["min_pairs"] <= tokens * group <= x["max_pairs"] for x in launches]
+    by_rows = [x["min_packed_rows"] <= tokens * group <= x["max_packed_rows"] for x in launches]
     by_tokens = [
-        tokens >= -(-x["min_pairs"] // group) if not x["split"] else taken
-        for x, taken in zip(launches, by_pairs)
+        tokens >= -(-x["min_packed_rows"] // group) if not x["split"] else taken
+        for x, taken in zip(launches, by_rows)
     ]
-    return sum(by_pairs), sum(by_tokens)
+    return sum(by_rows), sum(by_tokens)
 
 
 @pytest.mark.parametrize("heads, kv_heads", GROUPS)
@@ -114,7 +114,9 @@ def test_every_seq_belongs_to_one_launch(heads, kv_heads, head_dim):
         for batch, long_seq in itertools.product((1, 9, 600), (33, 64)):
             for tokens in {1, max_q, max_q + batch - 1, max_q + batch, batch * max_q, 3000} - {0}:
                 launches = plan(batch, max_q, 8192, tokens=tokens, long_seq=long_seq, **sizes)
-                limits = tuple((x["min_pairs"], x["max_pairs"], x["split"]) for x in launches)
+                limits = tuple(
+                    (x["min_packed_rows"], x["max_packed_rows"], x["split"]) for x in launches
+                )
                 if limits in seen:
                     continue
                 seen.add(limits)
@@ -152,7 +154,7 @@ def test_a_chunk_beside_decode_pays_for_no_more():
 @pytest.mark.parametrize("batch, max_q", [(16, 1024), (1, 64), (4, 100)])
 def test_pure_prefill_is_one_launch_without_a_workspace(batch, max_q):
     (launch,) = plan(batch, max_q, 8192, tokens=batch * max_q)
-    assert not launch["split"] and launch["workspace"] == 0 and launch["min_pairs"] == 0
+    assert not launch["split"] and launch["workspace"] == 0 and launch["min_packed_rows"] == 0
     assert len(plan(batch, max_q, 8192, tokens=batch * max_q + 1)) > 1  # the last one is padding
 
 
@@ -160,7 +162,7 @@ def test_grid_holds_every_tile_of_every_seq():
     """Sequences of 1 token and long ones, in the worst order: as many tiles as there can be."""
     lengths = [1, 2000, 1, 999, 17, 64, 65, 3000]
     *_, prefill = plan(len(lengths), 3000, 8192, tokens=sum(lengths))
-    tiles = sum(-(-4 * n // prefill["columns"]) for n in lengths)
+    tiles = sum(-(-4 * n // prefill["tile_rows"]) for n in lengths)
     assert prefill["grid"] >= 8 * tiles
 
 
@@ -182,7 +184,7 @@ def test_large_calls_fill_the_gpu_once():
 def test_workspace_holds_two_partial_results_of_every_cta(head_dim):
     (launch,) = plan(16, 1, 8192, head_dim=head_dim)
     value_dim = 128 if head_dim == 192 else head_dim
-    assert launch["workspace"] >= launch["grid"] * 2 * launch["columns"] * (value_dim + 2)
+    assert launch["workspace"] >= launch["grid"] * 2 * launch["tile_rows"] * (value_dim + 2)
 
 
 def test_workspace_does_not_grow_with_the_batch_or_the_context():
@@ -232,11 +234,11 @@ def test_the_device_decides_where_the_bound_of_the_keys_is_loose(
         assert launch["grid"] % cluster == 0 and launch["grid"] >= known["grid"]
         assert 0 <= launch["grid"] - max(launch["shares"], known["grid"]) < cluster
         assert launch["shares"] <= (264 if cluster == 2 else places)
-        assert launch["workspace"] >= launch["shares"] * 2 * launch["columns"] * (128 + 2)
+        assert launch["workspace"] >= launch["shares"] * 2 * launch["tile_rows"] * (128 + 2)
 
 
 @pytest.mark.parametrize(
-    "batch, kv_heads, max_k, joins",
+    "batch, kv_heads, max_k, merges",
     [
         *((2, 8, 1 << 17, True), (16, 8, 1 << 17, True), (32, 4, 1 << 17, True)),
         *((17, 1, 1 << 17, True), (15, 1, 1 << 17, False), (1, 1, 1 << 17, False)),
@@ -244,18 +246,19 @@ def test_the_device_decides_where_the_bound_of_the_keys_is_loose(
     ],
 )
 def test_ctas_join_partial_results_where_clusters_are_likely_and_splits_few(
-    batch, kv_heads, max_k, joins
+    batch, kv_heads, max_k, merges
 ):
     """Up to 16 splits a work tile on average; never where the merge has always work, or none."""
     sizes = dict(heads=4 * kv_heads, kv_heads=kv_heads, cluster=8)
     (launch,) = plan(batch, 1, max_k, **sizes)
-    assert bool(launch["joins"]) == joins
-    if joins:
+    assert bool(launch["merges_in_kernel"]) == merges
+    if merges:
         assert launch["finds_seqs"] and launch["shares"] < 17 * batch * kv_heads
-    assert not any(launch["joins"] for launch in plan(batch, 1, max_k, **(sizes | {"cluster": 1})))
+    alone = plan(batch, 1, max_k, **(sizes | {"cluster": 1}))
+    assert not any(launch["merges_in_kernel"] for launch in alone)
     if 1 < batch <= 17 and max_k > 1024:
         (captured,) = plan(256, 1, max_k, tokens=batch, **sizes)
-        assert bool(captured["joins"]) == joins
+        assert bool(captured["merges_in_kernel"]) == merges
 
 
 @pytest.mark.parametrize(
@@ -275,7 +278,7 @@ def test_a_captured_step_has_seqs_without_tokens(tokens, max_q, cluster, seqs):
     "batch, max_q, kv_heads, max_k",
     [
         *((64, 1, 8, 1024), (17, 1, 8, 1024)),  # more sequences and heads than clusters
-        (1, 8, 8, 1024),  # tiles of 64 pairs
+        (1, 8, 8, 1024),  # tiles of 64 packed rows
         (1, 2000, 8, 2000),  # sequences of many tokens
     ],
 )
@@ -303,6 +306,29 @@ def decide(
     )
 
 
+@pytest.mark.parametrize("major", [8, 9])
+@pytest.mark.parametrize("new", [1, 2, 7, 64, 4096])
+@pytest.mark.parametrize("kind", ["none", "cache_fp8", "block_wise_fp8"])
+def test_general_calls_have_kernels_of_16_and_64_packed_rows(kind, new, major):
+    """With a tree mask, or windows or tables of heads: the kernel that every GPU has."""
+    key = "bfloat16" if kind == "none" else "float8_e4m3fn"
+    call = ("bfloat16", key, kind, 4 * new, 4, 8, 4, 128, new, 8192)
+    prefill, workspace, launches = host.decide_attention(*call, compute_major=major, general=True)
+    assert prefill == "mma_sm80" and launches
+    assert {launch["tile_rows"] for launch in launches} <= {16, 64}
+    assert host.dequantize_plan(*call, compute_major=major, general=True)["blocks"] == 0
+    # Enough room for the partial results of the wider tiles.
+    least = sum(
+        launch["shares"] * 2 * launch["tile_rows"] * 130
+        for launch in launches
+        if launch["split"] and launch["shares"] > 1
+    )
+    assert workspace >= least
+    plain = host.decide_attention(*call, compute_major=9)[2]
+    if new == 1:
+        assert plain[0]["tile_rows"] == 8
+
+
 E4M3, E5M2, BF16, FP16 = "float8_e4m3fn", "float8_e5m2", "bfloat16", "float16"
 
 
@@ -317,16 +343,16 @@ E4M3, E5M2, BF16, FP16 = "float8_e4m3fn", "float8_e5m2", "bfloat16", "float16"
         (E4M3, E4M3, "ragged", "wgmma_fp8"),
         (E4M3, "int8", "cache_int8", "mma_sm80"),
         (E4M3, "int8", "block_wise_int8", "mma_sm80"),
-        (BF16, BF16, "none", "wgmma_fp16"),
-        (FP16, FP16, "none", "wgmma_fp16"),
+        (BF16, BF16, "none", "wgmma_q16"),
+        (FP16, FP16, "none", "wgmma_q16"),
         (FP16, BF16, "none", "mma_sm80"),
-        (BF16, E4M3, "cache_fp8", "wgmma_fp16"),
-        (BF16, E5M2, "cache_fp8", "wgmma_fp16"),
-        (BF16, E4M3, "block_wise_fp8", "wgmma_fp16"),
+        (BF16, E4M3, "cache_fp8", "wgmma_q16"),
+        (BF16, E5M2, "cache_fp8", "wgmma_q16"),
+        (BF16, E4M3, "block_wise_fp8", "wgmma_q16"),
         (BF16, E5M2, "block_wise_fp8", "mma_sm80"),
-        (FP16, "int8", "cache_int8", "wgmma_fp16"),
-        (BF16, "int8", "block_wise_int8", "wgmma_fp16"),
-        (BF16, "int8", "ragged", "wgmma_fp16"),
+        (FP16, "int8", "cache_int8", "wgmma_q16"),
+        (BF16, "int8", "block_wise_int8", "wgmma_q16"),
+        (BF16, "int8", "ragged", "wgmma_q16"),
         (BF16, FP16, "ragged", "mma_sm80"),
     ],
 )
@@ -371,37 +397,37 @@ def test_one_long_sequence_with_scales_of_tokens_is_read_by_all(max_k, clusters)
     (launch,) = decide(BF16, "int8", "block_wise_int8", **one)[2]
     assert launch["cluster"] == 8
     assert (launch["cluster_kv_tiles"] == ANY) == clusters
-    assert bool(launch["joins"]) == (not clusters)
+    assert bool(launch["merges_in_kernel"]) == (not clusters)
     (launch,) = decide(BF16, "int8", "cache_int8", **one)[2]
-    assert launch["cluster_kv_tiles"] == ANY and not launch["joins"]
+    assert launch["cluster_kv_tiles"] == ANY and not launch["merges_in_kernel"]
 
 
 @pytest.mark.parametrize(
     "head_dim, q, k, cache_type, kernel",
     [
-        (96, BF16, BF16, "none", "wgmma_fp16"),
-        (96, FP16, FP16, "ragged", "wgmma_fp16"),
-        (96, BF16, E4M3, "cache_fp8", "wgmma_fp16"),
-        (96, FP16, "int8", "block_wise_int8", "wgmma_fp16"),
+        (96, BF16, BF16, "none", "wgmma_q16"),
+        (96, FP16, FP16, "ragged", "wgmma_q16"),
+        (96, BF16, E4M3, "cache_fp8", "wgmma_q16"),
+        (96, FP16, "int8", "block_wise_int8", "wgmma_q16"),
         (96, BF16, E4M3, "ragged", "mma_sm80"),
         (96, E4M3, E4M3, "cache_fp8", "wgmma_fp8"),
         (96, E4M3, E4M3, "block_wise_fp8", "wgmma_fp8"),
         (96, E4M3, E4M3, "ragged", "wgmma_fp8"),
-        (192, BF16, BF16, "ragged", "wgmma_fp16"),
-        (192, FP16, FP16, "ragged", "wgmma_fp16"),
+        (192, BF16, BF16, "ragged", "wgmma_q16"),
+        (192, FP16, FP16, "ragged", "wgmma_q16"),
         (192, E4M3, E4M3, "ragged", "wgmma_fp8"),
         (192, E4M3, E5M2, "ragged", "wgmma_fp8"),
         (192, BF16, E4M3, "ragged", "mma_sm80"),
-        (192, BF16, BF16, "none", "wgmma_fp16"),
+        (192, BF16, BF16, "none", "wgmma_q16"),
         (192, E4M3, E4M3, "cache_fp8", "wgmma_fp8"),
         (192, E4M3, E4M3, "block_wise_fp8", "wgmma_fp8"),
         (192, BF16, E4M3, "block_wise_fp8", "mma_sm80"),
         (192, E4M3, "int8", "cache_int8", "mma_sm80"),
-        (256, BF16, BF16, "none", "wgmma_fp16"),
-        (256, FP16, FP16, "ragged", "wgmma_fp16"),
-        (256, BF16, E4M3, "cache_fp8", "wgmma_fp16"),
+        (256, BF16, BF16, "none", "wgmma_q16"),
+        (256, FP16, FP16, "ragged", "wgmma_q16"),
+        (256, BF16, E4M3, "cache_fp8", "wgmma_q16"),
         (256, BF16, E4M3, "ragged", "mma_sm80"),
-        (256, BF16, "int8", "block_wise_int8", "wgmma_fp16"),
+        (256, BF16, "int8", "block_wise_int8", "wgmma_q16"),
         (256, E4M3, E4M3, "block_wise_fp8", "wgmma_fp8"),
         (256, E4M3, E5M2, "ragged", "wgmma_fp8"),
     ],
@@ -453,7 +479,7 @@ def _kernels_in_docs():
 
 def test_the_table_of_kernels():
     """Every combination that operators take, and nothing else, by the rule."""
-    names = {"wgmma_fp16": "fp16", "wgmma_fp8": "fp8", "mma_sm80": "mma"}
+    names = {"wgmma_q16": "q16", "wgmma_fp8": "fp8", "mma_sm80": "mma"}
     expected = {}
     for cache in (*CACHE_QUANT_TYPES, "contiguous"):
         codes = ("e4m3", "e5m2", "int8") if cache == "contiguous" else CODES.get(cache, ("int8",))

@@ -9,6 +9,7 @@ import pytest
 import fastattn.functional as F
 from tests.support.attention import BLOCK_WISE_FP8, PLAIN, flash_problem, paged_problem
 from tests.support.compare import assert_same_bits
+from tests.support.holes import with_tables_of_heads
 from tests.support.static import run_all_modes
 from tests.support.tensors import to_numpy
 
@@ -45,6 +46,23 @@ def paged_quantised(
         sinks=sinks,
         window_size=(80, -1),
         softcap=3.0,
+        return_softmax_lse=True,
+    )
+
+
+def paged_holes(q, key_cache, value_cache, tables, cu, decoder, this_time, tree, windows):
+    return F.paged_attention(
+        q,
+        key_cache,
+        value_cache,
+        tables,
+        cu,
+        decoder,
+        this_time,
+        3,
+        130,
+        tree_mask=tree,
+        head_windows=windows,
         return_softmax_lse=True,
     )
 
@@ -172,3 +190,20 @@ def test_flash_attention_on_codes(place, q_type):
     names = ("q_descale", "k_descale", "v_descale")
     outputs, _ = run_all_modes(flash_codes, arrays(problem, *names), place)
     assert_same_bits(outputs[0], problem.check(place)[0], "out")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [bool, np.int64])
+def test_masks_with_holes(place, dtype, dynamic):
+    """A tree, a window of a head, and a table for each head."""
+    if place == "gpu" and dtype is not bool:
+        pytest.skip("is converted by Paddle's own kernel, which may not run there")
+    tree = np.array([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]] * 3, dtype)
+    windows = np.array([[-1, 0], [20, 3]], np.int32)
+    problem = with_tables_of_heads(paged_problem(SEQS, tree_mask=tree, head_windows=windows))
+    positional, _ = problem.arguments()
+    arrays = [*map(to_numpy, positional[:7]), tree, windows]
+    outputs, _ = run_all_modes(paged_holes, arrays, place, dynamic=dynamic)
+    for got, expected in zip(outputs, problem.run(place)):
+        assert_same_bits(got, expected)
+    problem.check(place, results=tuple(outputs))

@@ -1,6 +1,6 @@
 """Long sequences over caches of codes, whose K and V become 16-bit ones ahead of the attention.
 
-Only on a Hopper GPU, where enough packed GQA rows see a key and the call has enough operations,
+Only on a Hopper GPU, where enough packed rows see a key and the call has enough operations,
 here any number of them; the plan says so (``_host.dequantize_plan``). Many heads a KV head make
 that few tokens. Results are held to the error of 16-bit products of the cache's values (see
 tests.support.attention).

@@ -34,9 +34,9 @@ def decide(call, batch, max_q, max_k, *, heads=(32, 8), dim=128, tokens=None, sm
 def taken_by(decision, new, group):
     """What computes a sequence of so many new tokens."""
     prefill, _, launches = decision
-    found = [x for x in launches if x["min_pairs"] <= new * group <= x["max_pairs"]]
+    found = [x for x in launches if x["min_packed_rows"] <= new * group <= x["max_packed_rows"]]
     assert len(found) == 1
-    return "split" if found[0]["split"] else prefill, found[0]["columns"]
+    return "split" if found[0]["split"] else prefill, found[0]["tile_rows"]
 
 
 @pytest.mark.parametrize("major", [8, 9])
@@ -55,13 +55,13 @@ def test_new_tokens_choose_the_kernel(call, heads, major):
         assert len(found) == 1, (new, found)
 
 
-@pytest.mark.parametrize("columns, kv_heads", itertools.product((8, 16, 64), (1, 4, 8, 16)))
-def test_splits_follow_from_the_keys(columns, kv_heads):
+@pytest.mark.parametrize("tile_rows, kv_heads", itertools.product((8, 16, 64), (1, 4, 8, 16)))
+def test_splits_follow_from_the_keys(tile_rows, kv_heads):
     """They cover a work tile's keys, are as many as have room, and none is short of work."""
-    most = {8: 16, 16: 16, 64: 4}[columns] * (1 if kv_heads >= 8 else 2)
-    least = 16 if columns == 64 else 8
+    most = {8: 16, 16: 16, 64: 4}[tile_rows] * (1 if kv_heads >= 8 else 2)
+    least = 16 if tile_rows == 64 else 8
     for kv_tiles in [*range(1, 700), 10**4, 2**24]:
-        tiles, count = host.invariant_splits(kv_tiles, columns, kv_heads)
+        tiles, count = host.invariant_splits(kv_tiles, tile_rows, kv_heads)
         assert (count - 1) * tiles < kv_tiles <= count * tiles
         assert 1 <= count <= max(1, min(most, kv_tiles // least))
         assert tiles % 4 == 0  # the warp pipelines take a split's KV tiles evenly
@@ -71,17 +71,17 @@ def test_a_sequence_alone_fills_the_gpu():
     """8 KV heads, 8k keys: 128 splits, each with a CTA of its own."""
     assert host.invariant_splits(128, 8, 8) == (8, 16)
     (launch,) = decide("bf16 over fp8", 1, 1, 8192)[2]
-    assert (launch["grid"], launch["columns"]) == (128, 8)
+    assert (launch["grid"], launch["tile_rows"]) == (128, 8)
 
 
 @pytest.mark.parametrize("max_k", [300, 1023, 1024, 1025, 9000, 1 << 17])
 def test_a_looser_bound_of_the_keys_moves_no_split(max_k):
     """Room for splits, which the bound decides about, is enough for every sequence below it."""
-    for columns, max_q in ((8, 1), (16, 4), (64, 16)):
+    for tile_rows, max_q in ((8, 1), (16, 4), (64, 16)):
         launches = decide("bf16 over fp8", 4, max_q, max_k)[2]
-        room = next(x["invariant_splits"] for x in launches if x["columns"] == columns)
+        room = next(x["invariant_splits"] for x in launches if x["tile_rows"] == tile_rows)
         needed = max(
-            host.invariant_splits(keys, columns, 8)[1] for keys in range(1, -(-max_k // 64) + 1)
+            host.invariant_splits(keys, tile_rows, 8)[1] for keys in range(1, -(-max_k // 64) + 1)
         )
         assert room >= needed
 

@@ -3,7 +3,7 @@
 On a Hopper GPU these take the kernels of custom_ops/cuda/attention/wgmma_sm90; anywhere else the
 other kernels. 16-bit queries are held to the error of 16-bit products, e4m3 ones over FP8 keys to
 that of e4m3 probabilities (see tests.support.attention). What only one of the two has to keep is in
-test_wgmma_fp16.py and test_wgmma_fp8.py.
+test_wgmma_q16.py and test_wgmma_fp8.py.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from tests.support.bounds import assert_error_ratio
 from tests.support.compare import assert_same_bits, assert_within
 from tests.support.flashinfer import DECODE, FP16, KV, PREFILL, D, H, Step, natural, workspace
 from tests.support.graph import capture
+from tests.support.holes import random_tree
 from tests.support.shims import attend, check, poison, values
 from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy, to_paddle
 
@@ -271,10 +272,39 @@ class TestPrefill:
         seqs = step.sequences(window_left=30, masks=masks)
         check(seqs, to_numpy(out), None, place, FP16)
 
-    def test_mask_that_is_not_an_interval(self):
+    @pytest.mark.parametrize("drafts", [True, False])
+    def test_custom_masks_of_trees(self, place, drafts):
+        """Beside a prompt that sees all of a window, and a query that sees no other query."""
+        step = Step([(9, 80), (6, 6), (12, 70), (3, 65), (5, 3)])
+        rng = np.random.default_rng(2)
+        masks = []
+        for queries, keys in zip(step.queries, step.keys):
+            own = max(keys - queries, 0)
+            mask = np.zeros((queries, keys), bool)
+            mask[:, own // 3 : own] = True
+            if keys >= queries:
+                tree = random_tree(rng, queries) if drafts else rng.random((queries, queries)) < 0.4
+                mask[:, own:] = tree
+            mask[1, own:] = False
+            masks.append(mask)
+        wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace(place))
+        flat = paddle.to_tensor(np.concatenate([m.reshape(-1) for m in masks]), place="cpu")
+        wrapper.plan(int32(step.starts), *step.pages(), *step.sizes(), custom_mask=flat)
+        q, cache = to_paddle(step.q, place), step.cache(place, pool=False)
+        out, lse = wrapper.run(q, cache, return_lse=True)
+        seqs = step.sequences(masks=masks)
+        check(seqs, to_numpy(out), natural(lse), place, FP16)
+        # A later step without a tree does not keep it.
+        wrapper.plan(int32(step.starts), *step.pages(), *step.sizes(), causal=True)
+        check(step.sequences(causal=True), to_numpy(wrapper.run(q, cache)), None, place, FP16)
+
+    @pytest.mark.parametrize(
+        "row", [[True, False, True, False, False], [True, True, False, True, False]]
+    )
+    def test_mask_that_is_not_an_interval(self, row):
         step = Step([(2, 5)])
         wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace("cpu"))
-        mask = paddle.to_tensor([True] * 5 + [True, False, True, False, False])
+        mask = paddle.to_tensor([True] * 5 + row)
         with pytest.raises(NotImplementedError, match="custom_mask: query 1 of sequence 0 sees"):
             wrapper.plan(int32(step.starts), *step.pages(), *step.sizes(), custom_mask=mask)
         with pytest.raises(ValueError, match="custom_mask: expected 10 elements, got 9"):

@@ -22,7 +22,7 @@ from fastattn.backends import (
     LayerCache,
     make_config,
 )
-from fastattn.backends.forward_meta import guess_new_tokens
+from fastattn.backends.forward_meta import _LONG_SEQ, guess_new_tokens
 from tests.support.compare import assert_same_bits
 from tests.support.serving import Model, Server
 from tests.support.tensors import BF16, EMPTY_OUTPUTS, int32, to_numpy, to_paddle
@@ -236,14 +236,14 @@ def test_steps_of_which_the_host_knows_the_kind_at_most(place, said, q_quant):
         assert server.backend.get_attention_meta().host_lengths is None
 
 
-def test_guesses_of_the_longest_sequence():
-    """One rule in Python and in C++."""
+def test_guesses_know_the_length_from_which_sequences_are_long():
     host = pytest.importorskip("fastattn._host")
+    assert host.LONG_SEQ == _LONG_SEQ
 
+
+def test_guesses_of_the_longest_sequence():
     def guess(tokens, seqs, decode_tokens=1, prefills=False):
-        found = guess_new_tokens(tokens, seqs, decode_tokens, prefills)
-        assert found == host.new_tokens_of_longest(tokens, seqs, decode_tokens, prefills)
-        return found
+        return guess_new_tokens(tokens, seqs, decode_tokens, prefills)
 
     assert [guess(n, 64) for n in (1, 17, 64)] == [1, 1, 1]  # decode, in a captured step too
     assert [guess(n, 64, 4) for n in (1, 3, 256)] == [1, 3, 4]  # drafts of three tokens
@@ -431,8 +431,6 @@ def test_shapes_of_other_types_are_refused(name):
     ("part", "name", "value"),
     [
         ("parallel_config", "pd_disaggregation_mode", "per_layer"),
-        ("model_config", "head_wise_swa_ratio", 0.5),
-        ("model_config", "sink_size", 4),
         ("cache_config", "block_size", 32),
     ],
 )
@@ -469,10 +467,8 @@ def test_layers_are_refused_by_name(name, value):
         server.run([5])
 
 
-def test_mla_and_dense_masks_are_refused():
+def test_mla_and_lengths_of_pre_caches_are_refused():
     server = Server(FlashAttentionBackend, Model(), [5])
-    with pytest.raises(NotImplementedError, match=r"forward_meta\.attn_mask"):
-        server.run([5], attn_mask=some_tensor([1]))
     with pytest.raises(NotImplementedError, match=r"forward_meta\.pre_caches_length"):
         server.run([5], pre_caches_length=3)
     meta = server.make_meta([5])

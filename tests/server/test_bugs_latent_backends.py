@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -10,6 +11,8 @@ import paddle
 import pytest
 
 from fastattn import functional
+from fastattn._plugin import patches
+from fastattn._plugin.patches import KEY_NORM
 from fastattn.backends import fastdeploy_models, latent
 from tests.support.latent_serving import LatentServer, SparseServer
 from tests.support.tensors import EMPTY_OUTPUTS, int32, to_numpy, to_paddle
@@ -224,7 +227,12 @@ def make_indexer(monkeypatch, norm):
             return "FastDeploy's own"
 
     module = ModuleType(fastdeploy_models.MODELS)
-    module.Indexer, module.RMSNorm = Indexer, RMSNorm
+    module.Indexer = Indexer
+    ignored = "Indexer.forward" + (", Indexer.__init__" if norm is RMSNorm else "")
+    monkeypatch.setenv("FASTATTN_IGNORED", ignored)
+    if norm is LayerNorm:  # of the development branch, whose constructor is right
+        right = dataclasses.replace(KEY_NORM, right=(patches.source_hash(Indexer.__init__),))
+        monkeypatch.setattr(patches, "KEY_NORM", right)
     monkeypatch.setitem(sys.modules, fastdeploy_models.MODELS, module)
     return module
 
@@ -293,6 +301,14 @@ def test_bug48_an_indexer_as_the_model_was_trained(monkeypatch, interleaved):
 
 def test_bug48_keys_of_release_2_6_get_their_bias(monkeypatch):
     """Its RMSNorm has no bias to load; a model made after the registration has a LayerNorm."""
+    norms = ModuleType("fastdeploy.model_executor.layers.normalization")
+
+    def layer_norm(fd_config, size, eps, *, prefix, with_bias):
+        assert (size, eps, prefix, with_bias) == (DIM, 1e-6, ".k_norm", True)
+        return LayerNorm()
+
+    norms.LayerNorm = layer_norm
+    monkeypatch.setitem(sys.modules, norms.__name__, norms)
     module = make_indexer(monkeypatch, RMSNorm)
     early = module.Indexer(None, 3)
     given, (x, *_), weights, norm = selected(monkeypatch, module, True)
@@ -303,14 +319,14 @@ def test_bug48_keys_of_release_2_6_get_their_bias(monkeypatch):
     names = dict(module.Indexer(None, 3).k_norm.named_parameters())
     assert sorted(names) == ["bias", "weight"]
     meta = SimpleNamespace(attn_backend=SimpleNamespace(select=None))
-    with pytest.raises(NotImplementedError, match=r"Indexer\.k_norm is an RMSNorm"):
+    with pytest.raises(NotImplementedError, match=r"Indexer\.k_norm has no bias"):
         early.forward(meta, None, None)
 
 
 def test_an_indexer_with_other_parameters_is_refused(monkeypatch):
     module = make_indexer(monkeypatch, LayerNorm)
     module.Indexer.forward = lambda self, meta, states, latents: None
-    with pytest.raises(NotImplementedError, match=r"Indexer\.forward has .*meta, states, latents"):
+    with pytest.raises(NotImplementedError, match=r"Indexer\.forward \(self, meta, states, lat"):
         fastdeploy_models.take_indexer()
 
 

@@ -148,8 +148,11 @@ def test_the_result_is_that_of_one_process(ranks, name):
     assert_within(out, expected, bound, "out")
 
 
+# With a window a rank's tables begin at the first block that a query may see, and the passes of the
+# softmax count from there.
 @pytest.mark.parametrize(
-    "name", [n for n in dcp.CASES if "whole_seqs" in n or "all_on_the_last" in n]
+    "name",
+    [n for n in dcp.CASES if ("whole_seqs" in n or "all_on_the_last" in n) and "window" not in n],
 )
 def test_seqs_on_one_rank_have_the_same_bits(ranks, name):
     if ranks.place == "gpu" and "all_on_the_last" not in name:
@@ -358,12 +361,31 @@ def two_ranks(monkeypatch):
         ({"sinks": paddle.zeros([3])}, ValueError, r"sinks: expected shape \[4\], got \[3\]"),
         ({"sinks": paddle.zeros([4], "float64")}, TypeError, "sinks: expected dtype float32 or bf"),
         ({"window_size": 3}, TypeError, "window_size"),
+        (
+            {"tree_mask": paddle.ones([1, 2, 2], "bool")},
+            NotImplementedError,
+            "tree_mask is not supported with several ranks",
+        ),
+        (
+            {"head_windows": paddle.zeros([2, 2], "int32")},
+            NotImplementedError,
+            "head_windows is not supported with several ranks",
+        ),
     ],
 )
 def test_errors_among_ranks(monkeypatch, changes, error, text):
     two_ranks(monkeypatch)
     with pytest.raises(error, match=text):
         call(**changes)
+
+
+def test_a_table_for_each_head_among_ranks(monkeypatch):
+    two_ranks(monkeypatch)
+    x = paddle.zeros([2, 4, 64], "bfloat16")
+    caches = [paddle.zeros([4, 2, 64, 64], "bfloat16") for _ in range(2)]
+    seqs = [paddle.to_tensor(x, "int32") for x in ([[[0] * 2] * 2], [0, 2], [0], [2])]
+    with pytest.raises(NotImplementedError, match="a block table for each KV head is not supp"):
+        distributed.paged_attention_dcp(x, *caches, *seqs, 2, 2)
 
 
 @pytest.mark.parametrize(

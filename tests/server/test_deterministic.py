@@ -58,26 +58,25 @@ def test_the_option_counts_more(monkeypatch):
 @pytest.mark.parametrize("on", [False, True])
 @pytest.mark.parametrize("direct", [False, True])
 def test_every_step_carries_it(monkeypatch, on, direct):
-    """In the attributes that fastattn._direct.step gets, and in those of a step without it."""
+    """In the attributes of a layer's bound call, and in those of a call without it."""
     seen = []
     if direct:
-        run = _ops.step_function()
-        if run is None:
+        if _ops.helpers() is None:
             pytest.skip("fastattn._direct was not built")
-        # (.., attributes of paged_attention behind the two lengths, ..)
-        names = _ops.signature("paged_attention").attrs
-        at = names.index("batch_invariant") - len(names)
-        watch = lambda plan, *rest: (seen.append(plan[5][at]), run(plan, *rest))[1]  # noqa: E731
-        monkeypatch.setattr(_ops, "step_function", lambda: watch)
+        bind = _ops.bound
+        watch = lambda op, fixed, names: (  # noqa: E731
+            seen.append(fixed["batch_invariant"]),
+            bind(op, fixed, names),
+        )[1]
+        monkeypatch.setattr(_ops, "bound", watch)
     else:
-        attend = F.paged_attention
-        monkeypatch.setattr(_ops, "step_function", lambda: None)
+        call, at = _ops.call, _ops.signature("attention_step").attr_names.index("batch_invariant")
 
-        def watch(*args, **options):
-            seen.append(options["batch_invariant"])
-            return attend(*args, **options)
+        def watch(op, inputs, attrs=()):
+            seen.append(attrs[at])
+            return call(op, inputs, attrs)
 
-        monkeypatch.setattr(paged_backend.functional, "paged_attention", watch)
+        monkeypatch.setattr(_ops, "call", watch)
     if on:
         monkeypatch.setenv(VARIABLE, "1")
     server = Server(FlashAttentionBackend, Model("block_wise_fp8", "e4m3"), [40, 30])
@@ -134,8 +133,15 @@ def test_programs_carry_it(place):
 
 def test_no_guess_of_a_steps_kind():
     """A bound that is too small would choose other tiles for a sequence, by what is beside it."""
-    query, tables = paddle.zeros([60, 4, 64]), paddle.zeros([64, 8], "int32")
+    tables = paddle.zeros([64, 8], "int32")
     seqs = (tables, paddle.zeros([65], "int32"), None, None)
     meta = ForwardMeta(exist_prefill=False)
-    assert make()._guess_lengths(query, seqs, meta) == (1, 512)
-    assert make(batch_invariant=True)._guess_lengths(query, seqs, meta) == (60, 512)
+
+    def guess(**options):
+        known = paged_backend.PagedAttentionMetadata()
+        found = [make(**options)._guess_lengths(60, seqs, meta, known) for _ in range(2)]
+        assert found[0] is found[1]
+        return found[0]
+
+    assert guess() == (1, 512)
+    assert guess(batch_invariant=True) == (60, 512)

@@ -26,6 +26,8 @@ import paddle
 from fastattn import _ops
 from tests.support.kv_receiver import LIBC, Message, receive
 
+# What a shell starts in the background ignores Ctrl-C, and its children do, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 key, layer_name, step_name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 channel = f"queue:{key}"
 paddle.set_device("cpu")

@@ -9,6 +9,7 @@ import numpy as np
 import paddle
 import pytest
 
+import fastattn.functional as F
 from fastattn import _ops, _views
 from fastattn.backends import (
     AttentionLayer,
@@ -255,7 +256,7 @@ def test_facts_of_a_layer_among_many_are_kept(built, monkeypatch):
     assert kept._facts_of(layer, make_meta(list(caches))) is first
     assert kept._facts_of(layer, make_meta(caches[:-2])) is not first
     layer.qkv_bias = tensor(CHANGES["qkv_bias"])
-    assert kept._facts_of(layer, make_meta(caches)).write_tensors[2] is layer.qkv_bias
+    assert kept._facts_of(layer, make_meta(caches)).options["qkv_bias"] is layer.qkv_bias
 
 
 def test_a_flat_view_shares_its_memory():
@@ -288,27 +289,25 @@ def step_layer(kind):
     return layer, make_caches(5) + [paddle.to_tensor(x) for x in more]
 
 
-needs_step = pytest.mark.skipif(_ops.helpers() is None, reason="fastattn._direct was not built")
+needs_direct = pytest.mark.skipif(_ops.helpers() is None, reason="fastattn._direct was not built")
 
 
-@needs_step
+@needs_direct
 @pytest.mark.parametrize("kind", ["none", "cache_fp8", "block_wise_fp8", "block_wise_int8"])
-def test_a_step_in_one_call_is_the_step_in_python(kind, taken, monkeypatch):
+def test_a_bound_step_is_the_step_through_python(kind, taken, monkeypatch):
     layer, caches = step_layer(kind)
     copies = [paddle.to_tensor(x.numpy()) for x in caches]
     kept = backend()
-    expected = step(kept, layer, copies)  # the layer's first: in Python
-    assert taken == []
-    assert_same_bits(step(kept, layer, caches), expected)
+    bound = step(kept, layer, caches)
     assert len(taken) == 1 and taken[0] is not None and taken[0].shape == [6, H * D]
+    monkeypatch.setattr(_ops, "is_direct", lambda: False)
+    assert_same_bits(step(kept, layer, copies), bound)
+    assert len(taken) == 1
     for ours, theirs in zip(caches, copies):
         assert_same_bits(to_numpy(ours), to_numpy(theirs))
-    monkeypatch.setattr(_ops, "step_function", lambda: None)
-    assert_same_bits(step(kept, layer, caches), expected)
-    assert len(taken) == 1
 
 
-@needs_step
+@needs_direct
 @pytest.mark.parametrize(
     "name, value, error, match",
     [
@@ -319,7 +318,7 @@ def test_a_step_in_one_call_is_the_step_in_python(kind, taken, monkeypatch):
         ("block_tables", [[0, 1]], TypeError, "block_tables: expected a tensor, got list"),
     ],
 )
-def test_a_step_in_one_call_declines_what_is_wrong(name, value, error, match, taken):
+def test_a_bound_step_declines_what_is_wrong(name, value, error, match, taken):
     layer, caches = step_layer("block_wise_fp8")
     kept = backend()
     step(kept, layer, caches)
@@ -327,6 +326,7 @@ def test_a_step_in_one_call_declines_what_is_wrong(name, value, error, match, ta
     kept.init_attention_metadata(meta)
     setattr(meta, name, value)
     before = [x.numpy() for x in caches]
+    taken.clear()
     with pytest.raises(error, match=match):
         kept.forward_mixed(None, None, None, QKV, None, None, layer, meta)
     assert not any(taken)
@@ -334,8 +334,8 @@ def test_a_step_in_one_call_declines_what_is_wrong(name, value, error, match, ta
         assert_same_bits(cache.numpy(), was)
 
 
-@needs_step
-def test_errors_of_a_step_in_one_call_have_their_class_and_text(taken):
+@needs_direct
+def test_errors_of_a_bound_step_have_their_class_and_text(taken):
     layer, caches = step_layer("block_wise_fp8")
     kept = backend()
     step(kept, layer, caches)
@@ -343,17 +343,17 @@ def test_errors_of_a_step_in_one_call_have_their_class_and_text(taken):
         bad = paddle.to_tensor(np.zeros([6, columns], np.float16))
         meta = make_meta(caches)
         kept.init_attention_metadata(meta)
-        with pytest.raises(ValueError, match=f"^rope_write_cache_kv: {text}: expected"):
+        with pytest.raises(ValueError, match=f"^attention_step: {text}: expected"):
             kept.forward_mixed(None, None, None, bad, None, None, layer, meta)
     short = make_meta(caches)
     kept.init_attention_metadata(short)
     short.seq_lens_decoder = short.seq_lens_decoder[:1]
-    with pytest.raises(ValueError, match=r"^rope_write_cache_kv: seq_lens_decoder: expected"):
+    with pytest.raises(ValueError, match=r"^attention_step: seq_lens_decoder: expected"):
         kept.forward_mixed(None, None, None, QKV, None, None, layer, short)
-    assert len(taken) == 3
+    assert len(taken) == 4
 
 
-@needs_step
+@needs_direct
 def test_a_step_that_wants_gradients_warns(taken, monkeypatch):
     layer, caches = step_layer("block_wise_fp8")
     kept = backend()
@@ -363,26 +363,84 @@ def test_a_step_that_wants_gradients_warns(taken, monkeypatch):
     kept.init_attention_metadata(meta)
     wanting = QKV.clone()
     wanting.stop_gradient = False
-    with pytest.warns(RuntimeWarning, match="rope_write_cache_kv: qkv wants a gradient"):
+    with pytest.warns(RuntimeWarning, match="attention_step: qkv wants a gradient"):
         kept.forward_mixed(None, None, None, wanting, None, None, layer, meta)
-    assert taken == [None]
+    assert taken[1:] == [None]
+    with paddle.no_grad():  # nobody asks for it
+        kept.forward_mixed(None, None, None, wanting, None, None, layer, meta)
+    assert taken[2] is not None
 
 
-@needs_step
-def test_step_refuses_arguments_that_are_none_of_its_own():
-    run = _ops.helpers().step
-    for arguments in [(), (1,) * 8, ((),) * 8]:
-        with pytest.raises(TypeError, match="step"):
+FIXED = {"scale": None, "output": None, "granularity": "group", "group_size": 32}
+
+
+@needs_direct
+@pytest.mark.parametrize(
+    "fixed, names, match",
+    [
+        ({}, ["x"], "an argument is missing"),
+        (FIXED, [], "an argument is missing"),
+        ({**FIXED, "y": None}, ["x"], "no argument y"),
+        (FIXED, ["x", "group_size"], "group_size is given twice"),
+        (FIXED, ["x", "x"], "x is given twice"),
+    ],
+)
+def test_a_call_is_bound_with_all_its_names(fixed, names, match):
+    with pytest.raises(TypeError, match=match):
+        _ops.bound("quantize_fp8", fixed, names)
+
+
+@needs_direct
+def test_a_bound_call_takes_its_open_arguments():
+    x = tensor(RNG.normal(size=(2, 64)))
+    run = _ops.bound("quantize_fp8", FIXED, ["x"])
+    assert_same_bits(
+        to_numpy(run(x)), to_numpy(F.quantize_fp8(x, granularity="group", group_size=32)[0])
+    )
+    for arguments in [(), (x, x)]:
+        with pytest.raises(TypeError, match="expected 1 arguments, got"):
             run(*arguments)
+    for declined in ("x", None, 1):
+        assert run(declined) is None
+    fixed = {"x": x, "scale": None, "output": None, "granularity": "group"}
+    run = _ops.bound("quantize_fp8", fixed, ["group_size"])
+    assert_same_bits(
+        to_numpy(run(32)), to_numpy(F.quantize_fp8(x, granularity="group", group_size=32)[0])
+    )
+    for declined in ("x", None, 10**30, 32.0, True):
+        assert run(declined) is None
+    with pytest.raises(RuntimeError, match="group_size"):
+        run(-3)
 
 
-@needs_step
+@needs_direct
+def test_an_attribute_of_another_type_binds_nothing():
+    assert _ops.bound("quantize_fp8", {**FIXED, "group_size": "x"}, ["x"]) is None
+
+
+@needs_direct
+def test_a_bound_call_keeps_what_it_was_given():
+    x = tensor(RNG.normal(size=(2, 64)))
+    want = to_numpy(F.quantize_fp8(x, granularity="group", group_size=32)[0])
+    fixed = {"x": x, **{name: value for name, value in FIXED.items() if name != "granularity"}}
+    run = _ops.bound("quantize_fp8", fixed, ["granularity"])
+    alive = weakref.ref(x)
+    del x, fixed
+    gc.collect()
+    assert_same_bits(to_numpy(run("".join(["gro", "up"]))), want)
+    del run
+    gc.collect()
+    assert alive() is None
+
+
+@needs_direct
 def test_a_watched_call_is_not_passed_by(monkeypatch):
+    assert _ops.is_direct()
     monkeypatch.setattr(_ops, "call", lambda *a: None)
-    assert _ops.step_function() is None
+    assert not _ops.is_direct()
 
 
-@needs_step
+@needs_direct
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_step_holds_its_caches_while_python_code_runs(replaced, taken):
     """A field that is a property may empty the list of caches, or fill it with others."""
@@ -407,7 +465,7 @@ def test_a_step_holds_its_caches_while_python_code_runs(replaced, taken):
     assert_same_bits(to_numpy(out), expected)
 
 
-@needs_step
+@needs_direct
 @pytest.mark.parametrize("name", ["rope_already_applied", "batch_id_per_token", "rotary_embs"])
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, MemoryError, KeyboardInterrupt])
 def test_what_a_field_raises_ends_the_step(name, error, taken):
@@ -428,7 +486,7 @@ def test_what_a_field_raises_ends_the_step(name, error, taken):
         assert_same_bits(cache.numpy(), was)
 
 
-@needs_step
+@needs_direct
 def test_a_tensor_that_is_deleted_counts_in_the_next_step(taken):
     layer = ParameterLayer(**{n: tensor(v) for n, v in scales(1).items()})
     layer.register_buffer("sinks", tensor(CHANGES["sinks"]))
@@ -480,20 +538,3 @@ def test_a_step_with_offsets_can_be_traced(full_graph):
         traced = paddle.jit.to_static(program, full_graph=full_graph)
         for _ in range(2):  # SOT runs what it has translated
             assert_same_bits(to_numpy(traced(QKV)), expected)
-
-
-@needs_step
-@pytest.mark.parametrize("index", range(11))
-@pytest.mark.parametrize("wrong", ["x", 10**30, -1, None, [1] * 30])
-def test_a_plan_of_wrong_items_is_refused(index, wrong):
-    layer, caches = step_layer("block_wise_fp8")
-    kept = backend()
-    step(kept, layer, caches)
-    plan = list(kept._known_layers.get(layer).step_plan)
-    if isinstance(wrong, list) and index == 10:
-        return  # a list is what it is
-    plan[index] = wrong
-    with pytest.raises(TypeError, match="step"):
-        _ops.helpers().step(
-            tuple(plan), layer.__dict__, caches, make_meta(caches), QKV, None, 256, None
-        )

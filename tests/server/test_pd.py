@@ -192,28 +192,8 @@ def test_ranks_and_devices(prefill, monkeypatch, size):
     assert KvSignals.of(config).channel.endswith(f"{name}_step_{rank}.{device}")
 
 
-@pytest.mark.parametrize("rank", [0, 3, 260])
-def test_the_key_of_release_2_4(prefill, rank):
-    config = configured(make_fd_config(make_model(None), size=1), "per_chunk")
-    config.parallel_config.local_data_parallel_id = rank
-    del config.parallel_config.local_engine_worker_queue_port
-    expected = kv_receiver.LIBC.ftok(b"/opt/", 1024 + rank)
-    assert KvSignals.of(config).channel == f"queue:{expected}"
-
-
-def test_release_2_5_0_is_refused(prefill, monkeypatch):
-    """Its builds differ in the queue's key, and Python cannot tell which one is installed."""
-    config = configured(make_fd_config(make_model(None)), "per_chunk")
-    monkeypatch.setattr(prefill, "__version__", "2.5.0", raising=False)
-    with pytest.raises(NotImplementedError, match=r"per_chunk.* FastDeploy 2\.5\.0.*per_query"):
-        chosen()(config, 2, 4, 64)
-    chosen()(configured(config, "per_query"), 2, 4, 64)
-    monkeypatch.setattr(prefill, "__version__", "2.5.1")
-    assert KvSignals.of(configured(config, "per_chunk")).channel == f"queue:{queue_key(0)}"
-
-
 @pytest.mark.parametrize(("number", "rank"), [(None, 0), (65535, 7), (40001, 12)])
-def test_the_key_of_later_builds(monkeypatch, number, rank):
+def test_the_key_of_the_queue(monkeypatch, number, rank):
     monkeypatch.delenv("INFERENCE_MSG_QUEUE_ID", raising=False)
     if number is not None:
         monkeypatch.setenv("INFERENCE_MSG_QUEUE_ID", str(number))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastattn.backends.fastdeploy as plugin
-from fastattn import backends
+from fastattn import _ops, backends
 from fastattn.compat import fastdeploy as ops
 from tests.support import fastdeploy as support
 from tests.support.bounds import assert_error_ratio
@@ -26,12 +26,8 @@ __all__ = ["fastdeploy", "taken"]  # fixtures
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 each_style = pytest.mark.parametrize("neox", [False, True], ids=["interleaved", "neox"])
 
-#: What says that a model has tables of its own: releases with the runtime flag, and older ones.
-FLAGS = (
-    {"enable_rope_3d_runtime": True},
-    {"model_config.rope_3d": True},
-    {"model_config.use_3d_rope": True},
-)
+#: What says that sequences have rotary tables of their own.
+FLAGS = {"enable_rope_3d_runtime": True}
 
 
 def own_tables(slots: int, dim: int, neox: bool) -> np.ndarray:
@@ -99,7 +95,7 @@ def registered(fastdeploy, monkeypatch):
     """A process of FastDeploy with the plug-in, which serves a model with rope_3d."""
     monkeypatch.setenv("FD_ATTENTION_BACKEND", "FLASH_ATTN")
     plugin.register()
-    with_flags(monkeypatch, FLAGS[0])
+    with_flags(monkeypatch, FLAGS)
     return fastdeploy
 
 
@@ -134,12 +130,11 @@ def test_a_server_with_images(registered, place, kind, neox):
     worker.step([1, 1, 0, 1], padding=7)
 
 
-@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: next(iter(flags)))
 @pytest.mark.parametrize("name", ["APPEND_ATTN", "FLASH_ATTN", "FLASH_MASK_ATTN"])
-def test_every_backend_and_release(registered, monkeypatch, name, flags):
+def test_every_backend(registered, monkeypatch, name):
     """The tables are whole heads' whatever ``partial_rotary_factor`` says."""
     monkeypatch.setenv("FD_ATTENTION_BACKEND", name)
-    with_flags(monkeypatch, {**flags, "model_config.partial_rotary_factor": 0.5})
+    with_flags(monkeypatch, {**FLAGS, "model_config.partial_rotary_factor": 0.5})
     worker = VisionWorker(make_model("block_wise_fp8", neox=True), "block_wise_fp8", [40, 30])
     worker.step([30, 20])
     worker.step([1, 1])
@@ -171,13 +166,13 @@ def test_a_part_of_the_slots(registered, place):
     worker.check(0, [0, 50, 20], to_numpy(out))
 
 
-def test_a_layers_step_is_one_call(registered, taken):
-    """The fast path takes such tables, with the result of the way through Python."""
+def test_a_layers_step_is_one_call(registered, taken, monkeypatch):
+    """The bound call takes such tables, with the result of the call through Python."""
     outputs, caches = [], []
     for fast in (True, False):
         worker = VisionWorker(make_model("block_wise_fp8"), "block_wise_fp8", [150, 90])
         if not fast:
-            worker.backend._step = lambda *args: None
+            monkeypatch.setattr(_ops, "is_direct", lambda: False)
         worker.step([100, 30])
         meta = worker.make_meta(worker.metadata([9, 1], [True, False], 10))
         worker.backend.init_attention_metadata(meta)
@@ -193,7 +188,7 @@ def test_a_layers_step_is_one_call(registered, taken):
 
 
 def test_draft_models_have_one_table(registered, monkeypatch):
-    with_flags(monkeypatch, {**FLAGS[0], "speculative_config.model_type": "mtp"})
+    with_flags(monkeypatch, {**FLAGS, "speculative_config.model_type": "mtp"})
     model = make_model(None, neox=True, rotary_dim=32)
     worker = Worker(model, None, [40, 30])
     worker.step([30, 20])

@@ -37,7 +37,10 @@ from tests.support.tensors import (
 )
 
 #: Options that are tensors for the operator and arrays for the reference.
-_TENSOR_OPTIONS = ("sinks", "mask_offsets", "out_scale", "k_descale", "v_descale", "k_center")
+_TENSOR_OPTIONS = (
+    *("sinks", "mask_offsets", "out_scale", "k_descale", "v_descale", "k_center"),
+    *("tree_mask", "head_windows"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

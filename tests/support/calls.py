@@ -96,6 +96,16 @@ def _rope(t: _Inputs) -> Call:
     )
 
 
+def _step(t: _Inputs) -> Call:
+    qkv = t.floats(TOKENS, (HEADS + 2 * KV) * DIM)
+    table = to_paddle(make_rotary_embs(200, DIM), t.place)
+    options = {"num_heads": HEADS, "num_kv_heads": KV, "return_softmax_lse": True}
+    lengths = {"max_seqlen_q": max(NEW), "max_seqlen_k": 130}
+    return _with_cache(
+        F.attention_step, t.cache(), qkv, rotary_embs=table, **t.seqs(), **lengths, **options
+    )
+
+
 def _write(t: _Inputs) -> Call:
     k, v = t.floats(TOKENS, KV, DIM), t.floats(TOKENS, KV, DIM)
     return _with_cache(F.write_cache_kv, t.cache(), k, v, **t.seqs())
@@ -382,6 +392,7 @@ def _send_signal(t: _Inputs) -> Call:
 
 _MAKERS = {
     "append_cache_kv_c8": _append,
+    "attention_step": _step,
     "begin_kv_signals": _begin_signals,
     "convert_cache_blocks": _convert_blocks,
     "combine_topk_window": _combine,

@@ -136,7 +136,7 @@ class _Server:
         seqs = {name: to_paddle(array, self.place) for name, array in arrays.items()}
         q, k, v = rows
         caches = (self.cache.key_cache, self.cache.value_cache)
-        F.write_cache_kv(k, v, *caches, **seqs, **self.cache.write_arguments)
+        F.write_cache_kv(k, v, *caches, **seqs, **self.cache.arguments)
         longest = {"max_seqlen_q": max(counts), "max_seqlen_k": max(p + n for p, n, _ in batch)}
         given = {**self.cache.arguments, **self.options, **longest, "return_softmax_lse": True}
         out, lse = F.paged_attention(q, *caches, **seqs, **given)

@@ -5,9 +5,9 @@ runner does, and checks every layer against the dense fp64 model of :mod:`tests.
 What it does is what ``scripts/check_fastdeploy.py`` finds in FastDeploy's own Python:
 
 - ``max_len_tensor_cpu`` is zeros: only FastDeploy's own backends fill it, in their layer 0.
-- There are more slots than sequences. A release either cuts everything to the sequences that run or
-  passes block tables and cached lengths of all slots (:data:`RELEASES`), where free slots hold what
-  their last sequence left.
+- There are more slots than sequences. A server either cuts everything to the sequences that run, as
+  FastDeploy does, or passes block tables and cached lengths of all slots (:data:`PASSED`), where
+  free slots hold what their last sequence left.
 - ``exist_prefill`` and the like are set after ``init_attention_metadata``.
 """
 
@@ -28,6 +28,9 @@ from fastattn.reference.layout import BLOCK_SIZE
 from tests.support.bounds import assert_error_ratio
 from tests.support.serving import MAX_MODEL_LEN, Model
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
+
+#: The function of the stand-in that the plug-in replaces. Its source is not FastDeploy's.
+STAND_IN = "CUDAPlatform.get_attention_backend_cls"
 
 STUB = Path(__file__).parent / "fastdeploy_stub"
 
@@ -52,8 +55,8 @@ LATENT = {"MLA_ATTN": "MLAAttentionBackend", "DSA_ATTN": "DSAAttentionBackend"}
 DECODE_UNIFIED = ("DECODE_UNIFIED_ATTN", "AppendAttentionBackend")
 
 
-#: Releases by what their runner passes: whether of all slots, and the rank of the lengths.
-RELEASES = {"2.4": (True, 2), "2.5": (True, 1), "2.6": (False, 1)}
+#: What a runner passes: whether of all slots, and the rank of the lengths.
+PASSED = {"all, rank 2": (True, 2), "all": (True, 1), "running": (False, 1)}
 
 #: Slots of a server that no sequence has, behind those that run.
 FREE_SLOTS = 2
@@ -67,6 +70,7 @@ def fastdeploy(monkeypatch):
     monkeypatch.syspath_prepend(str(STUB))
     monkeypatch.delenv("FD_PLUGINS", raising=False)
     monkeypatch.delenv("FD_ATTENTION_BACKEND", raising=False)
+    monkeypatch.setenv("FASTATTN_IGNORED", STAND_IN)
     yield importlib.import_module("fastdeploy")
     for name in [n for n in sys.modules if n.partition(".")[0] == "fastdeploy"]:
         del sys.modules[name]
@@ -139,8 +143,8 @@ class Worker:
     layers : int
     shared : int
         Sequence 1 starts with the first `shared` blocks of sequence 0 (prefix cache).
-    release : str
-        One of :data:`RELEASES`.
+    passed : str
+        One of :data:`PASSED`.
     """
 
     def __init__(
@@ -154,14 +158,14 @@ class Worker:
         rank: int = 0,
         layers: int = 2,
         shared: int = 0,
-        release: str = "2.6",
+        passed: str = "running",
     ) -> None:
         attention = importlib.import_module("fastdeploy.model_executor.layers.attention")
         meta = importlib.import_module("fastdeploy.model_executor.forward_meta")
         self.meta_class, self.modes = meta.ForwardMeta, meta.ForwardMode
         rng = np.random.default_rng(5)
         self.model, self.kind, self.place = model, kind, place
-        self.all_slots, self.length_rank = RELEASES[release]
+        self.all_slots, self.length_rank = PASSED[passed]
         self.q_heads = model.heads // size
         self.kv_heads = max(1, model.kv_heads // size)
         self.first_q, self.first_kv = rank * self.q_heads, rank * model.kv_heads // size

@@ -74,6 +74,15 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
         "out_dtype": "auto",
         "quantize_q": False,
     }
+    projection = {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "use_neox_rotary_style": False,
+        "rotary_dim": -1,
+        "qk_norm_before_rope": False,
+        "q_quant": "none",
+    }
     conversion = {"kind": "k", "cache_quant_type": "cache_fp8", "src": "fastattn", "dst": "logical"}
     return {
         "write_cache_kv": OpCall(
@@ -92,17 +101,21 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 **seqs(),
                 "rotary_embs": make(2, 1, 8, 1, 32),
             },
+            {**plain, **projection, "k_rotation": "none", "q_rotation": "none"},
+        ),
+        "attention_step": OpCall(
+            {
+                "qkv": make(2, 8 * 64, dtype="float16"),
+                **cache(),
+                **seqs(),
+                "rotary_embs": make(2, 1, 8, 1, 32),
+            },
             {
                 **plain,
-                "num_heads": 4,
-                "num_kv_heads": 2,
-                "rms_norm_eps": 1e-6,
-                "use_neox_rotary_style": False,
-                "rotary_dim": -1,
-                "qk_norm_before_rope": False,
-                "q_quant": "none",
+                **{name: value for name, value in attention.items() if name != "quantize_q"},
+                **projection,
                 "k_rotation": "none",
-                "q_rotation": "none",
+                "batch_invariant": False,
             },
         ),
         "gqa_rope_write_cache": OpCall(

@@ -25,18 +25,23 @@ MAX_MODEL_LEN = 512
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Results of ``fastattn._direct.step``, None where it declined."""
+    """Results of the layers' bound calls (``_ops.bound``), None where one declined."""
     results: list[Any] = []
-    run = _ops.step_function()
-    if run is None:
+    if _ops.helpers() is None:
         pytest.skip("fastattn._direct was not built")
+    bind = _ops.bound
 
-    def watched(*args: Any) -> Any:
-        results.append(None)
-        results[-1] = run(*args)
-        return results[-1]
+    def bound(*args: Any) -> Any:
+        run = bind(*args)
 
-    monkeypatch.setattr(_ops, "step_function", lambda: watched)
+        def watched(*given: Any) -> Any:
+            results.append(None)
+            results[-1] = run(*given)
+            return results[-1]
+
+        return watched
+
+    monkeypatch.setattr(_ops, "bound", bound)
     return results
 
 

@@ -422,8 +422,9 @@ def test_head_dims_of_the_host_module_are_those_of_the_kernels():
     expected = {
         f"{attention}/mma_sm80": dims,
         f"{attention}/mma_sm80/invariant": dims,
+        f"{attention}/mma_sm80/general": dims,
         f"{attention}/wgmma_sm90/fp8": listed("WgmmaFp8HeadDims"),
-        f"{attention}/wgmma_sm90/fp16": listed("Wgmma16BitHeadDims"),
+        f"{attention}/wgmma_sm90/q16": listed("Wgmma16BitHeadDims"),
     }
     for family in instances.FAMILIES:
         if "head_dim" in family.columns:
@@ -438,7 +439,8 @@ def test_a_build_may_be_limited_to_some_head_dims(monkeypatch):
     assert instances.head_dim_bits() == 1 << 2 | 1 << 6
     compiled = {name for name in instances.sources() if "attention/mma_sm80/bf16_" in name}
     assert {int(re.search(r"bf16_(\d+)", name)[1]) for name in compiled} == {64, 192}
-    assert any("mla/attention" in name for name in instances.sources())  # of no such dimension
+    # of no such dimension
+    assert any("mla/sparse_attention" in name for name in instances.sources())
     for extension in project.Build("off").extensions():
         assert "-DFASTATTN_HEAD_DIM_BITS=68" in extension.extra_compile_args["cxx"], extension.name
     for names in ("96,256", "64,80", "wide"):
@@ -471,10 +473,18 @@ def test_no_forbidden_words_in_custom_ops():
 
 
 def test_every_operator_has_a_kernel_for_gpus():
-    """What ``_build_info.py`` says of a CUDA build: the family of each includes launchers."""
+    """What ``_build_info.py`` says of a CUDA build: the family of each includes launchers.
+
+    A file's family is what its name begins, and what it includes.
+    """
     texts = {path.stem: path.read_text(encoding="utf-8") for path in CUSTOM_OPS.glob("api/*.cc")}
     for stem, text in texts.items():
-        family = [other for name, other in texts.items() if (name + "_").startswith(stem + "_")]
+        included = re.findall(r'#include "api/(\w+)\.h"', text)
+        family = [
+            other
+            for name, other in texts.items()
+            if (name + "_").startswith(stem + "_") or name in included
+        ]
         if re.search(r"^FASTATTN_OPERATOR\(", text, re.M):
             assert any('#include "cuda/' in other for other in family), stem
 

@@ -476,3 +476,28 @@ def test_allowed_pickles_of_other_things(tmp_path, capsys, value):
     path.write_bytes(pickle.dumps({"layers.0.key": value}, protocol=2))
     assert main(["calibrate", str(path), "--allow-pickle"]) == 1
     assert f"{path}: " in capsys.readouterr().err
+
+
+def test_a_layer_of_a_file_allocates_its_cache(tmp_path):
+    """What the writer and the attention get is what the file holds."""
+    rng = np.random.default_rng(0)
+    center = rng.normal(size=(2, 64)).astype(np.float32)
+    feedback = rng.normal(size=(2, 64, 64)).astype(np.float32)
+    layers = {
+        0: LayerCalibration(
+            "block_wise_int4",
+            cache_k_rotation="hadamard",
+            cache_k_center=center,
+            cache_k_feedback=feedback,
+        ),
+        1: LayerCalibration("block_wise_int8", cache_k_rotation=None),
+    }
+    Calibration(layers).write(tmp_path / "found.npz")
+    read = Calibration.read(tmp_path / "found.npz").layers
+    cache = read[0].make_cache(3, 2, 64)
+    assert cache.key_cache.shape == [3, 2, 64, 32] and cache.k_rotation == "hadamard"
+    np.testing.assert_array_equal(cache.arguments["k_center"].numpy(), center)
+    np.testing.assert_array_equal(cache.arguments["k_feedback"].numpy(), feedback)
+    assert read[1].make_cache(1, 2, 128).k_rotation == "hadamard"  # the type's default
+    scaled = LayerCalibration("cache_fp8", *(np.full(2, x, np.float32) for x in (0.5, 0.25)))
+    assert scaled.make_cache(1, 2, 64).arguments["cache_v_scales"].numpy().tolist() == [0.25, 0.25]

@@ -73,6 +73,14 @@ def rope(given=None, rows=200, **options):
     return F.rope_write_cache_kv(qkv, rotary_embs=table, **heads, **paged(given or {}, **options))
 
 
+def step(given=None, quant="none", rows=200, **options):
+    table = to_paddle(make_rotary_embs(rows, D), "cpu")
+    qkv, heads = floats(6, (H + 2 * KV) * D), {"num_heads": H, "num_kv_heads": KV}
+    lengths = {"max_seqlen_q": 8, "max_seqlen_k": 192}
+    given = paged(given or {}, quant, **options)
+    return F.attention_step(qkv, rotary_embs=table, **heads, **lengths, **given)
+
+
 def int8(name, values):
     pair = {"cache_k_scales": scales([1.0]), "cache_v_scales": scales([1.0])}
     return {"quant": "cache_int8", **pair, name: scales(values)}
@@ -234,6 +242,26 @@ WRONG = {
         "rope_write_cache_kv: batch_id_per_token: expected 1 or -1 at token 2, got 0",
         lambda: rope(batch_id_per_token=int32([0, 1, 0, 1, 1, 1])),
     ),
+    "a step's read": (
+        "attention_step: block_tables: expected a block in [0, 7) for tokens 0 to 63 of sequence "
+        "0, got -1 at entry 0 (FASTATTN_CHECK=partial permits -1)",
+        lambda: step({"block_tables": [[-1, 0], [1, 9], [0, 0]]}),
+    ),
+    "a step's write": (
+        "attention_step: block_tables: expected a block in [0, 7) for tokens 70 to 70 of sequence "
+        "0, got -1 at entry 1 (FASTATTN_CHECK=partial permits -1)",
+        lambda: step({"block_tables": [[4, -1], [1, 0], [0, 0]]}),
+    ),
+    "a step's rotary rows": (
+        "attention_step: seq_lens_decoder: expected at most 70 tokens of a sequence, the rows of "
+        "rotary_embs, got 70 and 1 new ones of sequence 0",
+        lambda: step(rows=70),
+    ),
+    "a step's cached scale": (
+        "attention_step: cache_v_scales: expected a finite scale other than 0 of token 69 of "
+        "sequence 0, KV head 1, got nan in block 0",
+        lambda: step(**fp8("cache_v_scales", (0, 1, 5), np.nan)),
+    ),
     "static NaN": (
         "write_cache_kv: cache_v_scales: expected finite scales above 0, got nan at entry 0",
         lambda: write(**int8("cache_v_scales", [np.nan])),
@@ -387,6 +415,8 @@ def test_what_no_token_needs_may_be_anything():
     write()
     rope(batch_id_per_token=int32([0, 1, 1, -1, 1, 77]))
     attend(**fp8("cache_k_scales", (1, 0, 8), np.nan))
+    step(**fp8("cache_v_scales", (0, 1, 6), np.nan))  # the step writes the one of its own token
+    step({"block_tables": [[-1, 0], [1, -1], [0, 0]]}, window_size=(6, 0))
     tables = {"block_tables": [[-1, 0], [1, -1], [0, 0]]}
     attend(tables, window_size=(6, 0))
     attend(tables, mask_offsets=int32([[64, 71], *[[0, 8]] * 5]))
@@ -409,6 +439,54 @@ def test_what_the_operator_refuses_is_left_to_it():
 
 def test_rules_are_of_operators():
     assert set(_check_rules._RULES) <= set(_ops.operators())
+
+
+HEADS = {"block_tables": [[[4, 0, 9], [3, 6, 9]], [[1, -1, 9], [5, -1, 9]], [[-1] * 3] * 2]}
+
+
+def test_tables_of_heads():
+    """Each KV head has what its own queries see, and what they do not see it need not have."""
+    attend(HEADS), write(HEADS)
+    windows = int32([[-1, 0], [10, 3]])
+    attend({**SEQS}, head_windows=windows)
+    for changed, head in (([[-1, 0, 9], [3, 6, 9]], 0), ([[4, 0, 9], [-1, 6, 9]], 1)):
+        tables = [changed, *HEADS["block_tables"][1:]]
+        with pytest.raises(ValueError, match=r"block_tables: expected a block .*entry 0"):
+            attend({"block_tables": tables})
+        # 71 keys: a window of 10 keys ends in block 1, and its first tokens are in block 0.
+        for first in (0, 3):
+            call = {"head_windows": int32([[-1, 0], [5, first]])}
+            if head == 1 and first == 0:
+                attend({"block_tables": tables}, **call)
+                continue
+            with pytest.raises(ValueError, match=r"block_tables: expected a block .*entry 0"):
+                attend({"block_tables": tables}, **call)
+    twice = [[[4, 0, 9], [3, 6, 9]], [[1, -1, 9], [6, -1, 9]], [[-1] * 3] * 2]
+    with pytest.raises(ValueError, match=r"a block of its own .*got block 6"):
+        write({"block_tables": twice})
+
+
+def test_a_pool_of_heads():
+    """A cache of one head, whose blocks all heads share."""
+    pool = {
+        name: paddle.zeros([BLOCKS, 1, 64, D], "bfloat16") for name in ("key_cache", "value_cache")
+    }
+    tables = [[[4, 0, 9], [3, 6, 9]], [[1, -1, 9], [5, -1, 9]], [[-1] * 3] * 2]
+    attend({"block_tables": tables}, **pool), write({"block_tables": tables}, **pool)
+    tables[1][1][0] = 6
+    with pytest.raises(ValueError, match=r"by sequence and KV head: .* got block 6"):
+        write({"block_tables": tables}, **pool)
+    tables[0][1][0] = -1
+    with pytest.raises(ValueError, match=r"tokens 0 to 63 of sequence 0, got -1"):
+        attend({"block_tables": tables}, **pool)
+
+
+def test_scales_of_heads():
+    broken = fp8("cache_k_scales", (3, 1, 5), 0.0)
+    with pytest.raises(ValueError, match=r"token 5 of sequence 0, KV head 1"):
+        attend(HEADS, **broken)
+    attend(HEADS, **broken, head_windows=int32([[-1, 0], [5, 3]]))
+    attend(HEADS, **fp8("cache_k_scales", (3, 0, 5), 0.0))  # block 3 is another head's
 
 
 def test_partial_tables():
@@ -451,7 +529,7 @@ def test_a_backend_names_the_sequence():
     for tables, text in (([[0]], "at least 2 entries"), ([[0, -1]], "got -1 at entry 1")):
         meta.block_tables = int32(tables)
         backend.init_attention_metadata(meta)
-        with pytest.raises(ValueError, match=f"rope_write_cache_kv: block_tables: .*{text}"):
+        with pytest.raises(ValueError, match=f"attention_step: block_tables: .*{text}"):
             backend.forward_mixed(None, None, None, qkv, None, None, layer, meta)
 
 
@@ -488,7 +566,7 @@ int32 = lambda x: paddle.to_tensor(x, dtype="int32")
 cache = paddle.zeros([2, 1, 64, 64], "bfloat16")
 x = paddle.ones([1, 1, 64], "bfloat16")
 F.paged_attention(x, cache, cache, int32([[-1]]), int32([0, 1]), int32([4]), int32([1]), 1, 5)
-assert _ops.step_function() is None or not hasattr(_ops.call, "checks")
+assert _ops.is_direct() is not hasattr(_ops.call, "checks")
 """
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 from fastattn import models
+from fastattn.calibrate import LayerCalibration
 from fastattn.models import exact
 from tests.support import ROOT
 from tests.support.tensors import skip_slices_on, to_numpy
@@ -49,7 +50,8 @@ def test_a_server_with_few_blocks():
     model = models.load("toy")
     prompts = [example["prompt_of"](model.tokenizer, q) for q in example["QUESTIONS"]]
     prompts.insert(1, model.tokenizer.encode("Another text, which has no such beginning. " * 3))
-    server = example["Server"](model, "none", 4, paddle.CPUPlace())
+    layers = [LayerCalibration("none")] * model.config.layers
+    server = example["Server"](model, layers, 4, paddle.CPUPlace())
     texts = [example["Sequence"](prompt, 5) for prompt in prompts]
     server.waiting = list(texts)
     together = 0

@@ -30,11 +30,11 @@ def told(capsys, *arguments):
     [
         ((), ["mma_sm80"]),
         (("--shape", "seqs=32,keys=4096"), ["mma_sm80", "merge of partial results"]),
-        (("--shape", "new=4096", "keys=4096"), ["dequantize_kv", "wgmma_fp16"]),
+        (("--shape", "new=4096", "keys=4096"), ["dequantize_kv", "wgmma_q16"]),
         (("--shape", "new=2048", "--q-dtype", "e4m3"), ["wgmma_fp8"]),
         (("--shape", "new=2048", "--arch", "sm_80"), ["mma_sm80"]),
-        (("--shape", "new=2048", "--cache-quant-type", "none"), ["wgmma_fp16"]),
-        (("--op", "flash_attention", "--shape", "new=2048", "--k-dtype", "e5m2"), ["wgmma_fp16"]),
+        (("--shape", "new=2048", "--cache-quant-type", "none"), ["wgmma_q16"]),
+        (("--op", "flash_attention", "--shape", "new=2048", "--k-dtype", "e5m2"), ["wgmma_q16"]),
     ],
 )
 def test_kernels(arguments, kernels, capsys):
@@ -75,9 +75,9 @@ def test_reasons_hold(kind, new, arch):
 def test_the_least_number_of_new_tokens(kind):
     key = _plan.key_dtype(kind, "bfloat16", "e4m3")
     call = DECODE._replace(cache_type=kind, k_dtype=key)
-    least = explain.least_new_tokens(call, H100, "wgmma_fp16")
+    least = explain.least_new_tokens(call, H100, "wgmma_q16")
     takes = [
-        "wgmma_fp16"
+        "wgmma_q16"
         in _plan.decision(
             call._replace(num_tokens=32 * n, max_seqlen_q=n, max_seqlen_k=4096), H100
         )["kernels"]
@@ -102,7 +102,7 @@ def test_the_prediction_of_a_prompt_by_hand():
     found = explain.predict(call, ["wgmma_fp8"], explain.PEAKS["sm_90"], True)
     assert found.operations == pairs * 32 * 4 * 128
     assert found.us == pytest.approx(found.operations / 1979e12 * 1e6)
-    whole = explain.predict(call, ["wgmma_fp16"], explain.PEAKS["sm_90"], False)
+    whole = explain.predict(call, ["wgmma_q16"], explain.PEAKS["sm_90"], False)
     assert whole.operations == 4096 * 4096 * 32 * 4 * 128
     assert whole.us == pytest.approx(whole.operations / 989e12 * 1e6)
 
@@ -111,7 +111,7 @@ def test_text(capsys):
     assert cli.main(["explain", "--shape", "seqs=32", "keys=4096"]) == 0
     out = capsys.readouterr().out
     assert "kernels: mma_sm80, merge of partial results" in out
-    assert "not wgmma_fp16: taken with 64 new tokens a sequence; from " in out
+    assert "not wgmma_q16: taken with 64 new tokens a sequence; from " in out
     assert "predicted (not measured): at least " in out and "peaks of H100 SXM" in out
 
 

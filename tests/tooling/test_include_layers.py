@@ -26,14 +26,13 @@ CUDA = {
     "cuda/cache/rope_write": CACHE,
     "cuda/compact_tables": ("cuda/common",),
     "cuda/compat/gqa_rope": (*CACHE, "cuda/cache/append/launch.h"),
-    "cuda/compat/kv_signal": (),
     "cuda/compat/merge_decode": CACHE,
     "cuda/attention": (
         "cuda/common",
         "cuda/attention/shared",
         "cuda/attention/mma_sm80/launch.h",
         "cuda/attention/wgmma_sm90/fp8/launch.h",
-        "cuda/attention/wgmma_sm90/fp16/launch.h",
+        "cuda/attention/wgmma_sm90/q16/launch.h",
     ),
     "cuda/attention/shared": ("cuda/common", "cuda/merge/shared"),
     "cuda/attention/mma_sm80": ("cuda/common", "cuda/merge/shared", "cuda/attention/shared"),
@@ -46,15 +45,16 @@ CUDA = {
     "cuda/attention/query_transform": ("cuda/common",),
     "cuda/attention/wgmma_sm90/common": ("cuda/common", "cuda/attention/shared"),
     "cuda/attention/wgmma_sm90/fp8": WGMMA,
-    "cuda/attention/wgmma_sm90/fp16": WGMMA,
+    "cuda/attention/wgmma_sm90/q16": WGMMA,
+    "cuda/host_calls": (),
     "cuda/index_maps": ("cuda/common",),
     "cuda/indexer": ("cuda/common",),
     "cuda/indexer_topk": ("cuda/common",),
     "cuda/mqa_logits": ("cuda/common",),
-    "cuda/mla/attention": ("cuda/common", "cuda/mla/attention/wgmma_sm90"),
-    "cuda/mla/attention/wgmma_sm90": ("cuda/common",),
+    "cuda/mla/sparse_attention": ("cuda/common", "cuda/mla/sparse_attention/wgmma_sm90"),
+    "cuda/mla/sparse_attention/wgmma_sm90": ("cuda/common",),
     "cuda/mla/cache": ("cuda/common",),
-    "cuda/mla/dense": ("cuda/common",),
+    "cuda/mla/attention": ("cuda/common",),
     "cuda/mla/output": ("cuda/common",),
     "cuda/mxfp4": ("cuda/common",),
     "cuda/quantize": ("cuda/common",),
@@ -68,6 +68,10 @@ HOST = {
     "heuristics": ("common", "formats", "params"),
     "cpu": ("common", "formats", "params"),
 }
+
+
+# Operators of other packages, and the only sources beside cuda/compat itself that include it.
+COMPAT = {"api/gqa_rope.cc", "api/merge_decode.cc"}
 
 
 def includes() -> set[tuple[str, str]]:
@@ -135,6 +139,17 @@ def test_headers_for_others_are_shared_or_launchers():
         and Path(header).name != "launch.h"
     ]
     assert not wrong
+
+
+def test_only_operators_of_other_packages_include_compat():
+    found = set()
+    for path in CUSTOM_OPS.rglob("*"):
+        name = path.relative_to(CUSTOM_OPS).as_posix()
+        if path.suffix in SUFFIXES and "/compat/" not in name:
+            text = path.read_text("utf-8")
+            if re.search(r'^\s*#\s*include "(?:[^"]*/)?compat/', text, re.M):
+                found.add(name)
+    assert found == COMPAT
 
 
 def test_no_folder_includes_one_that_includes_it():

@@ -6,11 +6,12 @@
 #include <utility>
 
 #include "common/ceil_div.h"
+#include "cuda/attention/mma_sm80/general/instances.h"
 #include "cuda/attention/mma_sm80/instances.h"
 #include "cuda/attention/mma_sm80/invariant/instances.h"
 #include "cuda/attention/mma_sm80/launch.h"
-#include "cuda/attention/wgmma_sm90/fp16/launch.h"
 #include "cuda/attention/wgmma_sm90/fp8/launch.h"
+#include "cuda/attention/wgmma_sm90/q16/launch.h"
 
 namespace fastattn::cuda {
 
@@ -22,7 +23,20 @@ Scales ScalesOf(const AttentionParams& p) {
   return p.paged ? FormatOf(p.cache.type).scales : Scales::kStatic;
 }
 
-Launcher Find(const AttentionParams& p, int columns) {
+Launcher FindGeneral(const AttentionParams& p, int tile_rows) {
+  const bool dynamic = IsDynamic(p.cache.type);
+  const std::tuple wanted{Wanted{dynamic ? "dynamic codes" : "cache on a GPU", p.cache.dtype},
+                          Wanted{"values", p.cache.value_dtype}, Wanted{"head_dim", p.head_dim},
+                          Wanted{"scales of the cache", ScalesOf(p)},
+                          Wanted{"tile_rows", tile_rows}};
+  Launcher found = nullptr;
+  dispatch(GeneralInstances{}, wanted,
+           [&](auto... arguments) { found = LaunchGeneralVariant<decltype(arguments)::value...>; });
+  return found;
+}
+
+Launcher Find(const AttentionParams& p, int tile_rows) {
+  if (p.IsGeneral()) return FindGeneral(p, tile_rows);
   const bool dynamic = p.paged && IsDynamic(p.cache.type);
   const char* keys = dynamic ? "dynamic codes" : p.paged ? "cache on a GPU" : "keys on a GPU";
   const std::tuple wanted{Wanted{keys, p.paged ? p.cache.dtype : p.ragged.dtype},
@@ -30,7 +44,7 @@ Launcher Find(const AttentionParams& p, int columns) {
                           Wanted{"head_dim", p.head_dim},
                           Wanted{"paged", p.paged},
                           Wanted{"scales of the cache", ScalesOf(p)},
-                          Wanted{"columns", columns}};
+                          Wanted{"tile_rows", tile_rows}};
   Launcher found = nullptr;
   dispatch(AttentionInstances{}, wanted, [&](auto... arguments) {
     found = LaunchAttentionVariant<decltype(arguments)::value...>;
@@ -47,15 +61,17 @@ AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, 
   task.first_seq = first_seq;
   task.num_seqs = std::min(p.seqs.batch - first_seq, kMaxPlanSeqs);
   task.group = p.num_heads / p.num_kv_heads;
-  task.min_pairs = static_cast<int>(launch.min_pairs);
-  task.max_pairs = static_cast<int>(launch.max_pairs);
+  task.min_packed_rows = static_cast<int>(launch.min_packed_rows);
+  task.max_packed_rows = static_cast<int>(launch.max_packed_rows);
   task.cluster = static_cast<int>(launch.cluster);
   task.cluster_kv_tiles = static_cast<int>(launch.cluster_kv_tiles);
   task.finds_seqs = launch.finds_seqs;
   task.shares = static_cast<int>(launch.shares);
-  const int64_t pairs = std::max<int64_t>(p.max_seqlen_q, 1) * task.group;
-  task.keys_read_once = launch.split && std::min(pairs, launch.max_pairs) <= launch.columns;
-  if (launch.joins && p.num_arrivals >= NumArrivals(launch.shares)) task.arrivals = p.arrivals;
+  const int64_t packed_rows = std::max<int64_t>(p.max_seqlen_q, 1) * task.group;
+  task.keys_read_once =
+      launch.split && std::min(packed_rows, launch.max_packed_rows) <= launch.tile_rows;
+  if (launch.merges_in_kernel && p.num_arrivals >= NumArrivals(launch.shares))
+    task.arrivals = p.arrivals;
   task.headers = reinterpret_cast<int*>(*workspace);
   task.partials = *workspace + launch.shares * kPartialHeader;
   *workspace += launch.workspace;
@@ -70,11 +86,12 @@ bool LeavesPartials(const AttentionLaunch& launch) {
 using InvariantLauncher = cudaError_t (*)(const AttentionParams&, const InvariantTask&, int,
                                           cudaStream_t);
 
-InvariantLauncher FindInvariant(const AttentionParams& p, int columns) {
+InvariantLauncher FindInvariant(const AttentionParams& p, int tile_rows) {
   const bool dynamic = IsDynamic(p.cache.type);
   const std::tuple wanted{Wanted{dynamic ? "dynamic codes" : "cache on a GPU", p.cache.dtype},
                           Wanted{"values", p.cache.value_dtype}, Wanted{"head_dim", p.head_dim},
-                          Wanted{"scales of the cache", ScalesOf(p)}, Wanted{"columns", columns}};
+                          Wanted{"scales of the cache", ScalesOf(p)},
+                          Wanted{"tile_rows", tile_rows}};
   InvariantLauncher found = nullptr;
   dispatch(InvariantInstances{}, wanted, [&](auto... arguments) {
     found = LaunchInvariantVariant<decltype(arguments)::value...>;
@@ -87,7 +104,7 @@ InvariantTask MakeInvariantTask(const AttentionParams& p, const AttentionLaunch&
   InvariantTask task;
   task.work = work;
   task.most_splits = static_cast<int>(launch.invariant_splits);
-  task.least_tiles = InvariantBoundsOf(launch.columns, p.num_kv_heads).least_tiles;
+  task.least_tiles = InvariantBoundsOf(launch.tile_rows, p.num_kv_heads).least_tiles;
   task.whole_tiles = launch.whole_tiles;
   if (!LeavesInvariantPartials(launch)) task.work.headers = nullptr;
   return task;
@@ -96,17 +113,18 @@ InvariantTask MakeInvariantTask(const AttentionParams& p, const AttentionLaunch&
 cudaError_t Run(const AttentionParams& p, const AttentionLaunch& launch, const AttentionTask& task,
                 cudaStream_t stream) {
   const int grid = static_cast<int>(launch.grid);
-  if (launch.invariant_splits == 0) return Find(p, launch.columns)(p, task, grid, stream);
-  return FindInvariant(p, launch.columns)(p, MakeInvariantTask(p, launch, task), grid, stream);
+  if (launch.invariant_splits == 0) return Find(p, launch.tile_rows)(p, task, grid, stream);
+  return FindInvariant(p, launch.tile_rows)(p, MakeInvariantTask(p, launch, task), grid, stream);
 }
 
 cudaError_t RunMerge(const AttentionParams& p, const AttentionLaunch& launch,
                      const AttentionTask& task, cudaStream_t stream) {
   const int grid = static_cast<int>(launch.grid);
   if (launch.invariant_splits == 0) {
-    return LaunchMergePartials(p, task, launch.columns, stream);
+    return LaunchMergePartials(p, task, launch.tile_rows, stream);
   }
-  return LaunchMergeInvariant(p, MakeInvariantTask(p, launch, task), launch.columns, grid, stream);
+  return LaunchMergeInvariant(p, MakeInvariantTask(p, launch, task), launch.tile_rows, grid,
+                              stream);
 }
 
 // The plan's launches over some sequences, but for the one that a prefill kernel does for all of
@@ -195,13 +213,13 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& d
   cudaError_t status = cudaSuccess;
   if (prefills && others) {
     const int64_t group = p.num_heads / p.num_kv_heads;
-    const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_pairs, group));
+    const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_packed_rows, group));
     status = decision.prefill == PrefillKernel::kWgmmaFp8
                  ? LaunchWgmmaFp8(whole, min_tokens, stream)
-                 : LaunchWgmmaFp16(whole, min_tokens, stream);
+                 : LaunchWgmmaQ16(whole, min_tokens, stream);
   }
   if (status == cudaSuccess && dequantized) {
-    status = LaunchWgmmaFp16(OverDequantized(p, kv), kv.plan.min_tokens, stream);
+    status = LaunchWgmmaQ16(OverDequantized(p, kv), kv.plan.min_tokens, stream);
   }
   if (status != cudaSuccess) return status;
   // Else another kernel does that, which knows all sequences.

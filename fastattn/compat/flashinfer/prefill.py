@@ -9,7 +9,7 @@ from paddle import Tensor
 
 from fastattn.compat._flashinfer_plan import (
     explicit_offsets,
-    intervals_of_mask,
+    parts_of_mask,
     plan_step,
     query_starts,
 )
@@ -146,7 +146,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
             Must equal `head_dim_qk`.
         custom_mask : Tensor, bool, optional
             Replaces `causal`: the flattened masks [queries, keys] of all sequences, concatenated.
-            Each query must see one interval of keys. It is read on the host.
+            It is read on the host. Of the keys before the queries, each query must see one
+            interval, and one up to the last if it sees keys of queries, too: a tree of drafts.
         causal : bool
         sm_scale, window_left, logits_soft_cap, o_data_type, pos_encoding_mode, fixed_split_size
             As for the decode wrapper.
@@ -161,8 +162,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
         Raises
         ------
         NotImplementedError
-            For an argument that must be None, rotation in the attention, other page sizes, a query
-            that sees more than one interval of keys, and masks with `use_cuda_graph`.
+            For an argument that must be None, rotation in the attention, other page sizes, other
+            masks, masks with `use_cuda_graph`, and trees with `fixed_split_size`.
         ValueError
             If the page table is inconsistent or does not fit the buffers.
         """
@@ -188,7 +189,8 @@ class BatchPrefillWithPagedKVCacheWrapper(PagedWrapper):
             query_starts(op, qo_indptr),
         )
         if custom_mask is not None:
-            step = step._replace(offsets=intervals_of_mask(op, step, custom_mask))
+            offsets, trees = parts_of_mask(op, step, custom_mask)
+            step = step._replace(offsets=offsets, trees=trees)
             causal = False
         if ((step.keys > 0) & (step.keys < step.queries)).any():
             step = step._replace(offsets=explicit_offsets(step, causal, window_left), explicit=True)

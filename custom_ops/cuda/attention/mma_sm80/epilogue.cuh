@@ -1,4 +1,4 @@
-// The epilogue: from a column's maximum, sum and unnormalised output to what is stored. The
+// The epilogue: from a packed row's maximum, sum and unnormalised output to what is stored. The
 // attention kernel and the one that merges partial results share it.
 #pragma once
 
@@ -15,17 +15,18 @@
 
 namespace fastattn::cuda {
 
-// Writes a column's LSE, if `write_lse`, and returns what its output is multiplied by.
+// Writes a packed row's LSE, if `write_lse`, and returns what its output is multiplied by.
 // `sum` is in units of 2^kShift relative to `maximum`, which is in log2 units.
-__device__ __forceinline__ float FinishColumn(const AttentionParams& p, const Column& column,
-                                              float value_scale, float maximum, float sum,
-                                              bool write_lse = true) {
+__device__ __forceinline__ float FinishPackedRow(const AttentionParams& p,
+                                                 const PackedRow& packed_row, float value_scale,
+                                                 float maximum, float sum, bool write_lse = true) {
   const bool empty = sum == 0.0f;
-  const Normaliser found = NormaliserOf<kLog2Unit>(
-      empty, maximum, sum, p.sinks, [&] { return LoadScale(p.sinks, p.sinks_dtype, column.head); });
+  const Normaliser found = NormaliserOf<kLog2Unit>(empty, maximum, sum, p.sinks, [&] {
+    return LoadScale(p.sinks, p.sinks_dtype, packed_row.head);
+  });
   float factor = found.factor;
   if (p.lse != nullptr && write_lse) {
-    p.lse[static_cast<int64_t>(column.head) * p.seqs.num_tokens + column.token] = found.lse;
+    p.lse[static_cast<int64_t>(packed_row.head) * p.seqs.num_tokens + packed_row.token] = found.lse;
   }
   // Without a visible key the output is 0, whatever the scales are.
   if (empty) return 0.0f;
@@ -33,9 +34,10 @@ __device__ __forceinline__ float FinishColumn(const AttentionParams& p, const Co
   return factor * value_scale;
 }
 
-// Stores 4 neighbouring channels from d on of the output `column` elements from its start.
-__device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_head, int64_t column,
-                                            int d, float4 values, float factor) {
+// Stores 4 neighbouring channels from d on of the output `packed_row` elements from its start.
+__device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_head,
+                                            int64_t packed_row, int d, float4 values,
+                                            float factor) {
   float out[4] = {values.x * factor, values.y * factor, values.z * factor, values.w * factor};
   if (p.paged && p.cache.v_granularity == ScaleScheme::kChannel && factor != 0.0f) {
     const int64_t first = ChannelScaleIndex<int64_t>(kv_head, d, p.cache.ValueDim());
@@ -44,7 +46,7 @@ __device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_hea
       out[i] *= LoadScale(p.cache.v_scales, p.cache.scale_dtype, first + i);
     }
   }
-  const int64_t offset = column + d;
+  const int64_t offset = packed_row + d;
   switch (p.out_dtype) {
     case DType::kFloat32:
       *reinterpret_cast<float4*>(static_cast<float*>(p.out) + offset) =
@@ -64,10 +66,10 @@ __device__ __forceinline__ void StoreOutput(const AttentionParams& p, int kv_hea
   }
 }
 
-// A partial result: output [columns, D], then the columns' (maximum, sum).
-__device__ __forceinline__ float* PartialOf(const AttentionTask& task, int columns, int head_dim,
+// A partial result: output [packed rows, D], then the packed rows' (maximum, sum).
+__device__ __forceinline__ float* PartialOf(const AttentionTask& task, int tile_rows, int head_dim,
                                             int64_t cta, int partial) {
-  return task.partials + (cta * kPartialsPerCta + partial) * columns * (head_dim + 2);
+  return task.partials + (cta * kPartialsPerCta + partial) * tile_rows * (head_dim + 2);
 }
 
 }  // namespace fastattn::cuda

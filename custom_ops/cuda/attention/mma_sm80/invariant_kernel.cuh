@@ -25,7 +25,7 @@ namespace fastattn::cuda {
 template <typename Traits>
 __device__ __forceinline__ float* InvariantPartial(const InvariantTask& task, int slot) {
   return task.work.partials + (static_cast<int64_t>(blockIdx.x) * task.most_splits + slot) *
-                                  Traits::kColumns * (Traits::kValueDim + 2);
+                                  Traits::kTileRows * (Traits::kValueDim + 2);
 }
 
 // Tells the merging kernel what the CTA left. `unfinished`: its last segment, if that is the
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32;
   const int pipeline = warp / Traits::kPipelineWarps;
-  const int warp_column = warp % Traits::kPipelineWarps * Traits::kTiles * 8;
+  const int warp_row = warp % Traits::kPipelineWarps * Traits::kTiles * 8;
   NameParameters(p);
   NameParameters(task);
   if (task.work.overlaps_previous) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   static_assert(kInvariantStep % Traits::kPipelines == 0,
                 "the pipelines of a split begin anew, as if it were a segment of its own");
   const InvariantSchedule schedule =
-      MakeInvariantSchedule<Traits::kColumns, Traits::kKvTile, kAttentionThreads>(
+      MakeInvariantSchedule<Traits::kTileRows, Traits::kKvTile, kAttentionThreads>(
           p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
           reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
   Segment* segments = reinterpret_cast<Segment*>(shared + Traits::kSegmentOffset);
@@ -79,13 +79,13 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   for (uint32_t done = 0; done < schedule.num_work_tiles; done += kMostSegments) {
     const int count = static_cast<int>(min(schedule.num_work_tiles - done, kMostSegments));
     if (threadIdx.x < count) {
-      segments[threadIdx.x] = MakeInvariantSegment<Traits::kColumns, Traits::kKvTile>(
+      segments[threadIdx.x] = MakeInvariantSegment<Traits::kTileRows, Traits::kKvTile>(
           p, task, schedule, schedule.begin.work_tile + done + threadIdx.x);
     }
     __syncthreads();
     // The first queries are asked for ahead of the first keys, behind which they would wait. With
-    // more columns, or scales of tokens, registers would spill.
-    constexpr bool kQueriesAhead = Traits::kColumns == 8 && !Traits::kPerTokenScales;
+    // more packed rows, or scales of tokens, registers would spill.
+    constexpr bool kQueriesAhead = Traits::kTileRows == 8 && !Traits::kPerTokenScales;
     QueryLoads<Traits> loads;
     if constexpr (kQueriesAhead) loads.Start(p, task.work, segments[0]);
     KvLoader<Traits> cursor(p, segments, count, pipeline, task.work.keys_read_once);
@@ -95,15 +95,15 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
       const Segment& segment = segments[i];
-      const SeqWork work = WorkOf<Traits::kColumns, Traits::kKvTile>(p, task.work, segment.shape);
+      const SeqWork work = WorkOf<Traits::kTileRows, Traits::kKvTile>(p, task.work, segment.shape);
       const int tiles = SplitsOf(task, work).tiles;
       // A work tile without a visible key is one split; nothing may be left of one found begun.
       const int splits = max((segment.kv_tile_end - segment.kv_tile_begin + tiles - 1) / tiles,
                              segment.begins_work_tile);
       QueryTile<Traits> query;
-      const int first_column = warp_column + 2 * (threadIdx.x % 4);
-      const ColumnInfo* infos =
-          reinterpret_cast<const ColumnInfo*>(shared + Traits::kColumnOffset) + first_column;
+      const int first_row = warp_row + 2 * (threadIdx.x % 4);
+      const PackedRowInfo* infos =
+          reinterpret_cast<const PackedRowInfo*>(shared + Traits::kRowInfoOffset) + first_row;
       float factors[Traits::kTiles][2];
 #pragma unroll 1
       for (int split = 0; split < splits; ++split) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
           StoreQueries<Traits>(p, task.work, segment, &loads, shared);
           __syncthreads();
           query.shared = SharedAddress(shared) + Traits::kQueryOffset +
-                         warp_column * Traits::kKeyDim * 2 + threadIdx.x % 32 * 8;
+                         warp_row * Traits::kKeyDim * 2 + threadIdx.x % 32 * 8;
           query.Fetch();
 #pragma unroll
           for (int n = 0; n < Traits::kTiles; ++n) {
@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
         end.leaves = last && !segment.ends_work_tile;
         end.total = InvariantPartial<Traits>(task, 0);
         end.split = InvariantPartial<Traits>(task, end.adds ? 0 : 1 + split);
-        FinishSplit<Traits>(p, task.work, segment, end, pipeline, warp_column, shared, &state,
-                            &total);
+        FinishSplit<Traits>(p, task.work, segment, end, pipeline, warp_row, shared, &state, &total);
       }
       if (!segment.begins_work_tile) results = splits;
       unfinished = segment.num_splits > 0 ? &segment : nullptr;
@@ -153,10 +152,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (task.work.overlaps_previous) PdlEndConcurrent();
 }
 
-template <DType kElement, DType kValue, int kHeadDim, Scales kScales, int kColumns>
+template <DType kElement, DType kValue, int kHeadDim, Scales kScales, int kTileRows>
 cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask& task, int grid,
                                    cudaStream_t stream) {
-  using Traits = AttentionTraits<kElement, kHeadDim, true, kScales, kColumns, false, kValue>;
+  using Traits =
+      AttentionTraits<kElement, kHeadDim, true, kScales, kTileRows, false, false, kValue>;
   constexpr auto kKernel = InvariantKernel<Traits>;
   int stages = 0;
   const cudaError_t status = PrepareLaunch<kKernel, Traits>(&stages);

@@ -41,7 +41,7 @@ struct InvariantSchedule {
   uint32_t num_work_tiles;
 };
 
-template <int kColumns, int kKvTile>
+template <int kTileRows, int kKvTile>
 __device__ __forceinline__ SplitEdge SplitEdgeAt(const AttentionParams& p,
                                                  const InvariantTask& task, const uint2* before,
                                                  uint32_t cost) {
@@ -50,7 +50,7 @@ __device__ __forceinline__ SplitEdge SplitEdgeAt(const AttentionParams& p,
   if (cost >= all.x) return {all.y, 0, num_seqs - 1};
   const int seq = SeqAt(before, num_seqs, cost);
   const SeqWork work =
-      WorkOf<kColumns, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq));
+      WorkOf<kTileRows, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq));
   const InvariantSplits splits = SplitsOf(task, work);
   const uint32_t each = static_cast<uint32_t>(CostOfSplit(task, work, splits));
   const uint32_t count = task.whole_tiles ? 1 : splits.count;
@@ -62,30 +62,30 @@ __device__ __forceinline__ SplitEdge SplitEdgeAt(const AttentionParams& p,
 
 // The share of a CTA that has a sequence's KV head to itself: nothing is added up over the
 // sequences.
-template <int kColumns, int kKvTile>
+template <int kTileRows, int kKvTile>
 __device__ __forceinline__ InvariantSchedule MakeHeadSchedule(const AttentionParams& p,
                                                               const InvariantTask& task) {
   const int seq = blockIdx.x / p.num_kv_heads;
   const uint32_t head = blockIdx.x - seq * p.num_kv_heads;
   const uint32_t tiles =
-      WorkOf<kColumns, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq)).tiles;
+      WorkOf<kTileRows, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq)).tiles;
   return {nullptr, {head * tiles, 0, seq}, {(head + 1) * tiles, 0, seq}, tiles};
 }
 
 // Fills before[0 .. num_seqs] and returns the CTA's share. All threads take part.
-template <int kColumns, int kKvTile, int kThreads>
+template <int kTileRows, int kKvTile, int kThreads>
 __device__ __forceinline__ InvariantSchedule MakeInvariantSchedule(const AttentionParams& p,
                                                                    const InvariantTask& task,
                                                                    uint2* before,
                                                                    uint2* warp_totals) {
-  if constexpr (kColumns == 8) {  // with more, more registers would spill
+  if constexpr (kTileRows == 8) {  // with more, more registers would spill
     if (task.whole_tiles && gridDim.x == task.work.num_seqs * p.num_kv_heads) {
-      return MakeHeadSchedule<kColumns, kKvTile>(p, task);
+      return MakeHeadSchedule<kTileRows, kKvTile>(p, task);
     }
   }
   const auto work_of = [&](int seq, uint2* sum) {
     const SeqWork work =
-        WorkOf<kColumns, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq));
+        WorkOf<kTileRows, kKvTile>(p, task.work, LoadSeqShape(p, task.work.first_seq + seq));
     if (work.tiles > 0) {
       const InvariantSplits splits = SplitsOf(task, work);
       const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
@@ -99,8 +99,8 @@ __device__ __forceinline__ InvariantSchedule MakeInvariantSchedule(const Attenti
   schedule.before = before;
   const uint64_t all = sums.x;
   const auto edge = [&](uint64_t cta) {
-    return SplitEdgeAt<kColumns, kKvTile>(p, task, before,
-                                          static_cast<uint32_t>(cta * all / gridDim.x));
+    return SplitEdgeAt<kTileRows, kKvTile>(p, task, before,
+                                           static_cast<uint32_t>(cta * all / gridDim.x));
   };
   const SplitEdge begin = edge(blockIdx.x), end = edge(blockIdx.x + 1);
   schedule.begin = begin;
@@ -114,24 +114,24 @@ __device__ __forceinline__ InvariantSchedule MakeInvariantSchedule(const Attenti
 
 // The CTA's splits of a work tile: `num_splits` is how many of it come behind them in other CTAs,
 // where the CTA has its first.
-template <int kColumns, int kKvTile>
+template <int kTileRows, int kKvTile>
 __device__ __forceinline__ Segment MakeInvariantSegment(const AttentionParams& p,
                                                         const InvariantTask& task,
                                                         const InvariantSchedule& schedule,
                                                         uint32_t work_tile) {
   int seq = schedule.begin.seq;
   uint32_t index = work_tile;  // of the sequence's
-  if (kColumns != 8 || schedule.before != nullptr) {
+  if (kTileRows != 8 || schedule.before != nullptr) {
     while (seq < task.work.num_seqs - 1 && schedule.before[seq + 1].y <= work_tile) ++seq;
     index -= schedule.before[seq].y;
   }
   Segment s;
   s.batch_idx = task.work.first_seq + seq;
   s.shape = LoadSeqShape(p, s.batch_idx);
-  const SeqWork work = WorkOf<kColumns, kKvTile>(p, task.work, s.shape);
+  const SeqWork work = WorkOf<kTileRows, kKvTile>(p, task.work, s.shape);
   s.head = index / work.tiles;
   s.tile = index - s.head * work.tiles;
-  SetVisibleKeys<kColumns>(p, task.work, &s);
+  SetVisibleKeys<kTileRows>(p, task.work, &s);
   // Splits count from the work tile's own first KV tile.
   const int tiles = SplitsOf(task, work).tiles;
   const int first = s.seen_by_any.begin / kKvTile;

@@ -1,11 +1,11 @@
 // The attention kernel of every call that no wgmma_sm90 kernel takes: mma.sync, from sm_80 on.
 //
-// Work tile: kColumns = 8, 16 or 64 packed GQA columns, (query token, query head) pairs of one KV
+// Work tile: kTileRows = 8, 16 or 64 packed rows, query tokens times query heads of one KV
 // head, over all keys that they see. Whole: a CTA takes it alone. Split: the keys of all work tiles
 // lie on one axis of costs, of which every CTA takes an equal share (schedule.cuh); what it has of
 // one is a Segment. A work tile that lies in several CTAs leaves partial results: merge_partials.cu
-// or the last of those CTAs (join_splits.cuh) merges them, in small calls a cluster's CTAs at once
-// (cluster_join.cuh).
+// or the last of those CTAs (merge_splits.cuh) merges them, in small calls a cluster's CTAs at once
+// (merge_cluster.cuh).
 //
 // Warps: 4, without roles. They form warp pipelines of one or two warps (traits.cuh): each takes
 // every kPipelines-th KV tile of 64 (or 32) keys, copies it ahead with cp.async, and has a maximum,
@@ -14,14 +14,14 @@
 // stages.
 //
 // Shared memory (offsets in traits.cuh): the stages of all pipelines; queries as fragments, in the
-// same place as the merge of outputs; maxima and sums; ColumnInfo; segments; the schedule.
+// same place as the merge of outputs; maxima and sums; PackedRowInfo; segments; the schedule.
 //
 // Numerics: K and V become 16-bit operands (exactly, for codes); queries over codes are fp16 times
 // a power of two. Scores, sums and outputs are fp32; P is 2^15 times its value in 16 bits. Scales
-// of Q and K are one factor of a column; per-token K scales multiply scores, per-token V scales
+// of Q and K are one factor of a packed row; per-token K scales multiply scores, per-token V scales
 // multiply P relative to a power of two (value_scales.cuh); per-channel V scales belong to the
 // epilogue. NaN scrubbing: where keys are masked, V is scrubbed in shared memory and NaNs are given
-// to the columns that see them (kv_tile.cuh).
+// to the packed rows that see them (kv_tile.cuh).
 //
 // Reading order: docs/kernels/mma_sm80.md.
 #pragma once
@@ -31,13 +31,13 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/attention/mma_sm80/cluster_join.cuh"
 #include "cuda/attention/mma_sm80/epilogue.cuh"
-#include "cuda/attention/mma_sm80/join_pipelines.cuh"
-#include "cuda/attention/mma_sm80/join_splits.cuh"
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/mma_sm80/merge_cluster.cuh"
+#include "cuda/attention/mma_sm80/merge_pipelines.cuh"
+#include "cuda/attention/mma_sm80/merge_splits.cuh"
 #include "cuda/attention/mma_sm80/mx_scales.cuh"
 #include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
@@ -53,15 +53,15 @@ namespace fastattn::cuda {
 
 template <typename Traits>
 __device__ __forceinline__ KvTileMask MaskOf(const Segment& segment, int kv_tile,
-                                             uint32_t columns) {
+                                             uint32_t row_infos) {
   KvTileMask mask;
   mask.first_key = kv_tile * Traits::kKvTile;
   mask.needs_mask = mask.first_key < segment.seen_by_all.begin ||
                     mask.first_key + Traits::kKvTile > segment.seen_by_all.end;
-  mask.columns_differ = segment.columns_differ;
+  mask.packed_rows_differ = segment.packed_rows_differ;
   mask.begin = segment.seen_by_any.begin - mask.first_key;
   mask.end = segment.seen_by_any.end - mask.first_key;
-  mask.columns = columns;
+  mask.row_infos = row_infos;
   return mask;
 }
 
@@ -255,7 +255,7 @@ template <typename Traits>
 __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segment& segment,
                                             int pipeline, const QueryTile<Traits>& query,
                                             const float (&factors)[Traits::kTiles][2],
-                                            uint32_t columns, KvLoader<Traits>* cursor,
+                                            uint32_t row_infos, KvLoader<Traits>* cursor,
                                             StageRing<Traits>* ring, TileState<Traits>* state) {
   const int kv_tile_end = segment.kv_tile_end;
   if constexpr (Traits::kPairsKv) {
@@ -264,7 +264,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
 #pragma unroll 1
     for (int iteration = 0; iteration < iterations; ++iteration) {
       const int kv_tile = segment.kv_tile_begin + iteration * Traits::kPipelines + pipeline;
-      const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, columns);
+      const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, row_infos);
       WaitForCopies<0>();
       __syncthreads();
       uint32_t key_stage = 0, value_stage = 0;
@@ -299,14 +299,14 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
 #pragma unroll 1
     for (int kv_tile = segment.kv_tile_begin + pipeline; kv_tile < kv_tile_end;
          kv_tile += Traits::kPipelines) {
-      const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, columns);
+      const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, row_infos);
       RunStages<Traits>(p, mask, query, factors, cursor, ring, state);
     }
   } else {
 #pragma unroll 1
     for (int kv_tile = segment.kv_tile_begin + pipeline; kv_tile < kv_tile_end;
          kv_tile += Traits::kPipelines) {
-      const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, columns);
+      const KvTileMask mask = MaskOf<Traits>(segment, kv_tile, row_infos);
       Scores<Traits> scores;
       // The newest kStages - 2 loads may still be under way.
       WaitForCopies<Traits::kStages - 2>();
@@ -340,62 +340,64 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
 template <typename Traits>
 __device__ __forceinline__ void WriteEpilogue(const AttentionParams& p, const AttentionTask& task,
                                               const Segment& segment, bool clustered, int pipeline,
-                                              int warp_column, char* shared,
+                                              int warp_row, char* shared,
                                               TileState<Traits>* state) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float2* states = reinterpret_cast<float2*>(shared + Traits::kStateOffset);
-  ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
+  PackedRowInfo* infos = reinterpret_cast<PackedRowInfo*>(shared + Traits::kRowInfoOffset);
   float* merge = reinterpret_cast<float*>(shared + Traits::kMergeOffset);
   if constexpr (Traits::kPerTokenScales) {
-    if (state->scale_exponent == kColumnExponents) DropColumnExponents<Traits>(state);
+    if (state->scale_exponent == kRowExponents) DropRowExponents<Traits>(state);
   }
-  WriteStates<Traits>(*state, pipeline, warp_column, g == 0, t, states);
+  WriteStates<Traits>(*state, pipeline, warp_row, g == 0, t, states);
   __syncthreads();
   // Pipelines that saw nothing have -inf for a maximum and 0 for a sum. A NaN stays.
-  Equalize<Traits>(states, warp_column, t, state);
+  Equalize<Traits>(states, warp_row, t, state);
   float* partial = nullptr;
   if (clustered) {
     partial =
         reinterpret_cast<float*>(shared);  // nothing is left in the stages, or under way to them
   } else if (!segment.Whole()) {
     partial =
-        PartialOf(task, Traits::kColumns, Traits::kValueDim, blockIdx.x, segment.begins_work_tile);
+        PartialOf(task, Traits::kTileRows, Traits::kValueDim, blockIdx.x, segment.begins_work_tile);
   }
-  if (threadIdx.x < Traits::kColumns) {
-    const int column = threadIdx.x;
+  if (threadIdx.x < Traits::kTileRows) {
+    const int packed_row = threadIdx.x;
     float maximum = -kInfinity, sum = 0.0f;
 #pragma unroll
     for (int s = 0; s < Traits::kPipelines; ++s) {
-      maximum = fmaxf(maximum, states[s * Traits::kColumns + column].x);
+      maximum = fmaxf(maximum, states[s * Traits::kTileRows + packed_row].x);
     }
 #pragma unroll
     for (int s = 0; s < Traits::kPipelines; ++s) {
-      const float2 state_of = states[s * Traits::kColumns + column];
+      const float2 state_of = states[s * Traits::kTileRows + packed_row];
       sum += state_of.y * WeightOf(state_of.x, maximum);
     }
     if (partial != nullptr) {
-      reinterpret_cast<float2*>(partial + Traits::kColumns * Traits::kValueDim)[column] =
+      reinterpret_cast<float2*>(partial + Traits::kTileRows * Traits::kValueDim)[packed_row] =
           make_float2(maximum, sum);
-    } else if (infos[column].out >= 0) {
-      const Column info =
-          ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + column);
-      infos[column].out_factor = FinishColumn(p, info, infos[column].value_scale, maximum, sum);
+    } else if (infos[packed_row].out >= 0) {
+      const PackedRow info = PackedRowOf(task, segment.shape, segment.head,
+                                         segment.tile * Traits::kTileRows + packed_row);
+      infos[packed_row].out_factor =
+          FinishPackedRow(p, info, infos[packed_row].value_scale, maximum, sum);
     }
   }
   constexpr int kQuads = Traits::kMergeDims / 4;
 #pragma unroll 1
   for (int round = 0; round < Traits::kValueDim / Traits::kMergeDims; ++round) {
-    StoreRound<Traits>(*state, round, pipeline, warp_column, g, t, merge);
+    StoreRound<Traits>(*state, round, pipeline, warp_row, g, t, merge);
     __syncthreads();
 #pragma unroll 1
-    for (int index = threadIdx.x; index < Traits::kColumns * kQuads; index += Traits::kThreads) {
-      const int column = index / kQuads, quad = index % kQuads;
-      const float4 sum = SumPipelines<Traits>(merge, column, quad);
+    for (int index = threadIdx.x; index < Traits::kTileRows * kQuads; index += Traits::kThreads) {
+      const int packed_row = index / kQuads, quad = index % kQuads;
+      const float4 sum = SumPipelines<Traits>(merge, packed_row, quad);
       const int channel = round * Traits::kMergeDims + 4 * quad;
       if (partial != nullptr) {
-        *reinterpret_cast<float4*>(partial + column * Traits::kValueDim + channel) = sum;
-      } else if (infos[column].out >= 0) {
-        StoreOutput(p, segment.head, infos[column].out, channel, sum, infos[column].out_factor);
+        *reinterpret_cast<float4*>(partial + packed_row * Traits::kValueDim + channel) = sum;
+      } else if (infos[packed_row].out >= 0) {
+        StoreOutput(p, segment.head, infos[packed_row].out, channel, sum,
+                    infos[packed_row].out_factor);
       }
     }
     __syncthreads();
@@ -409,7 +411,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32;
   const int pipeline = warp / Traits::kPipelineWarps;
-  const int warp_column = warp % Traits::kPipelineWarps * Traits::kTiles * 8;
+  const int warp_row = warp % Traits::kPipelineWarps * Traits::kTiles * 8;
   NameParameters(p);
   NameParameters(task);
   if (task.overlaps_previous) {
@@ -422,31 +424,33 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   if (clustered && task.finds_seqs) {
     working = reinterpret_cast<uint32_t*>(shared + Traits::kScheduleOffset);
     clustered =
-        ClustersTakeCall<Traits::kThreads>(p, task, Traits::kColumns, Traits::kKvTile, working);
+        ClustersTakeCall<Traits::kThreads>(p, task, Traits::kTileRows, Traits::kKvTile, working);
     if (p.seqs.num_tokens >= task.num_seqs) working = nullptr;
   }
   Segment* segments = reinterpret_cast<Segment*>(shared + Traits::kSegmentOffset);
   static_assert(Traits::kSegmentBytes == sizeof(Segment) * Traits::kMaxSegments);
   const Schedule schedule =
-      clustered ? MakeClusterSchedule<Traits::kColumns, Traits::kKvTile>(p, task, working, segments)
-                : MakeSchedule<Traits::kColumns, Traits::kKvTile, Traits::kThreads>(
-                      p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
-                      reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
+      clustered
+          ? MakeClusterSchedule<Traits::kTileRows, Traits::kKvTile>(p, task, working, segments)
+          : MakeSchedule<Traits::kTileRows, Traits::kKvTile, Traits::kThreads>(
+                p, task, reinterpret_cast<uint2*>(shared + Traits::kScheduleOffset),
+                reinterpret_cast<uint2*>(shared + Traits::kScanOffset));
   clustered = Traits::kClusters && schedule.InCluster();  // takes no register of its own
   // Only the first warp needs it again, seldom: it takes no registers, either.
   Schedule* const share = reinterpret_cast<Schedule*>(shared + Traits::kShareOffset);
   static_assert(sizeof(Schedule) <= Traits::kShareBytes && Traits::kMaxSegments <= 32);
   if (threadIdx.x == 0) *share = schedule;
   __syncwarp();
-  // A cluster joins what its CTAs have of a work tile before it goes on to the next one.
+  // A cluster merges what its CTAs have of a work tile before it goes on to the next one.
   const uint32_t most = clustered ? 1 : Traits::kMaxSegments;
   for (uint32_t done = 0; done < schedule.num_work_tiles; done += most) {
     const int count = static_cast<int>(min(schedule.num_work_tiles - done, most));
     if (threadIdx.x < count) {
       if (clustered) {
-        SetClusterSegment<Traits::kColumns, Traits::kKvTile>(p, task, done, segments);
+        SetClusterSegment<Traits::kTileRows, Traits::kKvTile, Traits::kGeneral>(p, task, done,
+                                                                                segments);
       } else {
-        segments[threadIdx.x] = MakeSegment<Traits::kColumns, Traits::kKvTile>(
+        segments[threadIdx.x] = MakeSegment<Traits::kTileRows, Traits::kKvTile, Traits::kGeneral>(
             p, task, *share, share->first_work_tile + done + threadIdx.x);
       }
     }
@@ -464,12 +468,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       StoreQueries<Traits>(p, task, segment, &loads, shared);
       __syncthreads();
       QueryTile<Traits> query;
-      query.shared = SharedAddress(shared) + Traits::kQueryOffset +
-                     warp_column * Traits::kKeyDim * 2 + threadIdx.x % 32 * 8;
+      query.shared = SharedAddress(shared) + Traits::kQueryOffset + warp_row * Traits::kKeyDim * 2 +
+                     threadIdx.x % 32 * 8;
       query.Fetch();
-      const int first_column = warp_column + 2 * (threadIdx.x % 4);
-      const ColumnInfo* infos =
-          reinterpret_cast<const ColumnInfo*>(shared + Traits::kColumnOffset) + first_column;
+      const int first_row = warp_row + 2 * (threadIdx.x % 4);
+      const PackedRowInfo* infos =
+          reinterpret_cast<const PackedRowInfo*>(shared + Traits::kRowInfoOffset) + first_row;
       float factors[Traits::kTiles][2];
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
@@ -481,19 +485,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       RunMainloop<Traits>(p, segment, pipeline, query, factors, SharedAddress(infos), &cursor,
                           &ring, &state);
       if (done + i + 1 == schedule.num_work_tiles) PdlLaunchDependents();
-      WriteEpilogue<Traits>(p, task, segment, clustered, pipeline, warp_column, shared, &state);
+      WriteEpilogue<Traits>(p, task, segment, clustered, pipeline, warp_row, shared, &state);
       if constexpr (Traits::kClusters) {
         // Only the first and the last work tile of a CTA may lie in others, too. The segments of
         // the rest are not looked at: a faster warp may have begun to write the next ones.
         const bool at_edge = done + i == 0 || done + i + 1 == schedule.num_work_tiles;
         if (task.arrivals != nullptr && at_edge && segment.num_splits > 0) {
-          JoinSplits<Traits>(p, task, segment, shared);
+          MergeSplits<Traits>(p, task, segment, shared);
         }
       }
     }
     WaitForCopies<0>();
     if constexpr (Traits::kClusters) {
-      if (clustered) JoinCluster<Traits>(p, task, segments[0], shared);
+      if (clustered) MergeCluster<Traits>(p, task, segments[0], shared);
     }
   }
   if (task.split && task.arrivals == nullptr && !clustered && threadIdx.x == 0 &&
@@ -564,13 +568,15 @@ inline bool WantsWide(const AttentionParams& p, const AttentionTask& task) {
          p.max_seqlen_k > kWarps * kBlockSize * task.cluster;
 }
 
-template <DType kElement, DType kValue, int kHeadDim, bool kPaged, Scales kScales, int kColumns>
+template <DType kElement, DType kValue, int kHeadDim, bool kPaged, Scales kScales, int kTileRows>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream) {
-  using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kScales, kColumns, false, kValue>;
+  using Traits =
+      AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows, false, false, kValue>;
   // Keys of 4 bits are here before one warp a scheduler has computed on them.
-  if constexpr (Traits::kKeyNibbles && kHeadDim == 128 && kColumns == 8) {
-    using Wide = AttentionTraits<kElement, kHeadDim, kPaged, kScales, kColumns, true, kValue>;
+  if constexpr (Traits::kKeyNibbles && kHeadDim == 128 && kTileRows == 8) {
+    using Wide =
+        AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows, true, false, kValue>;
     if (WantsWide(p, task)) return LaunchKernel<Wide>(p, task, grid, stream);
   }
   return LaunchKernel<Traits>(p, task, grid, stream);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/block_table.h"
+#include "cuda/attention/mma_sm80/row_holes.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/common/mma.cuh"
@@ -152,6 +153,14 @@ class KvLoader {
       const int page = kv_tile_ / kKvTilesPerBlock;
       const int batch_idx = segment_->batch_idx;
       const SeqMeta& seqs = p_.seqs;
+      if constexpr (Traits::kGeneral) {
+        const int first = kv_tile_ * Traits::kKvTile;
+        const int64_t row = seqs.TableOf(batch_idx, segment_->head, p_.num_kv_heads);
+        block_ = page < seqs.max_blocks && !InGap(p_, *segment_, first, first + Traits::kKvTile)
+                     ? __ldg(BlockEntry(seqs.block_tables, seqs.max_blocks, row, page))
+                     : -1;
+        return;
+      }
       block_ = page < seqs.max_blocks
                    ? __ldg(BlockEntry(seqs.block_tables, seqs.max_blocks, batch_idx, page))
                    : -1;

@@ -1,4 +1,4 @@
-// One KV tile: scores, softmax and output of a warp's columns.
+// One KV tile: scores, softmax and output of a warp's packed rows.
 #pragma once
 
 #include <cstdint>
@@ -20,17 +20,17 @@ inline constexpr int kLog2Unit = 15;
 inline constexpr float kShift = kLog2Unit;
 inline constexpr float kInfinity = __builtin_huge_valf();
 
-// Not an exponent: columns have exponents of their own.
-inline constexpr int kColumnExponents = 0;
+// Not an exponent: packed rows have exponents of their own.
+inline constexpr int kRowExponents = 0;
 
-// Running maximum (log2 units), sum and output of a warp's columns over its pipeline's keys.
+// Running maximum (log2 units), sum and output of a warp's packed rows over its pipeline's keys.
 template <typename Traits>
 struct TileState {
   float maximum[Traits::kTiles][2];
   float sum[Traits::kTiles][2];  // of this lane's keys only
   float out[Traits::kOutTiles][Traits::kTiles][4];
-  // Per-token scales of V: `out` counts 2^(scale_exponent - 127); kColumnExponents: a power of two
-  // of each column's own (see value_scales.cuh).
+  // Per-token scales of V: `out` counts 2^(scale_exponent - 127); kRowExponents: a power of two
+  // of each packed row's own (see value_scales.cuh).
   int scale_exponent;
 
   __device__ __forceinline__ void Reset() {
@@ -51,13 +51,13 @@ struct TileState {
   }
 };
 
-// What a KV tile's keys are to the columns of the work tile.
+// What a KV tile's keys are to the packed rows of the work tile.
 struct KvTileMask {
-  int first_key;        // of the KV tile, in the sequence
-  bool needs_mask;      // some column does not see some key
-  bool columns_differ;  // in what they see
-  int begin, end;       // keys of the KV tile that any column may see, relative to first_key
-  uint32_t columns;     // shared memory: ColumnInfo of this lane's first column
+  int first_key;            // of the KV tile, in the sequence
+  bool needs_mask;          // some packed row does not see some key
+  bool packed_rows_differ;  // in what they see
+  int begin, end;      // keys of the KV tile that any packed row may see, relative to first_key
+  uint32_t row_infos;  // shared memory: PackedRowInfo of this lane's first packed row
 };
 
 // How a stage holds the scales of tokens.
@@ -193,7 +193,16 @@ __device__ __forceinline__ void MaskKeys(const KvTileMask& mask, int first, floa
   for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const uint2 range = LoadShared8(mask.columns + (8 * n + c) * sizeof(ColumnInfo));
+      if constexpr (Traits::kGeneral) {
+        const RowKeys<Traits> seen(mask.row_infos + (8 * n + c) * sizeof(PackedRowInfo));
+#pragma unroll
+        for (int i = 0; i < 2 * Traits::kGroup; ++i) {
+          const int key = mask.first_key + Traits::KeyOf(first + i / 2, g + i % 2 * 8);
+          if (!seen.Sees(key)) scores[i / 2][n][2 * (i % 2) + c] = value;
+        }
+        continue;
+      }
+      const uint2 range = LoadShared8(mask.row_infos + (8 * n + c) * sizeof(PackedRowInfo));
       const int begin = static_cast<int>(range.x) - mask.first_key;
       const int end = static_cast<int>(range.y) - mask.first_key;
 #pragma unroll
@@ -397,7 +406,7 @@ __device__ __forceinline__ void Accumulate(uint32_t stage, int first,
   }
 }
 
-// Masks of the words of a 16-byte piece of V in a stage: keys which some column sees.
+// Masks of the words of a 16-byte piece of V in a stage: keys which some packed row sees.
 template <typename Traits>
 __device__ __forceinline__ uint4 KeptWords(const KvTileMask& mask, int piece) {
   const int begin = mask.begin, end = mask.end;
@@ -436,9 +445,9 @@ __device__ __forceinline__ bool IsFiniteValue(uint32_t stage, int key, int chann
   return Traits::ValueFormat::NonFinite(bits) == 0;
 }
 
-// A non-finite value makes its channel NaN in the columns that see its key, and in no other: where
-// columns differ it cannot go through the matrix product, in which 0 * NaN is NaN. This is rare and
-// slow.
+// A non-finite value makes its channel NaN in the packed rows that see its key, and in no other:
+// where packed rows differ it cannot go through the matrix product, in which 0 * NaN is NaN. This
+// is rare and slow.
 template <typename Traits>
 __device__ __noinline__ void FindNonFinite(uint32_t stage, const KvTileMask& mask,
                                            uint32_t (&poisoned)[Traits::kTiles][2]) {
@@ -453,7 +462,12 @@ __device__ __noinline__ void FindNonFinite(uint32_t stage, const KvTileMask& mas
       for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          const uint2 range = LoadShared8(mask.columns + (8 * n + c) * sizeof(ColumnInfo));
+          if constexpr (Traits::kGeneral) {
+            const RowKeys<Traits> seen(mask.row_infos + (8 * n + c) * sizeof(PackedRowInfo));
+            if (seen.Sees(mask.first_key + key)) poisoned[n][c] |= 1u << i;
+            continue;
+          }
+          const uint2 range = LoadShared8(mask.row_infos + (8 * n + c) * sizeof(PackedRowInfo));
           const int position = mask.first_key + key;
           if (position >= static_cast<int>(range.x) && position < static_cast<int>(range.y)) {
             poisoned[n][c] |= 1u << i;
@@ -465,8 +479,8 @@ __device__ __noinline__ void FindNonFinite(uint32_t stage, const KvTileMask& mas
 }
 
 template <typename Traits, int kStage>
-__device__ __forceinline__ void PoisonColumns(const uint32_t (&poisoned)[Traits::kTiles][2],
-                                              TileState<Traits>* state) {
+__device__ __forceinline__ void PoisonPackedRows(const uint32_t (&poisoned)[Traits::kTiles][2],
+                                                 TileState<Traits>* state) {
   const float nan = __int_as_float(0x7FFFFFFF);
 #pragma unroll
   for (int i = 0; i < Traits::kStageDimTiles; ++i) {
@@ -482,13 +496,13 @@ __device__ __forceinline__ void PoisonColumns(const uint32_t (&poisoned)[Traits:
   }
 }
 
-// Where columns differ, makes the outputs of those that see a non-finite value of V's kStage-th
+// Where packed rows differ, makes the outputs of those that see a non-finite value of V's kStage-th
 // stage NaN.
 template <typename Traits, int kStage = 0>
 __device__ __forceinline__ void PropagateNonFinite(uint32_t stage, const KvTileMask& mask,
                                                    TileState<Traits>* state) {
   constexpr int kPieces = Traits::kDataBytes / 16;
-  if (!mask.columns_differ) return;
+  if (!mask.packed_rows_differ) return;
   uint32_t bad = 0;
 #pragma unroll 1
   for (int piece = threadIdx.x % 32; piece < kPieces; piece += 32) {
@@ -501,14 +515,14 @@ __device__ __forceinline__ void PropagateNonFinite(uint32_t stage, const KvTileM
   if (__any_sync(0xFFFFFFFFu, bad != 0)) {
     uint32_t poisoned[Traits::kTiles][2];
     FindNonFinite<Traits>(stage, mask, poisoned);
-    PoisonColumns<Traits, kStage>(poisoned, state);
+    PoisonPackedRows<Traits, kStage>(poisoned, state);
   }
 }
 
-// NaN scrubbing: makes V safe for a product in which some columns do not see some keys. Values of
-// keys that no column sees become 0 (they may be anything), and where columns differ so do values
-// that are not finite. The threads of the pipeline share the work, after all of them have inspected
-// V.
+// NaN scrubbing: makes V safe for a product in which some packed rows do not see some keys. Values
+// of keys that no packed row sees become 0 (they may be anything), and where packed rows differ so
+// do values that are not finite. The threads of the pipeline share the work, after all of them have
+// inspected V.
 template <typename Traits>
 __device__ __forceinline__ void ScrubValues(uint32_t stage, const KvTileMask& mask) {
   constexpr int kPieces = Traits::kDataBytes / 16;
@@ -518,7 +532,7 @@ __device__ __forceinline__ void ScrubValues(uint32_t stage, const KvTileMask& ma
     uint4 v = LoadShared16(stage + piece * 16);
     const uint4 kept = KeptWords<Traits>(mask, piece);
     v.x &= kept.x, v.y &= kept.y, v.z &= kept.z, v.w &= kept.w;
-    if (mask.columns_differ) {
+    if (mask.packed_rows_differ) {
       v.x &= ~Traits::ValueFormat::NonFinite(v.x), v.y &= ~Traits::ValueFormat::NonFinite(v.y);
       v.z &= ~Traits::ValueFormat::NonFinite(v.z), v.w &= ~Traits::ValueFormat::NonFinite(v.w);
     }

@@ -15,7 +15,7 @@ namespace fastattn::cuda {
 
 namespace {
 
-constexpr int kThreads = 128;  // four channels of a column each
+constexpr int kThreads = 128;  // four channels of a packed row each
 constexpr int kBatch = 4;      // results that are loaded together
 constexpr int kMostResults = 64;
 
@@ -49,7 +49,7 @@ __device__ __forceinline__ void ListResults(const InvariantTask& task, int first
 
 __global__ void __launch_bounds__(kThreads)
     MergeInvariantKernel(const __grid_constant__ AttentionParams p,
-                         const __grid_constant__ InvariantTask task, int columns) {
+                         const __grid_constant__ InvariantTask task, int tile_rows) {
   __shared__ int slots[kMostResults];
   if (task.work.overlaps_previous) {
     PdlBeginConcurrent();
@@ -66,21 +66,22 @@ __global__ void __launch_bounds__(kThreads)
     }
     const int head_dim = ValueDim(p.head_dim), quads = head_dim / 4;
     const int place = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
-    const int index = min(place, columns * quads - 1);
-    const int column = index / quads, quad = index % quads;
-    const int64_t size = static_cast<int64_t>(columns) * (head_dim + 2);
+    const int index = min(place, tile_rows * quads - 1);
+    const int packed_row = index / quads, quad = index % quads;
+    const int64_t size = static_cast<int64_t>(tile_rows) * (head_dim + 2);
     const auto values_of = [&](int64_t slot) {
       return __ldcg(reinterpret_cast<const float4*>(task.work.partials + slot * size) + index);
     };
     const auto state_of = [&](int64_t slot) {
-      const float* states = task.work.partials + slot * size + columns * head_dim;
-      return __ldcg(reinterpret_cast<const float2*>(states) + column);
+      const float* states = task.work.partials + slot * size + tile_rows * head_dim;
+      return __ldcg(reinterpret_cast<const float2*>(states) + packed_row);
     };
     const int64_t own = static_cast<int64_t>(cta) * task.most_splits;
     float4 total = values_of(own);
     float2 sums = state_of(own);
     const SeqShape shape = LoadSeqShape(p, header.y);
-    const Column info = ColumnOf(task.work, shape, header.z, header.w * columns + column);
+    const PackedRow info =
+        PackedRowOf(task.work, shape, header.z, header.w * tile_rows + packed_row);
     const float value_scale = ValueScale(p, header.y, header.z);
     __syncthreads();
     for (int first = 0; first < missing; first += kBatch) {
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (info.valid && place == index) {
-      const float factor = FinishColumn(p, info, value_scale, sums.x, sums.y, quad == 0);
+      const float factor = FinishPackedRow(p, info, value_scale, sums.x, sums.y, quad == 0);
       const int64_t out = (static_cast<int64_t>(info.token) * p.num_heads + info.head) * head_dim;
       StoreOutput(p, header.z, out, 4 * quad, total, factor);
     }
@@ -110,11 +111,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t LaunchMergeInvariant(const AttentionParams& p, const InvariantTask& task, int columns,
+cudaError_t LaunchMergeInvariant(const AttentionParams& p, const InvariantTask& task, int tile_rows,
                                  int grid, cudaStream_t stream) {
-  // Some columns' channels do not fill a whole number of CTAs.
-  const dim3 blocks(grid, CeilDiv(columns * (ValueDim(p.head_dim) / 4), kThreads));
-  return LaunchPdl(MergeInvariantKernel, blocks, dim3(kThreads), stream, p, task, columns);
+  // Some packed rows' channels do not fill a whole number of CTAs.
+  const dim3 blocks(grid, CeilDiv(tile_rows * (ValueDim(p.head_dim) / 4), kThreads));
+  return LaunchPdl(MergeInvariantKernel, blocks, dim3(kThreads), stream, p, task, tile_rows);
 }
 
 }  // namespace fastattn::cuda

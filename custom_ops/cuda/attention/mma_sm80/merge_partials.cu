@@ -21,19 +21,19 @@ namespace fastattn::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMergeColumns = 8;  // of a block, at most
-constexpr int kBatch = 4;         // partial results that are loaded and joined together
+constexpr int kMergeRows = 8;  // of a block, at most
+constexpr int kBatch = 4;      // partial results that are loaded and merged together
 // Most blocks have nothing to do: more of them cost more time than the search for the few split
 // work tiles.
 constexpr int kMostBlocks = 1536;
 
-// Some partial results of a column, 4 channels a thread. Without any it changes nothing that it
-// joins.
+// Some partial results of a packed row, 4 channels a thread. Without any it changes nothing that it
+// merges.
 struct Merged {
   uint4 out = make_uint4(0, 0, 0, 0);  // of fp32
   PartialWeight weight = {kLowestMaximum, 0.0f};
 
-  __device__ __forceinline__ void Join(const Merged& other) {
+  __device__ __forceinline__ void Merge(const Merged& other) {
     const MergeWeights w = WeightsOfPartials(weight, other.weight);
     float x[4];
     MergePack<DType::kFloat32>(out, other.out, w, x);
@@ -41,14 +41,14 @@ struct Merged {
     weight = {w.max, w.sum};
   }
 
-  // Joins in pairs, so that few joins wait for each other.
-  __device__ __forceinline__ void JoinAll(Merged (&others)[kBatch]) {
+  // Merges in pairs, so that few merges wait for each other.
+  __device__ __forceinline__ void MergeAll(Merged (&others)[kBatch]) {
 #pragma unroll
     for (int step = 1; step < kBatch; step *= 2) {
 #pragma unroll
-      for (int i = 0; i + step < kBatch; i += 2 * step) others[i].Join(others[i + step]);
+      for (int i = 0; i + step < kBatch; i += 2 * step) others[i].Merge(others[i + step]);
     }
-    Join(others[0]);
+    Merge(others[0]);
   }
 };
 
@@ -107,23 +107,23 @@ __device__ __forceinline__ SplitTile FindSplitTile(const AttentionTask& task, in
   return found;
 }
 
-// Merges `block_columns` columns of a work tile. Partial results are joined in a fixed order, so
+// Merges `block_rows` packed rows of a work tile. Partial results are merged in a fixed order, so
 // that the result does not depend on who finished first.
 __device__ __forceinline__ void MergeTile(const AttentionParams& p, const AttentionTask& task,
-                                          int columns, int block_columns,
+                                          int tile_rows, int block_rows,
                                           const SplitTile& work_tile) {
   __shared__ uint4 outs[kThreads];
   __shared__ PartialWeight weights[kThreads];
   const int num_splits = work_tile.header.x;
   const int head_dim = ValueDim(p.head_dim), quads = head_dim / 4;
   const int quad = threadIdx.x % quads;
-  const int column = blockIdx.y * block_columns + threadIdx.x / quads % block_columns;
-  const int lanes = quads * block_columns;
-  // The partial results are dealt out over groups of threads that hold all columns of the block.
-  // Threads that do not fill a group write nothing.
+  const int packed_row = blockIdx.y * block_rows + threadIdx.x / quads % block_rows;
+  const int lanes = quads * block_rows;
+  // The partial results are dealt out over groups of threads that hold all packed rows of the
+  // block. Threads that do not fill a group write nothing.
   const int groups = kThreads / lanes, group = threadIdx.x / lanes;
-  const float* first_partial = PartialOf(task, columns, head_dim, work_tile.cta, 1);
-  const int64_t partial_size = static_cast<int64_t>(columns) * (head_dim + 2);
+  const float* first_partial = PartialOf(task, tile_rows, head_dim, work_tile.cta, 1);
+  const int64_t partial_size = static_cast<int64_t>(tile_rows) * (head_dim + 2);
   Merged merged;
   for (int first = group; first < num_splits; first += groups * kBatch) {
     Merged batch[kBatch];
@@ -135,17 +135,19 @@ __device__ __forceinline__ void MergeTile(const AttentionParams& p, const Attent
         // next CTAs.
         const float* partial =
             first_partial + (i == 0 ? 0 : (kPartialsPerCta * i - 1) * partial_size);
-        batch[b].out = __ldcg(reinterpret_cast<const uint4*>(partial + column * head_dim) + quad);
+        batch[b].out =
+            __ldcg(reinterpret_cast<const uint4*>(partial + packed_row * head_dim) + quad);
         const float2 state =
-            __ldcg(reinterpret_cast<const float2*>(partial + columns * head_dim) + column);
+            __ldcg(reinterpret_cast<const float2*>(partial + tile_rows * head_dim) + packed_row);
         batch[b].weight = {fmaxf(state.x, kLowestMaximum), state.y};
       }
     }
-    merged.JoinAll(batch);
+    merged.MergeAll(batch);
   }
   const SeqShape shape = LoadSeqShape(p, work_tile.header.y);
   const int kv_head = work_tile.header.z;
-  const Column info = ColumnOf(task, shape, kv_head, work_tile.header.w * columns + column);
+  const PackedRow info =
+      PackedRowOf(task, shape, kv_head, work_tile.header.w * tile_rows + packed_row);
   const float value_scale = ValueScale(p, work_tile.header.y, kv_head);
   if (groups > 1) {
     outs[threadIdx.x] = merged.out;
@@ -159,12 +161,12 @@ __device__ __forceinline__ void MergeTile(const AttentionParams& p, const Attent
         const int other = threadIdx.x + (first + b) * lanes;
         if (other < groups * lanes) batch[b].out = outs[other], batch[b].weight = weights[other];
       }
-      merged.JoinAll(batch);
+      merged.MergeAll(batch);
     }
   }
   if (!info.valid || group >= groups) return;
   const float factor =
-      FinishColumn(p, info, value_scale, merged.weight.max, merged.weight.sum, quad == 0);
+      FinishPackedRow(p, info, value_scale, merged.weight.max, merged.weight.sum, quad == 0);
   const int64_t out = (static_cast<int64_t>(info.token) * p.num_heads + info.head) * head_dim;
   const float4 values = make_float4(BitsFloat(merged.out.x), BitsFloat(merged.out.y),
                                     BitsFloat(merged.out.z), BitsFloat(merged.out.w));
@@ -175,17 +177,17 @@ __device__ __forceinline__ void MergeTile(const AttentionParams& p, const Attent
 // for the work tiles themselves.
 template <bool kSearch>
 __device__ __forceinline__ void MergeTiles(const AttentionParams& p, const AttentionTask& task,
-                                           int columns, int block_columns, int ctas) {
+                                           int tile_rows, int block_rows, int ctas) {
   int k = static_cast<int>(blockIdx.x);
   if constexpr (!kSearch) {
     const SplitTile work_tile = {k, LoadHeader(task, k)};
-    if (work_tile.header.x > 0) MergeTile(p, task, columns, block_columns, work_tile);
+    if (work_tile.header.x > 0) MergeTile(p, task, tile_rows, block_rows, work_tile);
   } else {
     // The host does not know how many split work tiles there are, only how many there may be.
     for (;; k += static_cast<int>(gridDim.x)) {
       const SplitTile work_tile = FindSplitTile(task, ctas, k);
       if (work_tile.header.x == 0) return;
-      MergeTile(p, task, columns, block_columns, work_tile);
+      MergeTile(p, task, tile_rows, block_rows, work_tile);
       __syncthreads();  // the next one takes the same shared memory
     }
   }
@@ -194,21 +196,21 @@ __device__ __forceinline__ void MergeTiles(const AttentionParams& p, const Atten
 // Whether clusters took the call, which then left no partial results. It does not wait for the
 // attention kernel: that one had waited for what wrote the lengths before it allowed this one.
 __device__ __forceinline__ bool ClustersTookCall(const AttentionParams& p,
-                                                 const AttentionTask& task, int columns) {
+                                                 const AttentionTask& task, int tile_rows) {
   __shared__ uint32_t working[kMaxPlanSeqs / 32];
   PdlBeginConcurrent();
   const DType keys = p.paged ? p.cache.dtype : p.ragged.dtype;
   const int kv_tile = KeysPerKvTile(p.head_dim, SizeOf(keys));
-  return ClustersTakeCall<kThreads>(p, task, columns, kv_tile, working);
+  return ClustersTakeCall<kThreads>(p, task, tile_rows, kv_tile, working);
 }
 
 template <bool kSearch>
 __global__ void __launch_bounds__(kThreads)
     MergePartialsKernel(const __grid_constant__ AttentionParams p,
-                        const __grid_constant__ AttentionTask task, int columns, int block_columns,
+                        const __grid_constant__ AttentionTask task, int tile_rows, int block_rows,
                         int ctas) {
   NameParameters(p);
-  if (task.finds_seqs && ClustersTookCall(p, task, columns)) {
+  if (task.finds_seqs && ClustersTookCall(p, task, tile_rows)) {
     PdlEndConcurrent();  // it is the only merge of its call, so that none begins too early
     return;
   }
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
     PdlWait();
     PdlLaunchDependents();
   }
-  MergeTiles<kSearch>(p, task, columns, block_columns, ctas);
+  MergeTiles<kSearch>(p, task, tile_rows, block_rows, ctas);
   if (task.overlaps_previous) PdlEndConcurrent();
 }
 
@@ -251,22 +253,22 @@ cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream) {
                    stream, p);
 }
 
-cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& task, int columns,
+cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& task, int tile_rows,
                                 cudaStream_t stream) {
   const int grid = task.shares;
-  const int64_t pairs =
-      std::min<int64_t>(std::max<int64_t>(p.max_seqlen_q, 1) * task.group, task.max_pairs);
+  const int64_t packed_rows =
+      std::min<int64_t>(std::max<int64_t>(p.max_seqlen_q, 1) * task.group, task.max_packed_rows);
   const int64_t seqs = std::min(task.num_seqs, p.seqs.num_tokens);
-  const int64_t work_tiles = CeilDiv(pairs, columns) * seqs * p.num_kv_heads;
+  const int64_t work_tiles = CeilDiv(packed_rows, tile_rows) * seqs * p.num_kv_heads;
   // Where few work tiles share many CTAs, each has many partial results: then a block takes one
-  // column alone.
+  // packed row alone.
   const bool few = 16 * work_tiles <= grid;
-  const int fitting = std::min(kMergeColumns, kThreads / (ValueDim(p.head_dim) / 4));
-  const int block_columns = few ? 1 : std::min(columns, fitting);
-  const bool search = few && grid * columns > kMostBlocks;
-  const dim3 blocks(search ? static_cast<int>(work_tiles) : grid, columns / block_columns);
+  const int fitting = std::min(kMergeRows, kThreads / (ValueDim(p.head_dim) / 4));
+  const int block_rows = few ? 1 : std::min(tile_rows, fitting);
+  const bool search = few && grid * tile_rows > kMostBlocks;
+  const dim3 blocks(search ? static_cast<int>(work_tiles) : grid, tile_rows / block_rows);
   return LaunchPdl(search ? MergePartialsKernel<true> : MergePartialsKernel<false>, blocks,
-                   dim3(kThreads), stream, p, task, columns, block_columns, grid);
+                   dim3(kThreads), stream, p, task, tile_rows, block_rows, grid);
 }
 
 }  // namespace fastattn::cuda

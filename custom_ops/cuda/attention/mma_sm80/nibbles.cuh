@@ -4,8 +4,8 @@
 // times a power of two of their block (mx_scales.cuh). int4 (which V may have alone): codes are
 // stored as code + 8, and operands are (code + 8) times a power of two
 // (Format<kInt4>::Widen). What the 8 adds is a multiple of a sum: of a query's channels, so that
-// the accumulators of its scores begin with its negative; of a column's probabilities, which a tile
-// more of O^T counts as a product of its own with a V of nothing but 8.
+// the accumulators of its scores begin with its negative; of a packed row's probabilities, which a
+// tile more of O^T counts as a product of its own with a V of nothing but 8.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,8 @@ __device__ __forceinline__ void LoadNibbles(uint32_t address, uint32_t (&words)[
   }
 }
 
-// What the bias of K's codes adds to the scores of a column, -8 times the sum of its query, in the
-// units of the product. `at(s)` are the words of the query in step s.
+// What the bias of K's codes adds to the scores of a packed row, -8 times the sum of its query, in
+// the units of the product. `at(s)` are the words of the query in step s.
 template <typename Traits, typename WordsOf>
 __device__ __forceinline__ void FindQueryBias(WordsOf&& at, float (&bias)[2]) {
   using Format = typename Traits::Format;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void MultiplyBlocks(uint32_t stage, const Query& quer
   constexpr int kBlocks = Traits::kKeyBlocks;
   KeyScales<Traits> stored;
   stored.Load(stage, first);
-  // More columns have no registers left for many of them.
+  // More packed rows have no registers left for many of them.
   constexpr int kAtOnce = Traits::kTiles > 1 ? 1 : kBlocks > 4 ? 2 : kBlocks;
   float scales[kAtOnce][Traits::kGroup][2];
   if constexpr (kAtOnce == kBlocks) stored.Find(0, scales);

@@ -7,6 +7,7 @@
 #include "common/normaliser.h"
 #include "common/numeric.h"
 #include "cuda/attention/mma_sm80/nibbles.cuh"
+#include "cuda/attention/mma_sm80/row_holes.cuh"
 #include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/shared/scales.cuh"
@@ -55,26 +56,26 @@ __device__ __forceinline__ float ScoreFactor(const AttentionParams& p, int batch
   return factor;
 }
 
-// Packed GQA: a column of a work tile is a (query token, head) pair. Pairs behind the sequence's
-// last one are not valid.
-struct Column {
+// Packed GQA: a packed row of a work tile is a query token with one of the group's heads. Packed
+// rows after the sequence's last one are not valid.
+struct PackedRow {
   bool valid;
   int token;
   int head;
 };
 
-__device__ __forceinline__ Column ColumnOf(const AttentionTask& task, const SeqShape& seq,
-                                           int kv_head, int pair) {
-  const int index = pair / task.group;
-  Column column;
-  column.valid = index < seq.q_len;
-  column.token = seq.q_begin + index;
-  column.head = kv_head * task.group + pair - index * task.group;
-  return column;
+__device__ __forceinline__ PackedRow PackedRowOf(const AttentionTask& task, const SeqShape& seq,
+                                                 int kv_head, int row) {
+  const int index = row / task.group;
+  PackedRow packed_row;
+  packed_row.valid = index < seq.q_len;
+  packed_row.token = seq.q_begin + index;
+  packed_row.head = kv_head * task.group + row - index * task.group;
+  return packed_row;
 }
 
-// What a CTA keeps of a column in shared memory.
-struct ColumnInfo {
+// What a CTA keeps of a packed row in shared memory.
+struct PackedRowInfo {
   KeyRange<int> keys;  // that it sees
   float score_factor;  // of products of queries and K's codes
   float query_factor;  // what its query was divided by
@@ -106,7 +107,7 @@ __device__ __forceinline__ void RawToFloat(const uint2& raw, DType dtype, float 
 }
 
 // The B operands of K Q^T: of lane (g, t), column tile n and step s, the words hold 4 channels (see
-// AttentionTraits::StepOf) of column 8 n + g.
+// AttentionTraits::StepOf) of packed row 8 n + g.
 template <typename Traits>
 struct QueryTile {
   static constexpr int kKept = Traits::kQueryInRegisters ? Traits::kTiles : 1;
@@ -149,9 +150,10 @@ struct QueryTile {
   }
 };
 
-// Stores channels 4 * quad .. 4 * quad + 3 of column c as operands of 4-bit keys: a word of K is 8
-// channels, of which the first four are the low halves of two steps' operands. A lane has a quarter
-// of each part of a key, or of each block. Channels whose int4 codes lie lower count 2^4 as much.
+// Stores channels 4 * quad .. 4 * quad + 3 of packed row c as operands of 4-bit keys: a word of K
+// is 8 channels, of which the first four are the low halves of two steps' operands. A lane has a
+// quarter of each part of a key, or of each block. Channels whose int4 codes lie lower count 2^4 as
+// much.
 template <typename Traits>
 __device__ __forceinline__ void StoreNibbleQuery(const float (&x)[4], int c, int quad,
                                                  char* queries) {
@@ -183,46 +185,53 @@ __device__ __forceinline__ float LargestOf(const float (&x)[4]) {
 }
 
 template <typename Traits>
-__device__ __forceinline__ ColumnInfo InfoOf(const AttentionParams& p, const AttentionTask& task,
-                                             const Segment& segment, int c, float key_scale) {
-  const Column column =
-      ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + c);
-  ColumnInfo info;
+__device__ __forceinline__ PackedRowInfo InfoOf(const AttentionParams& p, const AttentionTask& task,
+                                                const Segment& segment, int c, float key_scale,
+                                                RowHoles* holes) {
+  const PackedRow packed_row =
+      PackedRowOf(task, segment.shape, segment.head, segment.tile * Traits::kTileRows + c);
+  PackedRowInfo info;
   info.keys = {0, 0};
   info.score_factor = 0.0f;
   info.out = -1;
-  if (!column.valid) return info;
-  info.score_factor = ScoreFactor<Traits>(p, segment.batch_idx, column.token, segment.head,
-                                          column.head, key_scale) *
+  if constexpr (Traits::kGeneral) *holes = {};
+  if (!packed_row.valid) return info;
+  info.score_factor = ScoreFactor<Traits>(p, segment.batch_idx, packed_row.token, segment.head,
+                                          packed_row.head, key_scale) *
                       kLog2E;
   // The unit of a product of a query and int4 codes.
   if constexpr (Traits::kKeyBiased) info.score_factor *= 0.0625f / Traits::Format::kUnit;
-  info.keys = KeysOfQuery(p, segment.shape, column.token - segment.shape.q_begin);
+  info.keys = KeysOfQuery(p, segment.shape, packed_row.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
-    const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(column.token);
+    const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(packed_row.token);
     info.keys = Intersect(info.keys, {__ldg(offsets), __ldg(offsets + 1)});
     info.keys.end = max(info.keys.end, 0);
   }
-  info.out = (static_cast<int64_t>(column.token) * p.num_heads + column.head) * Traits::kValueDim;
+  if constexpr (Traits::kGeneral) {
+    *holes = TakeHoles(p, segment.shape, segment.batch_idx, segment.head,
+                       packed_row.token - segment.shape.q_begin, &info.keys);
+  }
+  info.out =
+      (static_cast<int64_t>(packed_row.token) * p.num_heads + packed_row.head) * Traits::kValueDim;
   return info;
 }
 
-// A thread's loads of a work tile's queries: lanes share a column's channels, four each, or four
-// times as many as a large head needs. A cluster starts them ahead of its first keys, behind which
-// they would wait.
+// A thread's loads of a work tile's queries: lanes share a packed row's channels, four each, or
+// four times as many as a large head needs. A cluster starts them ahead of its first keys, behind
+// which they would wait.
 template <typename Traits>
 struct QueryLoads {
-  static constexpr int kColumnQuads = Traits::kKeyDim / 4;
-  static constexpr int kLanes = kColumnQuads <= 32       ? kColumnQuads
-                                : kColumnQuads % 32 == 0 ? 32
-                                                         : 16;  // of a column
-  static constexpr int kQuads = kColumnQuads / kLanes;          // of a lane, kLanes apart
+  static constexpr int kRowQuads = Traits::kKeyDim / 4;
+  static constexpr int kLanes = kRowQuads <= 32       ? kRowQuads
+                                : kRowQuads % 32 == 0 ? 32
+                                                      : 16;  // of a packed row
+  static constexpr int kQuads = kRowQuads / kLanes;          // of a lane, kLanes apart
   static constexpr int kAtOnce = Traits::kThreads / kLanes;
-  static constexpr int kPasses = Traits::kColumns / kAtOnce;
+  static constexpr int kPasses = Traits::kTileRows / kAtOnce;
   static constexpr int kBatch = kPasses < 4 ? kPasses : 4;
-  static_assert((kLanes & (kLanes - 1)) == 0 && kPasses * kAtOnce == Traits::kColumns,
-                "lanes exchange by XOR, and every column has its pass");
-  static_assert(kQuads * kLanes == kColumnQuads);
+  static_assert((kLanes & (kLanes - 1)) == 0 && kPasses * kAtOnce == Traits::kTileRows,
+                "lanes exchange by XOR, and every packed_row has its pass");
+  static_assert(kQuads * kLanes == kRowQuads);
   uint2 raw[kBatch][kQuads];
   float key_scale, value_scale;
 
@@ -232,14 +241,14 @@ struct QueryLoads {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int c = (pass + b) * kAtOnce + threadIdx.x / kLanes;
-      const Column column =
-          ColumnOf(task, segment.shape, segment.head, segment.tile * Traits::kColumns + c);
+      const PackedRow packed_row =
+          PackedRowOf(task, segment.shape, segment.head, segment.tile * Traits::kTileRows + c);
 #pragma unroll
       for (int i = 0; i < kQuads; ++i) {
         raw[b][i] = make_uint2(0, 0);
-        if (column.valid && InHead<Traits>(quad + i * kLanes)) {
-          raw[b][i] = LoadRaw(p, column.token * p.q_token_stride + column.head * p.q_head_stride +
-                                     4 * (quad + i * kLanes));
+        if (packed_row.valid && InHead<Traits>(quad + i * kLanes)) {
+          raw[b][i] = LoadRaw(p, packed_row.token * p.q_token_stride +
+                                     packed_row.head * p.q_head_stride + 4 * (quad + i * kLanes));
         }
       }
     }
@@ -248,14 +257,15 @@ struct QueryLoads {
   __device__ __forceinline__ void Start(const AttentionParams& p, const AttentionTask& task,
                                         const Segment& segment) {
     StartBatch(p, task, segment, 0);
-    if (threadIdx.x < Traits::kColumns) {
+    if (threadIdx.x < Traits::kTileRows) {
       key_scale = KeyScale<Traits>(p, segment.head);
       value_scale = ValueScale(p, segment.batch_idx, segment.head);
     }
   }
 };
 
-// Writes the work tile's queries and column infos to shared memory, the first batch from `loads`.
+// Writes the work tile's queries and packed row infos to shared memory, the first batch from
+// `loads`.
 template <typename Traits>
 __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const AttentionTask& task,
                                              const Segment& segment, QueryLoads<Traits>* loads,
@@ -265,7 +275,7 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
   constexpr int kPasses = QueryLoads<Traits>::kPasses;
   constexpr int kBatch = QueryLoads<Traits>::kBatch;
   constexpr int kQuads = QueryLoads<Traits>::kQuads;
-  ColumnInfo* infos = reinterpret_cast<ColumnInfo*>(shared + Traits::kColumnOffset);
+  PackedRowInfo* infos = reinterpret_cast<PackedRowInfo*>(shared + Traits::kRowInfoOffset);
   const int quad = threadIdx.x % kLanes;
   int2 steps[kQuads];
 #pragma unroll
@@ -273,10 +283,15 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; pass += kBatch) {
     if (pass > 0) loads->StartBatch(p, task, segment, pass);
-    // Meanwhile, what the columns see and their scales.
-    if (pass == 0 && threadIdx.x < Traits::kColumns) {
-      const ColumnInfo info = InfoOf<Traits>(p, task, segment, threadIdx.x, loads->key_scale);
-      ColumnInfo& target = infos[threadIdx.x];
+    // Meanwhile, what the packed rows see and their scales.
+    if (pass == 0 && threadIdx.x < Traits::kTileRows) {
+      RowHoles holes;
+      const PackedRowInfo info =
+          InfoOf<Traits>(p, task, segment, threadIdx.x, loads->key_scale, &holes);
+      if constexpr (Traits::kGeneral) {
+        reinterpret_cast<RowHoles*>(shared + Traits::kHolesOffset)[threadIdx.x] = holes;
+      }
+      PackedRowInfo& target = infos[threadIdx.x];
       target.keys = info.keys;
       target.score_factor = info.score_factor;
       target.value_scale = loads->value_scale;

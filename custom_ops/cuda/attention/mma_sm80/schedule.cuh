@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/holes.h"
 #include "common/visible_keys.h"
 #include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/shared/forms.cuh"
@@ -32,20 +33,21 @@ struct SeqWork {
 };
 
 __device__ __forceinline__ SeqWork WorkOf(const AttentionParams& p, const AttentionTask& task,
-                                          const SeqShape& seq, int columns, int kv_tile) {
-  const int pairs = seq.q_len * task.group;
-  if (pairs == 0 || pairs < task.min_pairs || pairs > task.max_pairs) return {0, 0, 0};
+                                          const SeqShape& seq, int tile_rows, int kv_tile) {
+  const int packed_rows = seq.q_len * task.group;
+  if (packed_rows == 0 || packed_rows < task.min_packed_rows || packed_rows > task.max_packed_rows)
+    return {0, 0, 0};
   const int first = KeysOfQuery(p, seq, 0).begin / kv_tile;
   const int end = KeysOfQuery(p, seq, seq.q_len - 1).end;
   // A sequence that sees nothing still has its output to write.
   const int kv_tiles = max((end + kv_tile - 1) / kv_tile - first, 1);
-  return {(pairs + columns - 1) / columns, first, kv_tiles};
+  return {(packed_rows + tile_rows - 1) / tile_rows, first, kv_tiles};
 }
 
-template <int kColumns, int kKvTile>
+template <int kTileRows, int kKvTile>
 __device__ __forceinline__ SeqWork WorkOf(const AttentionParams& p, const AttentionTask& task,
                                           const SeqShape& seq) {
-  return WorkOf(p, task, seq, kColumns, kKvTile);
+  return WorkOf(p, task, seq, kTileRows, kKvTile);
 }
 
 // Whether clusters take a call in which the host left that open, by the lengths of its sequences.
@@ -54,7 +56,7 @@ __device__ __forceinline__ SeqWork WorkOf(const AttentionParams& p, const Attent
 // threads take part.
 template <int kThreads>
 __device__ __forceinline__ bool ClustersTakeCall(const AttentionParams& p,
-                                                 const AttentionTask& task, int columns,
+                                                 const AttentionTask& task, int tile_rows,
                                                  int kv_tile, uint32_t* working) {
   constexpr int kRounds = kMaxPlanSeqs / kThreads;
   // The lengths of all rounds are asked for before any is looked at: one latency, not several.
@@ -70,7 +72,7 @@ __device__ __forceinline__ bool ClustersTakeCall(const AttentionParams& p,
   for (int r = 0; r < kRounds; ++r) {
     if (r * kThreads >= task.num_seqs) break;
     const int seq = r * kThreads + static_cast<int>(threadIdx.x);
-    const SeqWork work = WorkOf(p, task, shapes[r], columns, kv_tile);
+    const SeqWork work = WorkOf(p, task, shapes[r], tile_rows, kv_tile);
     // A cluster would take several work tiles one after the other.
     takes = takes && work.tiles <= 1 && work.kv_tiles <= task.cluster_kv_tiles;
     const uint32_t vote = __ballot_sync(0xFFFFFFFFu, work.tiles > 0);
@@ -149,9 +151,9 @@ struct alignas(16) Segment {
   int tile;
   int kv_tile_begin;  // KV tiles, without those that the work tile cannot see
   int kv_tile_end;
-  KeyRange<int> seen_by_all;  // keys that all columns see
-  KeyRange<int> seen_by_any;  // keys that any column may see
-  int columns_differ;         // in what they see
+  KeyRange<int> seen_by_all;  // keys that all packed rows see
+  KeyRange<int> seen_by_any;  // keys that any packed row may see
+  int packed_rows_differ;     // in what they see
   int begins_work_tile;       // no other CTA has KV tiles before these, or after them
   int ends_work_tile;
   int num_splits;  // CTAs with equal shares that have some of the work tile, 0: this one alone
@@ -160,7 +162,7 @@ struct alignas(16) Segment {
   __device__ __forceinline__ bool Whole() const { return begins_work_tile && ends_work_tile; }
 };
 
-// Intersects what the columns of a work tile see with the mask offsets of its queries, [first,
+// Intersects what the packed rows of a work tile see with the mask offsets of its queries, [first,
 // last] of the sequence, of which there is at least one.
 __device__ __forceinline__ void IntersectMasks(const AttentionParams& p, int first, int last,
                                                Segment* s) {
@@ -177,21 +179,40 @@ __device__ __forceinline__ void IntersectMasks(const AttentionParams& p, int fir
   s->seen_by_all = Intersect(s->seen_by_all, all);
 }
 
-// Sets what the columns of a work tile see.
-template <int kColumns>
+// Narrows what all columns of a work tile see, and any of them, where they may have holes. Its
+// queries are [first, last] of the sequence.
+__device__ __forceinline__ void TakeHolesOfTile(const AttentionParams& p, int first, int last,
+                                                Segment* s) {
+  const int new_begin = s->shape.k_len - s->shape.q_len;
+  const HeadWindow window = p.WindowOf(s->head);
+  TakeHeadWindow(window, new_begin + first, kMaxKeys, &s->seen_by_any);
+  const KeyRange<int> gap = TakeHeadWindow(window, new_begin + last, kMaxKeys, &s->seen_by_all);
+  if (gap.begin < gap.end) {
+    s->seen_by_all.begin = max(s->seen_by_all.begin, gap.end);
+    s->packed_rows_differ = 1;  // from the interval of all
+  }
+  if (p.tree.data != nullptr && s->shape.q_len <= p.tree.size) {
+    s->seen_by_all.end = min(s->seen_by_all.end, new_begin);
+    s->packed_rows_differ = 1;
+  }
+}
+
+// Sets what the columns of a work tile see. kGeneral: they may have holes in it.
+template <int kTileRows, bool kGeneral = false>
 __device__ __forceinline__ void SetVisibleKeys(const AttentionParams& p, const AttentionTask& task,
                                                Segment* s) {
-  const int first = s->tile * kColumns / task.group;
-  const int last = min((s->tile * kColumns + kColumns - 1) / task.group, s->shape.q_len - 1);
+  const int first = s->tile * kTileRows / task.group;
+  const int last = min((s->tile * kTileRows + kTileRows - 1) / task.group, s->shape.q_len - 1);
   const KeyRange<int> low = KeysOfQuery(p, s->shape, first), high = KeysOfQuery(p, s->shape, last);
   s->seen_by_any = {min(low.begin, high.end), high.end};
   s->seen_by_all = {high.begin, low.end};
   if (p.mask_offsets != nullptr) IntersectMasks(p, first, last, s);
-  s->columns_differ = first != last;
+  s->packed_rows_differ = first != last;
+  if constexpr (kGeneral) TakeHolesOfTile(p, first, last, s);
 }
 
 // The CTA's segment of a work tile.
-template <int kColumns, int kKvTile>
+template <int kTileRows, int kKvTile, bool kGeneral = false>
 __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const AttentionTask& task,
                                                const Schedule& schedule, uint32_t work_tile) {
   int seq = schedule.first_seq;
@@ -199,7 +220,7 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
   Segment s;
   s.batch_idx = task.first_seq + seq;
   s.shape = LoadSeqShape(p, s.batch_idx);
-  const SeqWork work = WorkOf<kColumns, kKvTile>(p, task, s.shape);
+  const SeqWork work = WorkOf<kTileRows, kKvTile>(p, task, s.shape);
   const uint2 before = schedule.before[seq];
   const uint32_t length = CostOf(task, work);
   const uint32_t index = work_tile - before.y;
@@ -217,7 +238,7 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
     s.first_cta = static_cast<int>((cost + kWorkTileCost) / schedule.share);
     s.num_splits = static_cast<int>((cost + length - 1) / schedule.share) - s.first_cta + 1;
   }
-  SetVisibleKeys<kColumns>(p, task, &s);
+  SetVisibleKeys<kTileRows, kGeneral>(p, task, &s);
   const int kv_tiles_begin = task.split ? max(static_cast<int>(begin - kWorkTileCost), 0) : 0;
   const int kv_tiles_end = task.split ? static_cast<int>(end - kWorkTileCost) : work.kv_tiles;
   s.kv_tile_begin = max(work.first + kv_tiles_begin, s.seen_by_any.begin / kKvTile);
@@ -230,7 +251,7 @@ __device__ __forceinline__ Segment MakeSegment(const AttentionParams& p, const A
 // sequence's length counts. `working`: see ClustersTakeCall; null where each sequence has a
 // cluster. The first thread says in *segment, which it alone writes, which sequence and head they
 // are.
-template <int kColumns, int kKvTile>
+template <int kTileRows, int kKvTile>
 __device__ __forceinline__ Schedule MakeClusterSchedule(const AttentionParams& p,
                                                         const AttentionTask& task,
                                                         const uint32_t* working, Segment* segment) {
@@ -247,12 +268,12 @@ __device__ __forceinline__ Schedule MakeClusterSchedule(const AttentionParams& p
     segment->batch_idx = seq;
     segment->head = head;
   }
-  schedule.num_work_tiles = WorkOf<kColumns, kKvTile>(p, task, shape).tiles;
+  schedule.num_work_tiles = WorkOf<kTileRows, kKvTile>(p, task, shape).tiles;
   return schedule;
 }
 
 // Completes the segment for the split of work tile `tile` that this CTA of the cluster has.
-template <int kColumns, int kKvTile>
+template <int kTileRows, int kKvTile, bool kGeneral = false>
 __device__ __forceinline__ void SetClusterSegment(const AttentionParams& p,
                                                   const AttentionTask& task, uint32_t tile,
                                                   Segment* segment) {
@@ -261,7 +282,7 @@ __device__ __forceinline__ void SetClusterSegment(const AttentionParams& p,
   s.tile = static_cast<int>(tile);
   s.begins_work_tile = s.ends_work_tile = false;
   s.num_splits = s.first_cta = 0;
-  SetVisibleKeys<kColumns>(p, task, &s);
+  SetVisibleKeys<kTileRows, kGeneral>(p, task, &s);
   const int first = s.seen_by_any.begin / kKvTile;
   const int kv_tiles = max((s.seen_by_any.end + kKvTile - 1) / kKvTile - first, 0);
   const int each = kv_tiles / task.cluster, more = kv_tiles - each * task.cluster;
@@ -338,12 +359,12 @@ __device__ __forceinline__ void CountWork(uint64_t cost, uint64_t work_tiles, ui
 }
 
 // Fills before[0 .. num_seqs] and returns the CTA's share of the work. All threads take part.
-template <int kColumns, int kKvTile, int kThreads>
+template <int kTileRows, int kKvTile, int kThreads>
 __device__ __forceinline__ Schedule MakeSchedule(const AttentionParams& p,
                                                  const AttentionTask& task, uint2* before,
                                                  uint2* warp_totals) {
   const auto work_of = [&](int seq, uint2* sum) {
-    const SeqWork work = WorkOf<kColumns, kKvTile>(p, task, LoadSeqShape(p, task.first_seq + seq));
+    const SeqWork work = WorkOf<kTileRows, kKvTile>(p, task, LoadSeqShape(p, task.first_seq + seq));
     const uint64_t work_tiles = static_cast<uint64_t>(work.tiles) * p.num_kv_heads;
     CountWork(work_tiles * CostOf(task, work), work_tiles, sum);
   };

@@ -1,12 +1,12 @@
 // Shapes of one attention kernel.
 //
-// A CTA of 4 warps, or 8, works on a work tile of `kColumns` packed GQA columns. Its warps form
+// A CTA of 4 warps, or 8, works on a work tile of `kTileRows` packed rows. Its warps form
 // warp pipelines: each takes every kPipelines-th KV tile of 64 (or 32) keys, moves it through its
 // own stages of shared memory, and keeps its own maximum, sum and output, merged at the end of the
 // segment.
 //
-// Keys are the rows of the matrix products and queries their columns: S^T = K Q^T and O^T = V^T
-// P^T, so that 8 pairs fill a tensor-core tile.
+// The matrix products are transposed, S^T = K Q^T and O^T = V^T P^T: keys are their rows, and
+// packed rows their columns, of which 8 fill a tensor-core tile.
 #pragma once
 
 #include <algorithm>
@@ -43,10 +43,12 @@ constexpr int MergeDims(int most, int dim) {
 
 // kElement: of K, and kValue: of V. kWide: twice the warps in a CTA, for calls whose clusters have
 // a multiprocessor for each CTA.
-template <DType kElement_, int kHeadDim_, bool kPaged_, Scales kScales_, int kColumns_,
-          bool kWide_ = false, DType kValue_ = kElement_>
+// kGeneral: packed rows may have holes in what they see, and heads block tables (row_holes.cuh).
+template <DType kElement_, int kHeadDim_, bool kPaged_, Scales kScales_, int kTileRows_,
+          bool kWide_ = false, bool kGeneral_ = false, DType kValue_ = kElement_>
 struct AttentionTraits {
   static constexpr bool kWide = kWide_;
+  static constexpr bool kGeneral = kGeneral_;
   static constexpr int kThreads = kAttentionThreads * (kWide ? 2 : 1);
   static constexpr int kCtasPerSm = kWide ? 1 : kAttentionCtasPerSm;
   static constexpr DType kElement = kElement_;
@@ -60,7 +62,7 @@ struct AttentionTraits {
   using ValueSide = SideFormat<kValue, kScales_>;          // how V is
   static constexpr bool kStageScales = Side::kDynamic;     // a stage has the scales of its tokens
   static constexpr bool kPerTokenScales = Side::kDynamic;  // V's multiply probabilities
-  static constexpr int kColumns = kColumns_;
+  static constexpr int kTileRows = kTileRows_;
 
   // Channels of V and of the output.
   static constexpr int kValueDim = ValueDim(kHeadDim);
@@ -79,12 +81,12 @@ struct AttentionTraits {
 
   // As many as hold a work tile's outputs in their registers.
   static constexpr bool kLarge = kHeadDim > 128;
-  static constexpr int kPipelineWarps = kLarge           ? (kColumns == 64 ? 4 : kColumns / 8)
-                                        : kColumns == 64 ? 2
-                                                         : 1;
+  static constexpr int kPipelineWarps = kLarge            ? (kTileRows == 64 ? 4 : kTileRows / 8)
+                                        : kTileRows == 64 ? 2
+                                                          : 1;
   static constexpr int kPipelineThreads = 32 * kPipelineWarps;
   static constexpr int kPipelines = kThreads / kPipelineThreads;
-  static constexpr int kTiles = kColumns / 8 / kPipelineWarps;  // 8-column tiles of a warp
+  static constexpr int kTiles = kTileRows / 8 / kPipelineWarps;  // 8-column tiles of a warp
 
   static constexpr bool kQuantized = Format::kBytes == 1;
   // A scale for a block of some channels of a token (mx_scales.cuh).
@@ -103,7 +105,8 @@ struct AttentionTraits {
   // Key tiles (16 keys each) whose scores are in registers at the same time.
   static constexpr int kGroup = kTiles >= 4 ? 2 : kKeyTiles;
   static constexpr int kDimTiles = kValueDim / 16;
-  // int4: a last one, what the codes' bias of 8 adds to a column's output, the same in all rows.
+  // int4: a last one, what the codes' bias of 8 adds to a packed row's output, the same in all
+  // rows.
   static constexpr int kOutTiles = kDimTiles + (kValueBiased ? 1 : 0);
   static constexpr int kStageDimTiles =  // of V
       kValueNibbles ? kDimTiles : std::min(kStageDim, kValueDim) / 16;
@@ -132,11 +135,11 @@ struct AttentionTraits {
   // becomes several requests to the L2 cache, and large calls take 3 to 6 % longer.
   static constexpr int kStageBytes = kDataBytes + kScaleBytes;
   static_assert(kStageBytes % 128 == 0);
-  // With few columns the pipeline goes on by a K or a V at a time, and starts the load that lies
-  // kStages - 1 ahead. With many, scores of only kGroup key tiles fit in registers at a time: it
-  // goes on by a K and its V, and the warp pipelines do so together.
+  // With few packed rows the pipeline goes on by a K or a V at a time, and starts the load that
+  // lies kStages - 1 ahead. With many, scores of only kGroup key tiles fit in registers at a time:
+  // it goes on by a K and its V, and the warp pipelines do so together.
   static constexpr bool kPairsKv = kTiles >= 4;
-  static constexpr bool kClusters = kColumns < 64;  // the kernel can run in clusters of CTAs
+  static constexpr bool kClusters = kTileRows < 64;  // the kernel can run in clusters of CTAs
   // So many scales that two CTAs would not fit a multiprocessor.
   static constexpr bool kManyScales = kBlockScales && kHeadDim == 256 && kPipelines > 1;
   static constexpr int kManyStages = kPairsKv                           ? 4
@@ -156,19 +159,21 @@ struct AttentionTraits {
 
   // Outputs of all pipelines are merged this many channels at a time.
   static constexpr int kMergeDims =
-      MergeDims((kManyScales ? 1024 : 2048) / (kPipelines * kColumns), kValueDim);
+      MergeDims((kManyScales ? 1024 : 2048) / (kPipelines * kTileRows), kValueDim);
   static constexpr int kMergeStride = kMergeDims + 4;  // floats; keeps banks apart
 
-  static constexpr int kQueryBytes = kColumns * kKeyDim * 2;
-  static constexpr int kMergeBytes = kPipelines * kColumns * kMergeStride * 4;
+  static constexpr int kQueryBytes = kTileRows * kKeyDim * 2;
+  static constexpr int kMergeBytes = kPipelines * kTileRows * kMergeStride * 4;
   // The merge begins when all warps have used a work tile's queries.
   static constexpr int kMergeOffset = kPipelines * kStages * kStageBytes;
   static constexpr int kQueryOffset = kMergeOffset;
   static constexpr int kStateOffset = kMergeOffset + std::max(kMergeBytes, kQueryBytes);
-  static constexpr int kStateBytes = kPipelines * kColumns * 8;  // maximum, sum
-  static constexpr int kColumnOffset = kStateOffset + kStateBytes;
-  static constexpr int kColumnBytes = kColumns * 32;  // ColumnInfo
-  static constexpr int kScanOffset = kColumnOffset + kColumnBytes;
+  static constexpr int kStateBytes = kPipelines * kTileRows * 8;  // maximum, sum
+  static constexpr int kRowInfoOffset = kStateOffset + kStateBytes;
+  static constexpr int kRowInfoBytes = kTileRows * 32;  // PackedRowInfo
+  static constexpr int kHolesOffset = kRowInfoOffset + kRowInfoBytes;
+  static constexpr int kHolesBytes = kGeneral ? kTileRows * 32 : 0;  // RowHoles
+  static constexpr int kScanOffset = kHolesOffset + kHolesBytes;
   static constexpr int kScanBytes = kThreads / 32 * 8;
   static constexpr int kShareOffset = kScanOffset + kScanBytes;
   static constexpr int kShareBytes = 48;  // Schedule

@@ -13,14 +13,15 @@
 
 namespace fastattn::cuda {
 
-// Address of the exponents of this lane's columns, 8 bytes apart: in shared memory that takes the
-// columns' maxima and sums when the segment ends.
+// Address of the exponents of this lane's packed rows, 8 bytes apart: in shared memory that takes
+// the packed rows' maxima and sums when the segment ends.
 template <typename Traits>
-__device__ __forceinline__ uint32_t ColumnExponents() {
+__device__ __forceinline__ uint32_t RowExponents() {
   extern __shared__ __align__(128) char shared[];
   const int thread = Thread<true>(), warp = thread / 32, pipeline = warp / Traits::kPipelineWarps;
-  const int column = warp % Traits::kPipelineWarps * Traits::kTiles * 8 + 2 * (thread % 4);
-  return SharedAddress(shared) + Traits::kStateOffset + (pipeline * Traits::kColumns + column) * 8;
+  const int packed_row = warp % Traits::kPipelineWarps * Traits::kTiles * 8 + 2 * (thread % 4);
+  return SharedAddress(shared) + Traits::kStateOffset +
+         (pipeline * Traits::kTileRows + packed_row) * 8;
 }
 
 __device__ __forceinline__ int LoadExponent(uint32_t address) {
@@ -34,20 +35,21 @@ __device__ __forceinline__ int ExponentAbove(uint32_t largest) {
   return min(static_cast<int>(largest >> 23) + 1, 252);
 }
 
-// Raises the exponents of columns that differ in what they see, each to what bounds the scales that
-// the column itself sees: a scale that only another column sees must not take its bits. The
-// exponents then lie in shared memory, each followed by the one before; `uniform`: the one of all
-// columns, if they had none of their own. A call, as registers are short and few KV tiles need it.
+// Raises the exponents of packed rows that differ in what they see, each to what bounds the scales
+// that the packed row itself sees: a scale that only another packed row sees must not take its
+// bits. The exponents then lie in shared memory, each followed by the one before; `uniform`: the
+// one of all packed rows, if they had none of their own. A call, as registers are short and few KV
+// tiles need it.
 template <typename Traits>
-__device__ __noinline__ void RaiseColumnExponents(uint32_t stage, DType dtype, uint32_t columns,
-                                                  int first_key, int first, int uniform) {
+__device__ __noinline__ void RaiseRowExponents(uint32_t stage, DType dtype, uint32_t row_infos,
+                                               int first_key, int first, int uniform) {
   const int g = threadIdx.x % 32 / 4;
-  const uint32_t exponents = ColumnExponents<Traits>();
+  const uint32_t exponents = RowExponents<Traits>();
   __syncwarp();
 #pragma unroll 1
   for (int i = 0; i < 2 * Traits::kTiles; ++i) {
-    const int column = 8 * (i / 2) + i % 2;
-    const uint2 range = LoadShared8(columns + column * sizeof(ColumnInfo));
+    const int packed_row = 8 * (i / 2) + i % 2;
+    const uint2 range = LoadShared8(row_infos + packed_row * sizeof(PackedRowInfo));
     const int begin = static_cast<int>(range.x) - first_key;
     const int end = static_cast<int>(range.y) - first_key;
     uint32_t largest = 0;
@@ -55,14 +57,18 @@ __device__ __noinline__ void RaiseColumnExponents(uint32_t stage, DType dtype, u
     for (int j = 0; j < 2 * Traits::kGroup; ++j) {
       const int key = Traits::KeyOf(first + j / 2, g + 8 * (j % 2));
       const uint32_t bits = __float_as_uint(TokenScale<Traits>(stage, key, dtype)) & 0x7FFFFFFFu;
+      if constexpr (Traits::kGeneral) {
+        const RowKeys<Traits> seen(row_infos + packed_row * sizeof(PackedRowInfo));
+        if (!seen.Sees(first_key + key)) continue;
+      }
       if (key >= begin && key < end && bits < 0x7F800000u) largest = max(largest, bits);
     }
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
       largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
     }
-    const uint32_t address = exponents + column * 8;
-    const int before = uniform == kColumnExponents ? LoadExponent(address) : uniform;
+    const uint32_t address = exponents + packed_row * 8;
+    const int before = uniform == kRowExponents ? LoadExponent(address) : uniform;
     __syncwarp();
     if (g == 0) {
       asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(address),
@@ -73,16 +79,17 @@ __device__ __noinline__ void RaiseColumnExponents(uint32_t stage, DType dtype, u
   __syncwarp();
 }
 
-// Multiplies probabilities with V's scales where columns differ in what they see.
+// Multiplies probabilities with V's scales where packed rows differ in what they see.
 template <typename Traits>
-__device__ __forceinline__ void ApplyColumnScales(
-    const AttentionParams& p, uint32_t stage, const KvTileMask& mask, int first,
-    float (&scores)[Traits::kGroup][Traits::kTiles][4], TileState<Traits>* state) {
-  RaiseColumnExponents<Traits>(stage, TokenScaleType<Traits>(p), mask.columns, mask.first_key,
-                               first, state->scale_exponent);
-  state->scale_exponent = kColumnExponents;
+__device__ __forceinline__ void ApplyRowScales(const AttentionParams& p, uint32_t stage,
+                                               const KvTileMask& mask, int first,
+                                               float (&scores)[Traits::kGroup][Traits::kTiles][4],
+                                               TileState<Traits>* state) {
+  RaiseRowExponents<Traits>(stage, TokenScaleType<Traits>(p), mask.row_infos, mask.first_key, first,
+                            state->scale_exponent);
+  state->scale_exponent = kRowExponents;
   const int g = Lane<true>() / 4;  // found again, as registers are short
-  const uint32_t exponents = ColumnExponents<Traits>();
+  const uint32_t exponents = RowExponents<Traits>();
 #pragma unroll
   for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
@@ -106,11 +113,11 @@ __device__ __forceinline__ void ApplyColumnScales(
   }
 }
 
-// Brings outputs whose columns have exponents of their own to units of 1. The exponents' memory is
-// free then.
+// Brings outputs whose packed rows have exponents of their own to units of 1. The exponents' memory
+// is free then.
 template <typename Traits>
-__device__ __forceinline__ void DropColumnExponents(TileState<Traits>* state) {
-  const uint32_t exponents = ColumnExponents<Traits>();
+__device__ __forceinline__ void DropRowExponents(TileState<Traits>* state) {
+  const uint32_t exponents = RowExponents<Traits>();
 #pragma unroll
   for (int n = 0; n < Traits::kTiles; ++n) {
 #pragma unroll
@@ -128,7 +135,7 @@ __device__ __forceinline__ void DropColumnExponents(TileState<Traits>* state) {
   __syncwarp();
 }
 
-// Does the same where columns do not differ, relative to a power of two that bounds all scales.
+// Does the same where packed rows do not differ, relative to a power of two that bounds all scales.
 // `scale`: V's scales of the lane's keys.
 template <typename Traits>
 __device__ __forceinline__ void ApplyCommonScales(
@@ -190,12 +197,12 @@ __device__ __forceinline__ void ApplyValueScales(const AttentionParams& p, uint3
                                                  float (&scale)[Traits::kGroup][2],
                                                  float (&scores)[Traits::kGroup][Traits::kTiles][4],
                                                  TileState<Traits>* state) {
-  if ((mask.needs_mask && mask.columns_differ) || state->scale_exponent == kColumnExponents) {
-    ApplyColumnScales<Traits>(p, stage, mask, first, scores, state);
+  if ((mask.needs_mask && mask.packed_rows_differ) || state->scale_exponent == kRowExponents) {
+    ApplyRowScales<Traits>(p, stage, mask, first, scores, state);
   } else {
     ApplyCommonScales<Traits>(p, stage, mask, first, scale, scores, state);
   }
-  // A NaN scale of a key that a column does not see must not reach that column.
+  // A NaN scale of a key that a packed row does not see must not reach that packed row.
   if (mask.needs_mask) MaskKeys<Traits>(mask, first, 0.0f, scores);
 }
 

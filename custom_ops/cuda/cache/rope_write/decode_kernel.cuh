@@ -105,9 +105,16 @@ struct DecodeSeq {
 };
 
 // Block of a token's place, -1 where there is none, as the table has it: nothing waits for it here.
-__device__ __forceinline__ int LoadBlock(const SeqMeta& seqs, const WarpPlace& place) {
+// kHeadTables: by the table of the lane's head, of `num_heads`.
+template <bool kHeadTables>
+__device__ __forceinline__ int LoadBlock(const SeqMeta& seqs, const WarpPlace& place, int head,
+                                         int num_heads) {
   const uint32_t index = place.position / kBlockSize;
   if (place.batch_idx < 0 || index >= static_cast<uint32_t>(seqs.max_blocks)) return -1;
+  if constexpr (kHeadTables) {
+    const int64_t table = seqs.TableOf(place.batch_idx, head, num_heads);
+    return *BlockEntry(seqs.block_tables, seqs.max_blocks, table, index);
+  }
   return *BlockEntry(seqs.block_tables, seqs.max_blocks, place.batch_idx, index);
 }
 
@@ -339,7 +346,7 @@ __device__ __forceinline__ void DecodeQuery(const StepParamsOf<Traits>& p, Decod
 }
 
 // K, and V of type none.
-template <typename Traits, HeadKind kKind, bool kTogether, bool kFeedsBack>
+template <typename Traits, HeadKind kKind, bool kTogether, bool kFeedsBack, bool kHeadTables>
 __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, DecodeSeq& seq,
                                                  const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
@@ -356,7 +363,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, 
   BeginDecode<kTogether>();
   WarpPlace place = seq.Find([&] { values.Load(rope, at.lane), scale.Load(); });
   if constexpr (Traits::kRope) values.MakeWait(early, place.position);
-  const int loaded_block = LoadBlock(seq.seqs, place);
+  const int loaded_block = LoadBlock<kHeadTables>(seq.seqs, place, at.head, cache.num_kv_heads);
   Inverse inverse = {1.0f};
   if constexpr (Traits::kRope) {
     if (place.batch_idx >= 0) {
@@ -385,7 +392,7 @@ __device__ __forceinline__ void DecodeTokenMajor(const StepParamsOf<Traits>& p, 
 }
 
 // kTogether: all warps of the CTA take part.
-template <typename Traits, bool kTogether>
+template <typename Traits, bool kTogether, bool kHeadTables>
 __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
                                             const DecodeHead& at) {
   using Lane = DecodeLane<Traits>;
@@ -418,7 +425,7 @@ __device__ __forceinline__ void DecodeValue(const StepParams& p, DecodeSeq& seq,
     }
     scale.Load();
   });
-  const int loaded_block = LoadBlock(seq.seqs, place);
+  const int loaded_block = LoadBlock<kHeadTables>(seq.seqs, place, at.head, cache.num_kv_heads);
   uint32_t words[Lane::kWords];
 #pragma unroll
   for (int i = 0; i < Lane::kWords; ++i) {
@@ -485,8 +492,9 @@ constexpr int MostDecodeThreads(bool together) {
 }
 
 // Grid: groups of heads (of V, of K, of Q), and tokens. With kTogether a CTA has several tokens, a
-// warp each. Error feedback takes many registers, so steps with it have a kernel of their own.
-template <typename Traits, bool kTogether, bool kFeedsBack = false>
+// warp each. Error feedback takes many registers, so steps with it have a kernel of their own, and
+// so have those with a block table for each KV head, which no other kernel takes.
+template <typename Traits, bool kTogether, bool kFeedsBack = false, bool kHeadTables = false>
 __global__ void __launch_bounds__(MostDecodeThreads(kTogether))
     StepDecodeKernel(const __grid_constant__ StepParamsOf<Traits> p, float seqs_per_token,
                      bool small_grid) {
@@ -515,14 +523,14 @@ __global__ void __launch_bounds__(MostDecodeThreads(kTogether))
     at.shares = value_shares;
     if (past) at.active = false;
     if constexpr (Traits::kQuantized) {
-      DecodeValue<Value, kTogether>(p, seq, at);
+      DecodeValue<Value, kTogether, kHeadTables>(p, seq, at);
     } else {
-      DecodeTokenMajor<Value, HeadKind::kValue, kTogether, false>(p, seq, at);
+      DecodeTokenMajor<Value, HeadKind::kValue, kTogether, false, kHeadTables>(p, seq, at);
     }
   } else if (past) {
     return;
   } else if (group < value_groups + k_groups) {
-    DecodeTokenMajor<Traits, HeadKind::kKey, kTogether, kFeedsBack>(
+    DecodeTokenMajor<Traits, HeadKind::kKey, kTogether, kFeedsBack, kHeadTables>(
         p, seq, HeadOfLane<Traits>(token, group - value_groups, kv_heads));
   } else if constexpr (Traits::kRope) {
     DecodeQuery<Traits, kTogether>(

@@ -44,6 +44,21 @@ cudaError_t LaunchDecode(const StepParamsOf<Traits>& p, cudaStream_t stream) {
                    dim3(kDecodeThreads), stream, p, seqs_per_token, small);
 }
 
+// Steps of any size with a block table for each KV head: the kernel of decode steps, a token at a
+// time, with the options that fit all.
+template <typename Traits>
+cudaError_t LaunchHeadTables(const StepParamsOf<Traits>& p, cudaStream_t stream) {
+  using Lane = DecodeLane<Traits>;
+  const SeqMeta& seqs = p.rope.seqs;
+  const int kv_heads = p.rope.cache.num_kv_heads;
+  const int groups = CeilDiv(p.rope.num_heads, Lane::kHeads) + CeilDiv(kv_heads, Lane::kHeads) +
+                     CeilDiv(kv_heads, DecodeLane<typename Traits::Value>::kHeads);
+  const float seqs_per_token = static_cast<float>(seqs.batch) / static_cast<float>(seqs.num_tokens);
+  return LaunchPdl(StepDecodeKernel<Traits, false, kTakesFeedback<Traits>, true>,
+                   dim3(groups, seqs.num_tokens), dim3(kDecodeThreads), stream, p, seqs_per_token,
+                   false);
+}
+
 // Prompts: rope_write_cache_kv.
 template <typename Traits>
 cudaError_t LaunchStream(const StepParamsOf<Traits>& p, cudaStream_t stream) {
@@ -87,6 +102,12 @@ cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream)
     constexpr int kHeadDim = decltype(head_dim)::value;
     // qkv is never fp32, and its heads are of one size.
     if constexpr (kIn != DType::kFloat32 && HeadDims::Has(kHeadDim)) {
+      if (p.rope.num_heads > 0 && p.rope.seqs.head_tables) {
+        using Traits = StepTraits<kIn, kScales, kCode, kHeadDim, RopeOptions<true, true, true>,
+                                  kTransformsKey, kValueCode>;
+        status = LaunchHeadTables<Traits>(p, stream);
+        return;
+      }
       if (p.rope.num_heads > 0) {
         const auto launch = [&](auto options) {
           using Traits = StepTraits<kIn, kScales, kCode, kHeadDim, decltype(options),
@@ -102,7 +123,8 @@ cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream)
       }
     }
     using Traits = StepTraits<kIn, kScales, kCode, kHeadDim, NoRope, kTransformsKey, kValueCode>;
-    status = LaunchStep<Traits>(p, stream);
+    status = p.rope.seqs.head_tables ? LaunchHeadTables<Traits>(p, stream)
+                                     : LaunchStep<Traits>(p, stream);
   });
   return status;
 }

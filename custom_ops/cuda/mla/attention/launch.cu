@@ -1,33 +1,61 @@
-// Which kernel attends a call of mla_sparse_attention.
 #include "cuda/mla/attention/launch.h"
 
 #include "cuda/common/device_facts.h"
-#include "cuda/mla/attention/simple.h"
-#include "cuda/mla/attention/wgmma_sm90/launch.h"
 
 namespace fastattn::cuda {
 
 namespace {
 
-// Whether the Hopper kernels run; *facts are the current device's.
-bool OnHopper(const MlaSparseParams& p, DeviceFacts* facts) {
+enum class Kernel { kMma, kWgmma, kNarrow };
+
+struct Decision {
+  Kernel kernel;
+  MlaAttentionPlan plan;
+};
+
+cudaError_t Decide(const MlaAttentionParams& p, Decision* decision) {
   int device = 0;
-  return GetCurrentDevice(&device, facts) == cudaSuccess && facts->major == 9 && mla_sm90::Takes(p);
+  DeviceFacts facts;
+  const cudaError_t status = GetCurrentDevice(&device, &facts);
+  if (status != cudaSuccess) return status;
+  if (facts.major == 9 && mla_attention::NarrowSupports(p)) {
+    *decision = {Kernel::kNarrow, mla_attention::PlanNarrow(p, facts.processors)};
+  } else if (facts.major == 9 && mla_attention::WgmmaSupports(p)) {
+    *decision = {Kernel::kWgmma, mla_attention::PlanWgmma(p, facts.processors)};
+  } else {
+    *decision = {Kernel::kMma, mla_attention::PlanMma(p, facts.processors)};
+  }
+  return cudaSuccess;
+}
+
+cudaError_t Launch(const MlaAttentionParams& p, const Decision& decision, cudaStream_t stream) {
+  switch (decision.kernel) {
+    case Kernel::kNarrow:
+      return mla_attention::LaunchNarrow(p, decision.plan, stream);
+    case Kernel::kWgmma:
+      return mla_attention::LaunchWgmma(p, decision.plan, stream);
+    case Kernel::kMma:
+      return mla_attention::LaunchMma(p, decision.plan, stream);
+  }
+  return cudaErrorUnknown;
 }
 
 }  // namespace
 
-int64_t MlaSparseWorkspaceBytes(const MlaSparseParams& p) {
-  DeviceFacts facts;
-  if (p.tokens == 0 || p.heads == 0 || !OnHopper(p, &facts)) return 0;
-  return mla_sm90::WorkspaceBytes(p, facts.processors);
+cudaError_t MlaAttentionWorkspaceFloats(const MlaAttentionParams& p, int64_t* floats) {
+  Decision decision;
+  const cudaError_t status = Decide(p, &decision);
+  if (status == cudaSuccess) *floats = MlaAttentionWorkspace(decision.plan);
+  return status;
 }
 
-cudaError_t LaunchMlaSparse(const MlaSparseParams& p, void* workspace, cudaStream_t stream) {
-  if (p.tokens == 0 || p.heads == 0) return cudaSuccess;
-  DeviceFacts facts;
-  if (OnHopper(p, &facts)) return mla_sm90::Launch(p, workspace, stream);
-  return LaunchMlaSparseSimple(p, stream);
+cudaError_t LaunchMlaAttention(const MlaAttentionParams& p, cudaStream_t stream) {
+  Decision decision;
+  cudaError_t status = Decide(p, &decision);
+  if (status != cudaSuccess) return status;
+  status = Launch(p, decision, stream);
+  if (status != cudaSuccess) return status;
+  return mla_attention::LaunchMerge(p, decision.plan, stream);
 }
 
 }  // namespace fastattn::cuda
