@@ -11,7 +11,13 @@ from numpy.typing import ArrayLike, NDArray
 import fastattn.functional as F
 from benchmarks.core.devices import Device
 from benchmarks.core.timing import Call, bind
-from fastattn.functional._cache_types import cache_shapes, codes_per_byte, token_scales, value_dim
+from fastattn.functional._cache_types import (
+    TYPES,
+    cache_shapes,
+    codes_per_byte,
+    token_scales,
+    value_dim,
+)
 from fastattn.reference.layout import BLOCK_SIZE
 
 HEADS, KV, DIM = 32, 8, 128
@@ -43,13 +49,13 @@ class Cache:
     def __init__(
         self, device: Device, quant: str, blocks: int, kv: int = KV, dim: int = DIM
     ) -> None:
-        integers = quant.endswith(("int8", "int4", "mxfp4"))  # any bits
-        code = "bfloat16" if quant == "none" else "int8" if integers else "e4m3"
+        row = TYPES[quant]
+        codes = [c if c in ("bfloat16", "e4m3") else "int8" for c in (row.code, row.value_code)]
         shapes = cache_shapes(quant, blocks, kv, dim)
         self.quant = quant
         self.blocks = blocks
-        self.key = device.random(tuple(shapes[0]), code, seed=1)
-        self.value = device.random(tuple(shapes[1]), code, seed=2)
+        self.key = device.random(tuple(shapes[0]), codes[0], seed=1)
+        self.value = device.random(tuple(shapes[1]), codes[1], seed=2)
         self.tensors = (self.key, self.value)
         self.scales: list[paddle.Tensor | None] = [None, None]
         if quant != "none":

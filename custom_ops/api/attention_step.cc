@@ -30,7 +30,7 @@ Results StepResults(const Known& in) {
   const int64_t tokens = qkv.size(0), heads = in.Integer("num_heads");
   const int64_t head_dim = Inferred<int64_t>(-1, [&] {
     const CacheType type = ParseCacheType(kStep, in.Text("cache_quant_type"));
-    return in["key_cache"].size(3) * CodesPerByte(type);
+    return in["key_cache"].size(3) * KeyCodesPerByte(type);
   });
   const bool has_lse = in.Flag("return_softmax_lse");
   return {{"result", {tokens, head_dim < 0 || heads < 1 ? -1 : heads * head_dim}, dtype},

@@ -41,7 +41,8 @@ def convert_caches(
     cache_quant_type : str
         ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
         ``block_wise_int4``, ``block_wise_mxfp4``, ``block_wise_k8v4`` and ``block_wise_kfp8v4`` are
-        supported between layouts other than FastDeploy's. For ``none`` all layouts are the same and nothing is done.
+        supported between layouts other than FastDeploy's. For ``none`` all layouts are the same and
+        nothing is done.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         See :func:`fastattn.functional.convert_cache_layout`.
     block_ranges : iterable of (int, int), optional

@@ -303,7 +303,7 @@ def _dequantize_blocks(
 
 
 def _head_dim(cache: Array, cache_quant_type: str, kind: str) -> int:
-    """Channels of a K ("k") or V ("v") cache, in which either of the last two dimensions may be tokens."""
+    """Channels of a K ("k") or V ("v") cache, with tokens in one of its last two dimensions."""
     row = int(cache.shape[2]) * int(cache.shape[3]) // BLOCK_SIZE
     nibbles = cache_quant_type != "none" and code_of(cache_quant_type, kind=kind) in NIBBLES
     return 2 * row if nibbles else row

@@ -15,6 +15,7 @@ import pytest
 from tests.support.attention import (
     CACHE_KINDS,
     GROUPED_KINDS,
+    MIXED_KINDS,
     CacheKind,
     flash_problem,
     paged_problem,
@@ -33,6 +34,7 @@ FEW = [
     CacheKind("block_wise_fp8"),
     CacheKind("block_wise_int8"),
     CacheKind("block_wise_int4"),
+    *MIXED_KINDS,
     *GROUPED_KINDS,
 ]
 GARBAGE = ("large", "huge", "nan", "inf")

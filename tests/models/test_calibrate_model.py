@@ -56,6 +56,8 @@ def test_bytes_of_types():
     assert bytes_of("none", 64) == 256 and bytes_of("cache_fp8", 192) == 192 + 128
     assert bytes_of("block_wise_int8", 64) == 136 and bytes_of("block_wise_int4", 64) == 72
     assert bytes_of("block_wise_mxfp4", 128) == 2 * (64 + 4)
+    assert bytes_of("block_wise_k8v4", 128) == bytes_of("block_wise_kfp8v4", 128) == 200
+    assert bytes_of("block_wise_k8v4", 192) == 192 + 64 + 8
 
 
 def options_of(errors):

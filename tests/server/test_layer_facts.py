@@ -293,7 +293,9 @@ needs_direct = pytest.mark.skipif(_ops.helpers() is None, reason="fastattn._dire
 
 
 @needs_direct
-@pytest.mark.parametrize("kind", ["none", "cache_fp8", "block_wise_fp8", "block_wise_int8"])
+@pytest.mark.parametrize(
+    "kind", ["none", "cache_fp8", "block_wise_fp8", "block_wise_int8", "block_wise_k8v4"]
+)
 def test_a_bound_step_is_the_step_through_python(kind, taken, monkeypatch):
     layer, caches = step_layer(kind)
     copies = [paddle.to_tensor(x.numpy()) for x in caches]

@@ -87,6 +87,8 @@ BLOCK_WISE_FP8 = CacheKind("block_wise_fp8")
 BLOCK_WISE_INT8 = CacheKind("block_wise_int8")
 BLOCK_WISE_INT4 = CacheKind("block_wise_int4")
 BLOCK_WISE_MXFP4 = CacheKind("block_wise_mxfp4")
+#: V has other codes than K.
+MIXED_KINDS = [CacheKind("block_wise_k8v4"), CacheKind("block_wise_kfp8v4")]
 
 CACHE_KINDS = [
     PLAIN,
@@ -109,6 +111,7 @@ GROUPED_KINDS = [kind for kind in CACHE_KINDS if kind.grouped]
 FEW_KINDS = [
     *(PLAIN, CacheKind("cache_int8", "channel")),
     *(BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4),
+    *MIXED_KINDS,
     *GROUPED_KINDS,
 ]
 

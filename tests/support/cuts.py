@@ -22,6 +22,8 @@ CACHES = [
     ("block_wise_fp8", ""),
     ("block_wise_int4", ""),
     ("block_wise_mxfp4", ""),
+    ("block_wise_k8v4", ""),
+    ("block_wise_kfp8v4", ""),
 ]
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 

@@ -114,7 +114,7 @@ struct AttentionTraits {
   static constexpr int kStageSteps = kStageDim / 16;
   // A lane's scales of a KV tile are loaded together, V's before the softmax, where registers are
   // left for them.
-  static constexpr bool kScalesAtOnce = kPerTokenScales && (kValueNibbles || kTiles == 1);
+  static constexpr bool kScalesAtOnce = kPerTokenScales && (kKeyNibbles || kTiles == 1);
   static constexpr bool kQueryInRegisters = kTiles <= 2 && kTiles * kMmaSteps <= 24;
 
   // A stage is a KV tile's K or V, or some channels of them, and its per-token scales (of K in the
