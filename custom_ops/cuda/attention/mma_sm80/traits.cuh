@@ -113,8 +113,9 @@ struct AttentionTraits {
   static constexpr int kMmaSteps = kKeyDim / 16;  // of the product over channels
   static constexpr int kStageSteps = kStageDim / 16;
   // A lane's scales of a KV tile are loaded together, V's before the softmax, where registers are
-  // left for them.
-  static constexpr bool kScalesAtOnce = kPerTokenScales && (kKeyNibbles || kTiles == 1);
+  // left for them: not beside all outputs of a large head at a time (V of 4 bits) and K of 8 bits.
+  static constexpr bool kScalesAtOnce =
+      kPerTokenScales && (kKeyNibbles || (kTiles == 1 && !(kLarge && kValueNibbles)));
   static constexpr bool kQueryInRegisters = kTiles <= 2 && kTiles * kMmaSteps <= 24;
 
   // A stage is a KV tile's K or V, or some channels of them, and its per-token scales (of K in the
