@@ -17,15 +17,15 @@
 #include "cpu/rope_write_cache.h"
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
+#include "api/refused_bytes.h"
 #include "cuda/attention/dequantize_kv/launch.h"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/quantize_q/launch.h"
 #include "cuda/attention/query_transform/launch.h"
 #include "cuda/cache/rope_write/launch.h"
 #include "cuda/host_calls/launch.h"
-#include "heuristics/attention.h"
-#include "heuristics/refused_bytes.h"
-#include "heuristics/rope_write.h"
+#include "plan/attention.h"
+#include "plan/rope_write.h"
 #endif
 
 namespace fastattn::api {

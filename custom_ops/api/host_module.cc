@@ -10,13 +10,14 @@
 #include <tuple>
 #include <vector>
 
+#include "api/host_kernels.h"
+#include "api/refused_bytes.h"
 #include "common/head_dims.h"
 #include "common/layout.h"
 #include "common/types.h"
 #include "cpu/isa.h"
-#include "heuristics/attention.h"
-#include "heuristics/indexer_topk.h"
-#include "heuristics/refused_bytes.h"
+#include "plan/attention.h"
+#include "plan/indexer_topk.h"
 
 namespace fastattn::api {
 
@@ -92,7 +93,8 @@ Launches LaunchesOf(const AttentionPlan& plan) {
                         {"merges_in_kernel", launch.merges_in_kernel},
                         {"workspace", launch.workspace},
                         {"invariant_splits", launch.invariant_splits},
-                        {"whole_tiles", launch.whole_tiles}});
+                        {"whole_tiles", launch.whole_tiles},
+                        {"wide", launch.wide}});
   }
   return launches;
 }
@@ -175,9 +177,11 @@ std::tuple<std::string, int64_t, Launches> Decide(
   p.batch_invariant = batch_invariant;
   p.seqs.head_tables = general;  // stands for all that IsGeneral() looks at
   const AttentionDecision decision = DecideAttention(p, {compute_major, num_sms});
-  const char* const kernels[] = {"mma_sm80", "wgmma_fp8", "wgmma_q16"};
-  return {kernels[static_cast<int>(decision.prefill)], decision.workspace,
-          LaunchesOf(decision.plan)};
+  const char* name = "";
+  for (const WholeKernelRow& row : kWholeKernels) {
+    if (row.kernel == decision.whole) name = row.name;
+  }
+  return {name, decision.workspace, LaunchesOf(decision.plan)};
 }
 
 // What becomes of the codes that a call's long sequences read.
@@ -198,6 +202,20 @@ std::map<std::string, int64_t> DequantizePlanOf(
           {"min_tokens", plan.min_tokens},
           {"min_rows", plan.min_rows},
           {"bytes", DequantizedBytes(p, plan)}};
+}
+
+RoleReasons AttentionReasonsOf(const std::string& q_dtype, const std::string& k_dtype,
+                               const std::string& cache_type, int num_tokens, int batch,
+                               int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
+                               int max_seqlen_k, int compute_major, int num_sms, int window_left,
+                               bool batch_invariant, int64_t memory, double operations,
+                               bool general) {
+  AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
+                             num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
+  p.window_left = window_left;
+  p.batch_invariant = batch_invariant;
+  p.seqs.head_tables = general;
+  return AttentionReasons(p, {compute_major, num_sms, 0, {memory, operations}});
 }
 
 }  // namespace
@@ -234,6 +252,26 @@ PYBIND11_MODULE(_host, m) {
         arg("window_left") = -1, arg("batch_invariant") = false, arg("memory") = kDequantizedBytes,
         arg("operations") = kDequantizedOperations, arg("general") = false,
         "Room for 16-bit keys and values of a call's long sequences over a cache of codes.");
+  m.def("attention_kernels", &api::AttentionReasonsOf, arg("q_dtype"), arg("k_dtype"),
+        arg("cache_type"), arg("num_tokens"), arg("batch"), arg("num_heads"), arg("num_kv_heads"),
+        arg("head_dim"), arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9,
+        arg("num_sms") = 132, arg("window_left") = -1, arg("batch_invariant") = false,
+        arg("memory") = kDequantizedBytes, arg("operations") = kDequantizedOperations,
+        arg("general") = false,
+        "Kernels of an attention call: name, what it does, and why it does not take the call.");
+  m.def("all_kernels", &api::AllKernels,
+        "Rows of the tables of kernels: operators, kernel, first and last compute capability.");
+  m.def("mla_attention_kernels", &api::MlaAttentionReasons, arg("cache_format"), arg("heads"),
+        arg("max_seqlen_q"), arg("page_size"), arg("num_pages"), arg("compute_major") = 9,
+        "Kernels of mla_attention: name, and why it does not take the call.");
+  m.def("mla_sparse_attention_kernels", &api::MlaSparseReasons, arg("cache_format"),
+        arg("extra_cache_format"), arg("dim"), arg("heads"), arg("page_size"), arg("num_pages"),
+        arg("fp32_out") = false, arg("max_logits") = false, arg("compute_major") = 9,
+        "Kernels of mla_sparse_attention: name, and why it does not take the call.");
+  m.def("mqa_logits_kernels", &api::LogitsReasons, arg("quant"), arg("head_dim"), arg("heads"),
+        arg("batch"), arg("next_n"), arg("keys"), arg("page_size") = 0, arg("num_pages") = 0,
+        arg("compute_major") = 9,
+        "Kernels of mqa_logits and paged_mqa_logits: name, and why it does not take the call.");
   m.def(
       "invariant_splits",
       [](int kv_tiles, int tile_rows, int num_kv_heads) {

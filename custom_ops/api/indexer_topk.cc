@@ -12,7 +12,7 @@
 #include "api/sizes.h"
 #include "cpu/mqa_logits.h"
 #include "cpu/topk.h"
-#include "heuristics/indexer_topk.h"
+#include "plan/indexer_topk.h"
 
 #if defined(FASTATTN_WITH_CUDA)
 #include "cuda/indexer_topk/launch.h"

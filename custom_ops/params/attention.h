@@ -73,7 +73,7 @@ struct AttentionParams {
   int max_seqlen_q = 0;  // upper bounds known to the host: they size a grid, they mask nothing
   int max_seqlen_k = 0;
 
-  // For launchers, which never allocate: floats of heuristics/attention_plan.h. The CPU kernel
+  // For launchers, which never allocate: floats of plan/attention_plan.h. The CPU kernel
   // plans its splits from the lengths and keeps the partial results itself.
   float* workspace = nullptr;
   // Launchers: counters that are 0 when the kernels begin, with which partial results need no
@@ -81,7 +81,7 @@ struct AttentionParams {
   int* arrivals = nullptr;
   int num_arrivals = 0;
   bool clear_padding = false;  // launchers: tokens of no sequence get output 0
-  // A sequence's bits follow from the sequence alone (heuristics/invariant_plan.h). The CPU kernel
+  // A sequence's bits follow from the sequence alone (plan/invariant_plan.h). The CPU kernel
   // is like that in any case.
   bool batch_invariant = false;
 

@@ -1,5 +1,5 @@
 // Keys and values of long sequences that become 16-bit ones ahead of the attention: where they go,
-// and which sequences they are of. heuristics/dequantize_kv.h says when that pays. Of a cache, room
+// and which sequences they are of. plan/dequantize_kv.h says when that pays. Of a cache, room
 // is dealt out to some sequences; contiguous tensors become 16-bit ones as a whole.
 #pragma once
 

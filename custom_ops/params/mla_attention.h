@@ -79,7 +79,7 @@ struct MlaAttentionParams {
   int max_seqlen_q = 0;
   int max_seqlen_k = 0;
   bool clear_padding = false;  // tokens of no sequence get output 0
-  float* workspace = nullptr;  // GPU: heuristics/mla_attention.h has its size
+  float* workspace = nullptr;  // GPU: plan/mla_attention.h has its size
 };
 
 }  // namespace fastattn

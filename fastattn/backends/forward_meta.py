@@ -104,7 +104,7 @@ def host_lengths(forward_meta: Any) -> tuple[int, int] | None:
     return (int(values[0]), int(values[3])) if values[0] > 0 else None
 
 
-#: Number of new tokens from which on a sequence is long: ``kLongSeq`` of custom_ops/heuristics.
+#: Number of new tokens from which on a sequence is long: ``kLongSeq`` of custom_ops/plan.
 _LONG_SEQ = 64
 
 

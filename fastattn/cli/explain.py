@@ -1,9 +1,10 @@
 """``python -m fastattn explain``: which kernels a call takes, why not others, a predicted time.
 
 The kernels come from the functions that the operators ask, compiled into ``fastattn._host``; no GPU
-is needed. Why another kernel is not taken is found by asking them again with one thing changed, or
-two. The time is predicted, not measured: the larger of bytes over bandwidth and products over rate,
-both at the peaks of a data sheet, so that a call takes longer (docs/debugging.md).
+is needed. What another kernel lacks for the call is told by its row in ``custom_ops/plan``; what
+would bring it is found by asking again with one thing changed, or two. The time is predicted, not
+measured: the larger of bytes over bandwidth and products over rate, both at the peaks of a data
+sheet, so that a call takes longer (docs/debugging.md).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ PEAKS = {
     "sm_100": Peaks("B200", 148, 8.0e12, 2250e12, 4500e12),
 }
 
-_KERNELS = ("mma_sm80", "wgmma_q16", "wgmma_fp8", "dequantize_kv", "merge of partial results")
+#: Tables of the kernels of attention operators, in the order in which `why_not` names them.
+_ROLES = ("attention, split tiles", "attention, whole tiles")
 _SHAPE = {"seqs": 1, "new": 1, "keys": 1024, "heads": 32, "kv_heads": 8, "head_dim": 128}
 
 
@@ -122,10 +124,17 @@ def _kernels(call: AttentionCall, device: Device) -> list[str]:
     return kernels
 
 
+def kernels_of_attention() -> list[str]:
+    """Every kernel that an attention call may take, and what runs before or after them."""
+    table = _plan.host().all_kernels()
+    names = [name for role in _ROLES for of, name, _, _ in table if of == role]
+    return [*dict.fromkeys(names), "dequantize_kv", "merge of partial results"]
+
+
 def why_not(call: AttentionCall, device: Device) -> dict[str, str]:
     """For each kernel that a call does not take, the smallest change with which it would."""
     taken = _kernels(call, device)
-    missing = [name for name in _KERNELS if name not in taken]
+    missing = [name for name in kernels_of_attention() if name not in taken]
     single = list(_changes(call, device))
     found: dict[str, str] = {}
     for what, changed, on in single:
@@ -210,8 +219,8 @@ def explain(call: AttentionCall, device: Device, causal: bool) -> dict[str, Any]
     facts = _plan.decision(call, device)
     long = {
         name: least_new_tokens(call, device, name)
-        for name in ("wgmma_q16", "wgmma_fp8")
-        if name not in facts["kernels"]
+        for of, name, _, _ in _plan.host().all_kernels()
+        if of == _ROLES[1] and name not in (*facts["kernels"], "mma_sm80")
     }
     peaks = PEAKS.get(device.name)
     prediction = None if peaks is None else predict(call, facts["kernels"], peaks, causal)
@@ -248,10 +257,11 @@ def _print(facts: dict[str, Any], peaks: Peaks | None) -> None:
     print(f"workspace: {facts['workspace']} bytes", end="")
     room = facts["dequantize"]
     print(f", 16-bit K and V: {room['bytes']} bytes" if room else "")
-    for name, reason in facts["why_not"].items():
+    for name, change in facts["why_not"].items():
         least = facts["least_new_tokens"].get(name)
         more = "" if least is None else f"; from {least} new tokens a sequence on"
-        print(f"not {name}: {reason}{more}")
+        lacks = facts["reasons"].get(name)
+        print(f"not {name}: {f'{lacks}; ' if lacks else ''}{change}{more}")
     found = facts["predicted"]
     if found is None or peaks is None:
         print("predicted: no data sheet of this architecture here")

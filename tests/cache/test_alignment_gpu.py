@@ -28,6 +28,7 @@ CACHES = ("key_cache", "value_cache")
 REFUSED = {
     "write_cache_kv": ("key", "value", *CACHES),
     "rope_write_cache_kv": ("qkv", *CACHES),
+    "attention_step": ("qkv", *CACHES),
     "gqa_rope_write_cache": ("qkv", *CACHES),
     "append_cache_kv_c8": ("key", "value", *CACHES),
     "convert_cache_layout": ("cache",),

@@ -412,7 +412,7 @@ def test_head_dims_of_the_host_module_are_those_of_the_kernels():
         if path.suffix in (".cc", ".cu", ".h", ".cuh"):
             text = path.read_text(encoding="utf-8")
             assert not re.search(r"dispatch<[\d,\s]+>\(\s*[\w.]*head_dim,", text), path
-    support = (CUSTOM_OPS / "heuristics/wgmma_support.h").read_text(encoding="utf-8")
+    support = (CUSTOM_OPS / "plan/wgmma_support.h").read_text(encoding="utf-8")
 
     def listed(name: str) -> set[int]:
         (found,) = re.findall(rf"using {name} = HeadDimList<([\d, ]+)>", support)

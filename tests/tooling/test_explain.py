@@ -9,7 +9,7 @@ import pytest
 
 from fastattn import _plan, cli
 from fastattn.cli import explain
-from tests.support import ROOT
+from tests.support import ROOT, operators
 
 pytest.importorskip("fastattn._host")
 
@@ -40,7 +40,7 @@ def told(capsys, *arguments):
 def test_kernels(arguments, kernels, capsys):
     facts = told(capsys, *arguments)
     assert facts["kernels"] == kernels
-    assert {*facts["kernels"], *facts["why_not"]} == {*explain._KERNELS}
+    assert {*facts["kernels"], *facts["why_not"]} == {*explain.kernels_of_attention()}
 
 
 def test_kernels_are_those_of_the_plan_functions(capsys):
@@ -113,8 +113,25 @@ def test_text(capsys):
     assert cli.main(["explain", "--shape", "seqs=32", "keys=4096"]) == 0
     out = capsys.readouterr().out
     assert "kernels: mma_sm80, merge of partial results" in out
-    assert "not wgmma_q16: taken with 64 new tokens a sequence; from " in out
+    lacks = "not wgmma_q16: no sequence is long enough for whole tiles; "
+    assert lacks + "taken with 64 new tokens a sequence; from " in out
     assert "predicted (not measured): at least " in out and "peaks of H100 SXM" in out
+
+
+@pytest.mark.parametrize("kind", ["none", "cache_int8", "block_wise_fp8", "block_wise_mxfp4"])
+@pytest.mark.parametrize("q_dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("new", [1, 40, 2048])
+@pytest.mark.parametrize("major", [8, 9, 10])
+def test_every_kernel_is_taken_or_says_what_it_lacks(kind, q_dtype, new, major):
+    key = _plan.key_dtype(kind, "bfloat16", "e4m3")
+    call = DECODE._replace(
+        q_dtype=q_dtype, k_dtype=key, cache_type=kind, num_tokens=32 * new, max_seqlen_q=new
+    )
+    found = _plan.decision(call, _plan.Device(f"sm_{major}0", major, 132))
+    kernels = {*explain.kernels_of_attention()} - {"merge of partial results"}
+    assert {*found["kernels"], *found["reasons"]} - {"merge of partial results"} == kernels
+    assert not {*found["kernels"]} & {*found["reasons"]}
+    assert all(len(text.split()) > 2 for text in found["reasons"].values())
 
 
 @pytest.mark.parametrize("op", ["mla_attention", "quantize_fp8"])
@@ -172,3 +189,20 @@ def test_measured_calls_take_longer_than_predicted():
         assert us >= predicted
         if predicted > 50:
             assert us <= (1.5 if what == "decode" else 4.5) * predicted
+
+
+@pytest.mark.parametrize("op", sorted(_plan.TABLES))
+@pytest.mark.parametrize("major", [8, 9])
+def test_a_call_of_another_operator_is_told_its_kernel(op, major):
+    """The tables are asked with a real call's shapes, as logs and dumps ask them."""
+    call = operators.calls()[op]
+    shapes = {
+        name: (str(tensor.dtype).rpartition(".")[2], list(tensor.shape))
+        for name, tensor in call.inputs.items()
+    }
+    device = _plan.Device(f"sm_{major}0", major, 132)
+    found = _plan.facts_of(op, shapes, call.attrs, device)
+    rows = _plan.rows_of(op, device)
+    assert found["kernel"].partition(",")[0] in rows
+    assert {found["kernel"].partition(",")[0], *found["reasons"]} >= {*rows}
+    assert found["kernel"].endswith(", topk") == ("topk" in op)

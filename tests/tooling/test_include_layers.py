@@ -12,7 +12,7 @@ CUSTOM_OPS = Path(__file__).parents[2] / "custom_ops"
 SUFFIXES = {".h", ".cuh", ".cc", ".cu"}
 
 # Every folder below cuda/, and the folders or single headers that it may include besides its own,
-# common/, formats/, params/ and heuristics/. A folder that is new needs a line here.
+# common/, formats/, params/ and plan/. A folder that is new needs a line here.
 CACHE = ("cuda/common", "cuda/cache/shared")
 WGMMA = ("cuda/common", "cuda/attention/shared", "cuda/attention/wgmma_sm90/common")
 CUDA = {
@@ -31,11 +31,27 @@ CUDA = {
         "cuda/common",
         "cuda/attention/shared",
         "cuda/attention/mma_sm80/launch.h",
+        "cuda/attention/split_kv/launch.h",
         "cuda/attention/wgmma_sm90/fp8/launch.h",
         "cuda/attention/wgmma_sm90/q16/launch.h",
     ),
     "cuda/attention/shared": ("cuda/common", "cuda/merge/shared"),
-    "cuda/attention/mma_sm80": ("cuda/common", "cuda/merge/shared", "cuda/attention/shared"),
+    "cuda/attention/split_kv": (
+        "cuda/common",
+        "cuda/merge/shared",
+        "cuda/attention/shared",
+        "cuda/attention/split_kv/shared",
+    ),
+    "cuda/attention/split_kv/shared": (
+        "cuda/common",
+        "cuda/merge/shared",
+        "cuda/attention/shared",
+    ),
+    "cuda/attention/mma_sm80": (
+        "cuda/common",
+        "cuda/attention/shared",
+        "cuda/attention/split_kv/shared",
+    ),
     "cuda/attention/dequantize_kv": (
         "cuda/common",
         "cuda/attention/shared",
@@ -65,7 +81,7 @@ HOST = {
     "formats": (),
     "common": ("formats",),
     "params": ("common", "formats"),
-    "heuristics": ("common", "formats", "params"),
+    "plan": ("common", "formats", "params"),
     "cpu": ("common", "formats", "params"),
 }
 
@@ -119,7 +135,7 @@ def test_includes_follow_the_table():
     wrong = []
     for folder, header in arrows():
         if folder in CUDA:
-            allowed = ("common", "formats", "params", "heuristics", *CUDA[folder])
+            allowed = ("common", "formats", "params", "plan", *CUDA[folder])
         elif folder in HOST:
             allowed = HOST[folder]
         else:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 
@@ -10,6 +11,7 @@
 #include "cuda/attention/mma_sm80/instances.h"
 #include "cuda/attention/mma_sm80/invariant/instances.h"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/split_kv/launch.h"
 #include "cuda/attention/wgmma_sm90/fp8/launch.h"
 #include "cuda/attention/wgmma_sm90/q16/launch.h"
 
@@ -35,7 +37,7 @@ Launcher FindGeneral(const AttentionParams& p, int tile_rows) {
   return found;
 }
 
-Launcher Find(const AttentionParams& p, int tile_rows) {
+Launcher FindMmaSm80(const AttentionParams& p, int tile_rows) {
   if (p.IsGeneral()) return FindGeneral(p, tile_rows);
   const bool dynamic = p.paged && IsDynamic(p.cache.type);
   const char* keys = dynamic ? "dynamic codes" : p.paged ? "cache on a GPU" : "keys on a GPU";
@@ -52,6 +54,17 @@ Launcher Find(const AttentionParams& p, int tile_rows) {
   return found;
 }
 
+Launcher Find(const AttentionParams& p, const AttentionLaunch& launch) {
+  switch (launch.kernel) {
+    case AttentionKernel::kMmaSm80:
+      return FindMmaSm80(p, launch.tile_rows);
+    case AttentionKernel::kWgmmaFp8:
+    case AttentionKernel::kWgmmaQ16:
+      break;  // no kernels of split_kv
+  }
+  throw std::logic_error("a launch of the plan has a kernel of whole tiles");
+}
+
 // The launch over up to kMaxPlanSeqs sequences from `first_seq` on. Takes its floats from
 // *workspace.
 AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, int first_seq,
@@ -66,6 +79,7 @@ AttentionTask MakeTask(const AttentionParams& p, const AttentionLaunch& launch, 
   task.cluster = static_cast<int>(launch.cluster);
   task.cluster_kv_tiles = static_cast<int>(launch.cluster_kv_tiles);
   task.finds_seqs = launch.finds_seqs;
+  task.wide = launch.wide;
   task.shares = static_cast<int>(launch.shares);
   const int64_t packed_rows = std::max<int64_t>(p.max_seqlen_q, 1) * task.group;
   task.keys_read_once =
@@ -113,7 +127,7 @@ InvariantTask MakeInvariantTask(const AttentionParams& p, const AttentionLaunch&
 cudaError_t Run(const AttentionParams& p, const AttentionLaunch& launch, const AttentionTask& task,
                 cudaStream_t stream) {
   const int grid = static_cast<int>(launch.grid);
-  if (launch.invariant_splits == 0) return Find(p, launch.tile_rows)(p, task, grid, stream);
+  if (launch.invariant_splits == 0) return Find(p, launch)(p, task, grid, stream);
   return FindInvariant(p, launch.tile_rows)(p, MakeInvariantTask(p, launch, task), grid, stream);
 }
 
@@ -202,7 +216,7 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& d
   const AttentionPlan& plan = decision.plan;
   if (plan.num_launches == 0) return LaunchClear(p, stream);
   float* workspace = p.workspace + decision.prefill_workspace;
-  const bool prefills = decision.prefill != PrefillKernel::kNone;
+  const bool prefills = decision.Prefills();
   const bool dequantized = decision.dequantize.blocks > 0;
   // Whether whole tiles have other sequences besides those of 16-bit keys and values.
   const bool others = !dequantized || p.paged;
@@ -214,7 +228,7 @@ cudaError_t LaunchAttention(const AttentionParams& p, const AttentionDecision& d
   if (prefills && others) {
     const int64_t group = p.num_heads / p.num_kv_heads;
     const int min_tokens = static_cast<int>(CeilDiv(plan.Whole()->min_packed_rows, group));
-    status = decision.prefill == PrefillKernel::kWgmmaFp8
+    status = decision.whole == AttentionKernel::kWgmmaFp8
                  ? LaunchWgmmaFp8(whole, min_tokens, stream)
                  : LaunchWgmmaQ16(whole, min_tokens, stream);
   }

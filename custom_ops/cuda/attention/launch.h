@@ -1,12 +1,12 @@
-// Attention of a call: the kernels that heuristics/attention.h decided on, in turn.
+// Attention of a call: the kernels that plan/attention.h decided on, in turn.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "cuda/common/device_facts.h"
-#include "heuristics/attention.h"
 #include "params/attention.h"
 #include "params/dequantized_kv.h"
+#include "plan/attention.h"
 
 namespace fastattn::cuda {
 

@@ -3,11 +3,12 @@
 
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/mqa_logits/variant.h"
+#include "plan/mqa_logits.h"
 
 namespace fastattn::cuda::mqa_logits {
 
-inline constexpr int kDim = 128;
-inline constexpr int kTileKeys = 64;  // rows of a product
+inline constexpr int kDim = kLogitsDim;
+inline constexpr int kTileKeys = kLogitsTileKeys;  // rows of a product
 inline constexpr int kMostQueries = 32;
 inline constexpr int kMostWhole = 128;    // tiles of a CTA up to which one group is better than two
 inline constexpr int kKnownGroups = 128;  // of a step, whose lengths a warp has in registers

@@ -7,18 +7,11 @@
 #include "cuda/mqa_logits/config.h"
 #include "cuda/mqa_logits/instances.h"
 #include "cuda/mqa_logits/mma.h"
+#include "plan/mqa_logits.h"
 
 namespace fastattn::cuda::mqa_logits {
 
 namespace {
-
-bool Aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
-// Columns of a call's groups: as few as hold a step's queries.
-int ColumnsOf(const LogitsParams& p) {
-  if (!p.paged) return p.quant == IndexerQuant::kFp8 ? 256 : 128;
-  return p.next_n * p.num_heads <= 64 ? 64 : 128;
-}
 
 cudaError_t EncodeMaps(Arguments* arguments) {
   const LogitsParams& p = arguments->p;
@@ -30,7 +23,7 @@ cudaError_t EncodeMaps(Arguments* arguments) {
     const ByteTensor query = {p.q,
                               {bytes, heads, 1},
                               {bytes, bytes * heads},
-                              {kDim, static_cast<uint32_t>(ColumnsOf(p)), 1},
+                              {kDim, static_cast<uint32_t>(LogitsColumns(p)), 1},
                               CU_TENSOR_MAP_SWIZZLE_128B};
     status = EncodeMap(query, &arguments->query);
     if (status != cudaSuccess) return status;
@@ -59,32 +52,10 @@ cudaError_t EncodeMaps(Arguments* arguments) {
   return EncodeMap(scales, &arguments->key_scales);
 }
 
-// Whether the Hopper kernel (wgmma_kernel.cuh) takes a call.
-bool WgmmaSupports(const LogitsParams& p) {
-  const bool heads =
-      p.num_heads == 8 || p.num_heads == 16 || p.num_heads == 32 || p.num_heads == 64;
-  // Coordinates are 32-bit: of heads, and of the scales' bytes.
-  constexpr int64_t kMost = int64_t{1} << 31;
-  if (p.head_dim != kDim || !heads || !Aligned16(p.q)) return false;
-  if ((p.rows + 256) * p.num_heads >= kMost) return false;
-  // Units of work (schedule.cuh) are counted in 32 bits: more of them have 500 GB of logits.
-  const int64_t groups = LogitsGroups(p, ColumnsOf(p) / p.num_heads).count;
-  const int64_t keys = p.paged ? p.columns : std::max(p.columns, p.num_keys);
-  if (groups * (keys / kTileKeys + 6) >= kMost) return false;
-  if (!p.paged) {
-    return p.num_keys > 0 && (p.num_keys + kTileKeys) * kLogitsScaleBytes < kMost &&
-           Aligned16(p.keys) && Aligned16(p.key_scales);
-  }
-  const int64_t size = p.page_size;
-  const bool pages = size % kTileKeys == 0 || size == 8 || size == 16 || size == 32;
-  return p.num_pages > 0 && pages && Aligned16(p.cache) && p.page_stride % 16 == 0 &&
-         p.page_stride > 0 && p.columns < kMost - kTileKeys;
-}
-
 cudaError_t LaunchWgmma(const LogitsParams& p, cudaStream_t stream) {
   Arguments arguments = {};
   arguments.p = p;
-  const int columns = ColumnsOf(p);
+  const int columns = LogitsColumns(p);
   arguments.groups = LogitsGroups(p, columns / p.num_heads);
   arguments.most_keys = static_cast<int>(std::min(p.columns, p.max_blocks * p.page_size));
   cudaError_t status = EncodeMaps(&arguments);
@@ -110,8 +81,13 @@ cudaError_t LaunchMqaLogits(const LogitsParams& p, cudaStream_t stream) {
   DeviceFacts facts;
   const cudaError_t status = GetCurrentDevice(&device, &facts);
   if (status != cudaSuccess) return status;
-  if (facts.major == 9 && mqa_logits::WgmmaSupports(p)) return mqa_logits::LaunchWgmma(p, stream);
-  return mqa_logits::LaunchMma(p, stream);
+  switch (ChooseKernel(kLogitsKernels, p, facts.major).kernel) {
+    case LogitsKernel::kWgmma:
+      return mqa_logits::LaunchWgmma(p, stream);
+    case LogitsKernel::kMma:
+      return mqa_logits::LaunchMma(p, stream);
+  }
+  return cudaErrorUnknown;
 }
 
 }  // namespace fastattn::cuda

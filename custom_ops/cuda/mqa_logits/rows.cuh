@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "params/mqa_logits.h"
+#include "plan/mqa_logits.h"
 
 namespace fastattn::cuda {
 
@@ -15,12 +16,8 @@ struct LogitsGroups {
 
   LogitsGroups() = default;
   LogitsGroups(const LogitsParams& p, int rows_of_group) : rows(rows_of_group) {
-    if (p.paged) {
-      per_sequence = static_cast<int>((p.next_n + rows - 1) / rows);
-      count = static_cast<int>(p.batch) * per_sequence;
-    } else {
-      count = static_cast<int>((p.rows + rows - 1) / rows);
-    }
+    per_sequence = LogitsGroupsOfSequence(p, rows);
+    count = LogitsGroupCount(p, rows);
   }
 
   __device__ __forceinline__ int Sequence(int group) const {

@@ -8,7 +8,7 @@
 
 namespace fastattn::cuda {
 
-// Fills the memory of `kv`. p is a call over codes that heuristics/dequantize_kv.h takes.
+// Fills the memory of `kv`. p is a call over codes that plan/dequantize_kv.h takes.
 cudaError_t LaunchDequantizeKv(const AttentionParams& p, const DequantizedKv& kv,
                                cudaStream_t stream);
 

@@ -4,14 +4,14 @@
 
 #include <cstdint>
 
-#include "cuda/attention/mma_sm80/epilogue.cuh"
-#include "cuda/attention/mma_sm80/invariant_total.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/mma_sm80/merge_pipelines.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/mma_sm80/value_scales.cuh"
+#include "cuda/attention/split_kv/shared/epilogue.cuh"
+#include "cuda/attention/split_kv/shared/invariant_total.cuh"
 
 namespace fastattn::cuda {
 

@@ -1,5 +1,5 @@
 // The batch-invariant attention kernel: mma_sm80's mainloop, over splits of a work tile's keys that
-// follow from its sequence alone (heuristics/invariant_plan.h).
+// follow from its sequence alone (plan/invariant_plan.h).
 //
 // A CTA takes neighbouring splits of any work tiles. Where a split ends, the warp pipelines become
 // one result, and the next split starts from nothing; results are added up in the order of splits
@@ -16,9 +16,9 @@
 #include <cstdint>
 
 #include "cuda/attention/mma_sm80/invariant_epilogue.cuh"
-#include "cuda/attention/mma_sm80/invariant_schedule.cuh"
 #include "cuda/attention/mma_sm80/kernel.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/split_kv/shared/invariant_schedule.cuh"
 
 namespace fastattn::cuda {
 

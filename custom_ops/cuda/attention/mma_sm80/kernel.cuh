@@ -31,20 +31,20 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/attention/mma_sm80/epilogue.cuh"
 #include "cuda/attention/mma_sm80/kv_loader.cuh"
 #include "cuda/attention/mma_sm80/kv_tile.cuh"
 #include "cuda/attention/mma_sm80/launch.h"
-#include "cuda/attention/mma_sm80/merge_cluster.cuh"
 #include "cuda/attention/mma_sm80/merge_pipelines.cuh"
-#include "cuda/attention/mma_sm80/merge_splits.cuh"
 #include "cuda/attention/mma_sm80/mx_scales.cuh"
 #include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/query.cuh"
-#include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/mma_sm80/value_scales.cuh"
 #include "cuda/attention/shared/clear_padding.cuh"
+#include "cuda/attention/split_kv/shared/epilogue.cuh"
+#include "cuda/attention/split_kv/shared/merge_cluster.cuh"
+#include "cuda/attention/split_kv/shared/merge_splits.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
 #include "cuda/common/exp2.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/pdl.cuh"
@@ -560,24 +560,15 @@ cudaError_t LaunchKernel(const AttentionParams& p, const AttentionTask& task, in
                              Traits::SharedBytes(task.num_seqs, stages), stream, p, task);
 }
 
-// Clusters that certainly take the call, and whose CTAs have a multiprocessor each and more than a
-// KV tile for each of their warps.
-inline bool WantsWide(const AttentionParams& p, const AttentionTask& task) {
-  constexpr int kWarps = kAttentionThreads / 32;
-  return task.cluster > 2 && task.cluster_kv_tiles == kAnyKvTiles &&
-         p.max_seqlen_k > kWarps * kBlockSize * task.cluster;
-}
-
 template <DType kElement, DType kValue, int kHeadDim, bool kPaged, Scales kScales, int kTileRows>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream) {
   using Traits =
       AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows, false, false, kValue>;
-  // Keys of 4 bits are here before one warp a scheduler has computed on them.
   if constexpr (Traits::kKeyNibbles && kHeadDim == 128 && kTileRows == 8) {
     using Wide =
         AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows, true, false, kValue>;
-    if (WantsWide(p, task)) return LaunchKernel<Wide>(p, task, grid, stream);
+    if (task.wide) return LaunchKernel<Wide>(p, task, grid, stream);
   }
   return LaunchKernel<Traits>(p, task, grid, stream);
 }

@@ -6,8 +6,8 @@
 
 #include "common/block_table.h"
 #include "cuda/attention/mma_sm80/row_holes.cuh"
-#include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
 #include "cuda/common/mma.cuh"
 
 namespace fastattn::cuda {

@@ -14,12 +14,6 @@
 
 namespace fastattn::cuda {
 
-// P = 2^kShift * exp2(score - maximum): fp16 then has its full precision down to probabilities of
-// 2^-29 of the largest, and sums of products stay far inside fp32.
-inline constexpr int kLog2Unit = 15;
-inline constexpr float kShift = kLog2Unit;
-inline constexpr float kInfinity = __builtin_huge_valf();
-
 // Not an exponent: packed rows have exponents of their own.
 inline constexpr int kRowExponents = 0;
 

@@ -4,70 +4,23 @@
 #include <cuda_runtime.h>
 
 #include "common/types.h"
-#include "heuristics/attention_plan.h"
-#include "heuristics/invariant_plan.h"
+#include "cuda/attention/split_kv/shared/task.h"
 #include "params/attention.h"
 
 namespace fastattn::cuda {
-
-struct AttentionTask {
-  bool split = false;
-  bool clear_padding = false;      // also clears the tokens of no sequence
-  bool overlaps_previous = false;  // runs while the kernel ahead of it does: see pdl.cuh
-  bool keys_read_once = false;     // no two work tiles read the same keys
-  int first_seq = 0;
-  int num_seqs = 0;
-  int group = 1;  // query heads of a KV head: packed GQA folds them into a tile's packed rows
-  int min_packed_rows = 0;
-  int max_packed_rows = 0;
-  int cluster = 1;            // CTAs that take a sequence and KV head together; 1: equal shares
-  int cluster_kv_tiles = 0;   // of a sequence, more: equal shares; kAnyKvTiles: clusters always
-  bool finds_seqs = false;    // clusters must look which sequences have work, and how much
-  int shares = 0;             // CTAs that have equal shares
-  int* arrivals = nullptr;    // [2, shares] counters, 0: no merge follows; see merge_splits.cuh
-  int* headers = nullptr;     // [shares, kPartialHeader]
-  float* partials = nullptr;  // [shares, kPartialsPerCta, packed rows, D + 2]
-};
 
 // kElement: of K, and kValue: of V.
 template <DType kElement, DType kValue, int kHeadDim, bool kPaged, Scales kScales, int kTileRows>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream);
 
-// The same over a paged cache where p.IsGeneral(). Its work tiles have 16 columns or 64.
+// The same over a paged cache where p.IsGeneral(). Its work tiles have 16 packed rows or 64.
 template <DType kElement, DType kValue, int kHeadDim, Scales kScales, int kTileRows>
 cudaError_t LaunchGeneralVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                  cudaStream_t stream);
 
-// Merges the partial results that a split launch left.
-cudaError_t LaunchMergePartials(const AttentionParams& p, const AttentionTask& task, int tile_rows,
-                                cudaStream_t stream);
-
-// Clears the output and LSE of all tokens, which belong to no sequence.
-cudaError_t LaunchClear(const AttentionParams& p, cudaStream_t stream);
-
-// Clears tokens of no sequence while the kernel ahead writes the others.
-cudaError_t LaunchClearPadding(const AttentionParams& p, cudaStream_t stream);
-
-// A batch-invariant launch. Its work's
-//  - headers tell of a CTA: {splits that are missing, batch_idx, KV head, tile} of the work tile
-//  that
-//    it leaves unfinished, or {0, ..}; then the number of its results of the one that it found
-//    begun.
-//  - partials are [grid, most_splits, packed rows, D + 2]: the CTA's total, and then those results.
-struct InvariantTask {
-  AttentionTask work;
-  int most_splits = 1;  // of a work tile
-  int least_tiles = 0;  // KV tiles of a split, where there are several
-  bool whole_tiles = false;
-};
-
 template <DType kElement, DType kValue, int kHeadDim, Scales kScales, int kTileRows>
 cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask& task, int grid,
                                    cudaStream_t stream);
-
-// Merges what LaunchInvariantVariant left.
-cudaError_t LaunchMergeInvariant(const AttentionParams& p, const InvariantTask& task, int tile_rows,
-                                 int grid, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

@@ -8,9 +8,10 @@
 #include "common/numeric.h"
 #include "cuda/attention/mma_sm80/nibbles.cuh"
 #include "cuda/attention/mma_sm80/row_holes.cuh"
-#include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/mma_sm80/traits.cuh"
 #include "cuda/attention/shared/scales.cuh"
+#include "cuda/attention/split_kv/shared/packed_rows.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
 #include "cuda/common/convert.cuh"
 #include "cuda/common/mma.cuh"
 
@@ -29,20 +30,6 @@ __device__ __forceinline__ float KeyScale(const AttentionParams& p, int kv_head)
   return 1.0f;
 }
 
-// A scale of V that is constant over a sequence's keys and a head's channels.
-__device__ __forceinline__ float ValueScale(const AttentionParams& p, int batch_idx, int kv_head) {
-  if (p.paged) {
-    const PagedCache& cache = p.cache;
-    if (cache.v_granularity == ScaleScheme::kChannel || !IsQuantized(cache.type) ||
-        IsDynamic(cache.type)) {
-      return 1.0f;
-    }
-    return LoadHeadScale(cache, cache.v_scales, cache.v_granularity, kv_head);
-  }
-  const Descale& scale = p.ragged.v_descale;
-  return LoadDescale(scale, 0, kv_head, DescaleAt{batch_idx, 0});
-}
-
 // What the product of a query and K's codes is multiplied with, per-token scales of K left out.
 template <typename Traits>
 __device__ __forceinline__ float ScoreFactor(const AttentionParams& p, int batch_idx, int token,
@@ -55,34 +42,6 @@ __device__ __forceinline__ float ScoreFactor(const AttentionParams& p, int batch
   }
   return factor;
 }
-
-// Packed GQA: a packed row of a work tile is a query token with one of the group's heads. Packed
-// rows after the sequence's last one are not valid.
-struct PackedRow {
-  bool valid;
-  int token;
-  int head;
-};
-
-__device__ __forceinline__ PackedRow PackedRowOf(const AttentionTask& task, const SeqShape& seq,
-                                                 int kv_head, int row) {
-  const int index = row / task.group;
-  PackedRow packed_row;
-  packed_row.valid = index < seq.q_len;
-  packed_row.token = seq.q_begin + index;
-  packed_row.head = kv_head * task.group + row - index * task.group;
-  return packed_row;
-}
-
-// What a CTA keeps of a packed row in shared memory.
-struct PackedRowInfo {
-  KeyRange<int> keys;  // that it sees
-  float score_factor;  // of products of queries and K's codes
-  float query_factor;  // what its query was divided by
-  float out_factor;    // of the merged output
-  float value_scale;   // constant over its keys
-  int64_t out;         // elements from the start of the output, -1 = not valid
-};
 
 // Four channels as they lie in memory, 8 or 4 bytes, which their strides allow to load at once.
 __device__ __forceinline__ uint2 LoadRaw(const AttentionParams& p, int64_t offset) {

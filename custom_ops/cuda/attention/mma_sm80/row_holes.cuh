@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #include "common/holes.h"
-#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
 #include "cuda/common/mma.cuh"
 #include "params/attention.h"
 

@@ -14,7 +14,7 @@
 #include "common/types.h"
 #include "cuda/attention/shared/format.cuh"
 #include "formats/kv_format.h"
-#include "heuristics/attention_plan.h"
+#include "plan/attention_plan.h"
 
 namespace fastattn::cuda {
 

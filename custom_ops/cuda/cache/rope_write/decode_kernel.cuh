@@ -22,7 +22,7 @@
 #include "cuda/cache/shared/stream_grid.cuh"
 #include "cuda/common/parameters.cuh"
 #include "cuda/common/pdl.cuh"
-#include "heuristics/rope_write.h"
+#include "plan/rope_write.h"
 
 namespace fastattn::cuda {
 

@@ -11,7 +11,7 @@
 #include "cuda/cache/rope_write/tile_kernel.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
-#include "heuristics/rope_write.h"
+#include "plan/rope_write.h"
 
 namespace fastattn::cuda {
 

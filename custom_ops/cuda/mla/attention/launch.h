@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "heuristics/mla_attention.h"
 #include "params/mla_attention.h"
+#include "plan/mla_attention.h"
 
 namespace fastattn::cuda {
 
@@ -16,16 +16,11 @@ cudaError_t LaunchMlaAttention(const MlaAttentionParams& p, cudaStream_t stream)
 
 namespace mla_attention {
 
-// Kernels of their own architecture: mma.cu for all, wgmma.cu and narrow.cu for sm_90.
-MlaAttentionPlan PlanMma(const MlaAttentionParams& p, int processors);
+// The kernels of plan/mla_attention.h's table.
 cudaError_t LaunchMma(const MlaAttentionParams& p, const MlaAttentionPlan& plan,
                       cudaStream_t stream);
-bool WgmmaSupports(const MlaAttentionParams& p);
-MlaAttentionPlan PlanWgmma(const MlaAttentionParams& p, int processors);
 cudaError_t LaunchWgmma(const MlaAttentionParams& p, const MlaAttentionPlan& plan,
                         cudaStream_t stream);
-bool NarrowSupports(const MlaAttentionParams& p);
-MlaAttentionPlan PlanNarrow(const MlaAttentionParams& p, int processors);
 cudaError_t LaunchNarrow(const MlaAttentionParams& p, const MlaAttentionPlan& plan,
                          cudaStream_t stream);
 

@@ -22,7 +22,7 @@ namespace fastattn::cuda::mla_attention {
 
 namespace {
 
-constexpr int kRows = 16;
+constexpr int kRows = kMlaAttentionMmaRows;
 constexpr int kKeys = 32;
 constexpr int kThreads = 128;
 constexpr int kPitch = 576 + 8;  // channels; rows begin 16 bytes further in the banks
@@ -292,10 +292,6 @@ cudaError_t LaunchFormat(const MlaAttentionParams& p, const MlaAttentionPlan& pl
 }
 
 }  // namespace
-
-MlaAttentionPlan PlanMma(const MlaAttentionParams& p, int processors) {
-  return PlanMlaAttention(p.max_seqlen_q, p.heads, kRows, processors, 2);
-}
 
 cudaError_t LaunchMma(const MlaAttentionParams& p, const MlaAttentionPlan& plan,
                       cudaStream_t stream) {

@@ -547,24 +547,9 @@ cudaError_t LaunchRows(const MlaAttentionParams& p, const MlaAttentionPlan& plan
                              stream, p, plan, Divisor(static_cast<uint32_t>(p.cache.page_size)));
 }
 
-int RowTiles(const MlaAttentionParams& p) {
-  return (static_cast<int64_t>(p.max_seqlen_q) * p.heads + 7) / 8;
-}
-
 }  // namespace
 
 }  // namespace narrow
-
-bool NarrowSupports(const MlaAttentionParams& p) {
-  const MlaFormat format = p.cache.format;
-  if (format != MlaFormat::kFp8 && format != MlaFormat::kFp8x656) return false;
-  const int64_t rows = int64_t{p.max_seqlen_q} * p.heads;
-  return p.cache.num_pages > 0 && rows > 0 && rows <= 16;
-}
-
-MlaAttentionPlan PlanNarrow(const MlaAttentionParams& p, int processors) {
-  return PlanMlaAttention(1, 1, 8 * narrow::RowTiles(p), processors, 2);
-}
 
 cudaError_t LaunchNarrow(const MlaAttentionParams& p, const MlaAttentionPlan& plan,
                          cudaStream_t stream) {

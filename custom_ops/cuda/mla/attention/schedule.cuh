@@ -11,12 +11,12 @@
 
 #include "common/seq_lengths.h"
 #include "cuda/common/lane.cuh"
-#include "heuristics/mla_attention.h"
 #include "params/mla_attention.h"
+#include "plan/mla_attention.h"
 
 namespace fastattn::cuda::mla_attention {
 
-inline constexpr int kTileKeys = 64;
+inline constexpr int kTileKeys = kMlaAttentionTileKeys;
 // Work in units of a kUnit-th key tile. An item costs kItemTiles more than its tiles, and no group
 // gets less than kLeastTiles.
 inline constexpr int64_t kUnit = 16;

@@ -115,12 +115,6 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #endif
 }
 
-// Tokens of a TMA box: those of a tile that lie in one page, whatever the tile.
-int BoxRows(const MlaCache& cache) {
-  const int lowest = cache.page_size & -cache.page_size;
-  return std::min(lowest, kTileKeys);
-}
-
 cudaError_t EncodeKeys(Arguments* args) {
   const MlaCache& cache = args->p.cache;
   const ByteTensor keys = {
@@ -145,7 +139,7 @@ cudaError_t LaunchFormat(const MlaAttentionParams& p, const MlaAttentionPlan& pl
   args.p = p;
   args.plan = plan;
   args.page_size = Divisor(static_cast<uint32_t>(p.cache.page_size));
-  args.box_rows = BoxRows(p.cache);
+  args.box_rows = mla_attention_rows::BoxRows(p.cache);
   if constexpr (C::kTma) {
     status = EncodeKeys(&args);
     if (status != cudaSuccess) return status;
@@ -155,18 +149,6 @@ cudaError_t LaunchFormat(const MlaAttentionParams& p, const MlaAttentionPlan& pl
 }
 
 }  // namespace
-
-bool WgmmaSupports(const MlaAttentionParams& p) {
-  const MlaCache& cache = p.cache;
-  if (cache.num_pages == 0 || cache.format == MlaFormat::kFp8x528) return false;
-  if (cache.format != MlaFormat::kBf16) return true;
-  // A box is a whole number of swizzle patterns. Strides of a tensor map are not 0.
-  return BoxRows(cache) >= 8 && cache.row_stride > 0 && cache.page_stride > 0;
-}
-
-MlaAttentionPlan PlanWgmma(const MlaAttentionParams& p, int processors) {
-  return PlanMlaAttention(p.max_seqlen_q, p.heads, kTileRows, processors, 1);
-}
 
 cudaError_t LaunchWgmma(const MlaAttentionParams& p, const MlaAttentionPlan& plan,
                         cudaStream_t stream) {

@@ -12,7 +12,7 @@
 
 namespace fastattn::cuda::mla_attention {
 
-inline constexpr int kTileRows = 64;
+inline constexpr int kTileRows = kMlaAttentionWgmmaRows;
 inline constexpr int kStages = 2;
 inline constexpr int kPieceBytes = kTileKeys * 128;  // 64 channels of a tile's keys
 inline constexpr int kHalfPieces = 4;                // of values: 256 channels

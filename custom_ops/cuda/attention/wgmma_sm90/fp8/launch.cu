@@ -6,7 +6,7 @@
 
 #include "cuda/attention/wgmma_sm90/fp8/instances.h"
 #include "cuda/common/tma.cuh"
-#include "heuristics/wgmma_support.h"
+#include "plan/wgmma_support.h"
 
 namespace fastattn::cuda {
 
@@ -81,7 +81,7 @@ auto VariantOf(const AttentionParams& p) {
 }  // namespace
 
 cudaError_t LaunchWgmmaFp8(const AttentionParams& p, int min_query_tokens, cudaStream_t stream) {
-  if (!WgmmaFp8Supports(p)) return cudaErrorInvalidValue;
+  if (WgmmaFp8Lacks(p) != nullptr) return cudaErrorInvalidValue;
   Arguments arguments;
   arguments.p = p;
   arguments.min_query_tokens = min_query_tokens;

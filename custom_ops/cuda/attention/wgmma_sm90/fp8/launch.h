@@ -7,7 +7,7 @@
 
 namespace fastattn::cuda {
 
-// For parameters that WgmmaFp8Supports (heuristics/wgmma_support.h) on compute capability 9.0.
+// For parameters of which WgmmaFp8Lacks nothing (plan/wgmma_support.h) on compute capability 9.0.
 // Ragged values are transposed into the first WgmmaFp8Workspace(p) floats of p.workspace.
 //
 // Enqueues the attention of the sequences with at least `min_query_tokens` new tokens; those of the

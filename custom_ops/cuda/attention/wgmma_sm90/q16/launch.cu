@@ -5,7 +5,7 @@
 
 #include "cuda/attention/wgmma_sm90/q16/instances.h"
 #include "cuda/common/tma.cuh"
-#include "heuristics/wgmma_support.h"
+#include "plan/wgmma_support.h"
 
 namespace fastattn::cuda {
 
@@ -132,7 +132,7 @@ auto VariantOf(const AttentionParams& p) {
 }  // namespace
 
 cudaError_t LaunchWgmmaQ16(const AttentionParams& p, int min_query_tokens, cudaStream_t stream) {
-  if (!WgmmaQ16Supports(p)) return cudaErrorInvalidValue;
+  if (WgmmaQ16Lacks(p) != nullptr) return cudaErrorInvalidValue;
   Arguments arguments;
   arguments.p = p;
   arguments.min_query_tokens = min_query_tokens;

@@ -7,7 +7,7 @@
 
 namespace fastattn::cuda {
 
-// For parameters that WgmmaQ16Supports (heuristics/wgmma_support.h) on compute capability 9.0.
+// For parameters of which WgmmaQ16Lacks nothing (plan/wgmma_support.h) on compute capability 9.0.
 //
 // Enqueues the attention of the sequences with at least `min_query_tokens` new tokens; those of the
 // other sequences, and tokens of none, are not touched. Nothing is read on the host, so a captured

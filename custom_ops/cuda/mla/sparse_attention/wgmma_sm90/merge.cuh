@@ -9,11 +9,12 @@
 #include "cuda/common/lane.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/mla/sparse_attention/wgmma_sm90/variant.h"
+#include "plan/mla_sparse_attention.h"
 
 namespace fastattn::cuda::mla_sparse_sm90 {
 
 inline constexpr int kMergeThreads = kMlaValueDim / 4;
-inline constexpr int kMaxSplits = 64;
+inline constexpr int kMaxSplits = kMlaSparseMaxSplits;
 inline constexpr int kBatch = 16;  // splits in flight
 
 // A CTA merges one head of a token; a thread has four channels.

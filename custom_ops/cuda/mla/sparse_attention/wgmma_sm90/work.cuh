@@ -11,11 +11,12 @@
 
 #include "cuda/common/mbarrier.cuh"
 #include "cuda/mla/sparse_attention/wgmma_sm90/variant.h"
+#include "plan/mla_sparse_attention.h"
 
 namespace fastattn::cuda::mla_sparse_sm90 {
 
-inline constexpr int kKeys = 64;                 // of a tile
-inline constexpr int kBlockBytes = kKeys * 128;  // 64 channels of a tile, rows swizzled over 128
+inline constexpr int kKeys = kMlaSparseTileKeys;  // of a tile
+inline constexpr int kBlockBytes = kKeys * 128;   // 64 channels of a tile, rows swizzled over 128
 
 __device__ __forceinline__ int LengthOf(const MlaSelection& s, int64_t token) {
   if (s.topk == 0) return 0;

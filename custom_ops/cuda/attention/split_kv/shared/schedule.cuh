@@ -6,11 +6,12 @@
 
 #include "common/holes.h"
 #include "common/visible_keys.h"
-#include "cuda/attention/mma_sm80/launch.h"
 #include "cuda/attention/shared/forms.cuh"
 #include "cuda/attention/shared/seq_lengths.cuh"
+#include "cuda/attention/split_kv/shared/task.h"
 #include "cuda/common/cluster.cuh"
 #include "params/attention.h"
+#include "plan/limits.h"
 
 namespace fastattn::cuda {
 
@@ -106,8 +107,6 @@ __device__ __forceinline__ int WorkingSeq(const uint32_t* working, int num_seqs,
 // The work tiles of a task lie one behind the other on an axis of costs. A split work tile of n KV
 // tiles costs kWorkTileCost + n: what is in front stands for its work apart from the keys. A whole
 // work tile costs one.
-inline constexpr uint32_t kWorkTileCost = 6;
-
 __device__ __forceinline__ uint32_t CostOf(const AttentionTask& task, const SeqWork& work) {
   return task.split ? work.kv_tiles + kWorkTileCost : 1;
 }
@@ -179,7 +178,7 @@ __device__ __forceinline__ void IntersectMasks(const AttentionParams& p, int fir
   s->seen_by_all = Intersect(s->seen_by_all, all);
 }
 
-// Narrows what all columns of a work tile see, and any of them, where they may have holes. Its
+// Narrows what all packed rows of a work tile see, and any of them, where they may have holes. Its
 // queries are [first, last] of the sequence.
 __device__ __forceinline__ void TakeHolesOfTile(const AttentionParams& p, int first, int last,
                                                 Segment* s) {
@@ -197,7 +196,7 @@ __device__ __forceinline__ void TakeHolesOfTile(const AttentionParams& p, int fi
   }
 }
 
-// Sets what the columns of a work tile see. kGeneral: they may have holes in it.
+// Sets what the packed rows of a work tile see. kGeneral: they may have holes in it.
 template <int kTileRows, bool kGeneral = false>
 __device__ __forceinline__ void SetVisibleKeys(const AttentionParams& p, const AttentionTask& task,
                                                Segment* s) {

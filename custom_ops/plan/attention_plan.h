@@ -20,11 +20,11 @@
 #include "common/ceil_div.h"
 #include "common/head_dims.h"
 #include "common/types.h"
+#include "plan/limits.h"
+#include "plan/split_tile.h"
 
 namespace fastattn {
 
-// New tokens from which a sequence's tiles are better whole than split.
-inline constexpr int64_t kLongSeq = 64;
 inline constexpr int64_t kAnyKvTiles = 0x7FFFFFFF;
 
 struct AttentionSizes {
@@ -42,12 +42,13 @@ struct AttentionSizes {
   int64_t long_seq = kLongSeq;
   // Clusters of 8 CTAs, two a multiprocessor, that run at the same time; 0: unknown.
   int64_t num_clusters = 0;
-  bool per_token_scales = false;  // of K and V
-  int least_tile_rows = 8;        // of a tile, for which there are kernels
+  bool per_token_scales = false;          // of K and V
+  const SplitTile* tile = &kMmaSm80Tile;  // of the kernel of the split launches
 };
 
 struct AttentionLaunch {
-  int tile_rows = 0;  // packed rows of a tile: 8, 16 or 64
+  AttentionKernel kernel = AttentionKernel::kMmaSm80;  // of split_tile.h
+  int tile_rows = 0;                                   // packed rows of a tile: 8, 16 or 64
   bool split = false;
   int64_t min_packed_rows = 0;  // sequences with so many a KV head, and at most max_packed_rows
   int64_t max_packed_rows = 0;
@@ -63,6 +64,7 @@ struct AttentionLaunch {
   // Of a batch-invariant launch (invariant_plan.h): splits of a work tile, at most; 0 elsewhere.
   int64_t invariant_splits = 0;
   bool whole_tiles = false;  // no work tile lies in several CTAs
+  bool wide = false;         // CTAs of eight warps take it
 
   // Whether a kernel may have partial results to merge behind this one.
   bool LeavesPartials() const { return split && shares > 1 && cluster_kv_tiles < kAnyKvTiles; }
@@ -95,38 +97,13 @@ inline int64_t NumArrivals(int64_t shares) { return 2 * shares; }
 inline constexpr int kMaxPlanSeqs = 512;
 // Of a launch that takes sequences of any length.
 inline constexpr int64_t kAllPackedRows = 0x7FFFFFFF;
-// CTAs that share a multiprocessor.
-inline constexpr int kAttentionCtasPerSm = 2;
-// KV tiles of a call in clusters, at most: by multiprocessor of the GPU, and those of a sequence
-// and KV head by CTA that has a share of them and by sequences and heads in the call.
-inline constexpr int kClusterKvTilesPerSm = 32;
-inline constexpr int kClusterKvTilesPerWorkTile = 4;
-// By CTA in the clusters of a sequence alone with scales of tokens.
-inline constexpr int kOneSeqKvTilesPerCta = 10;
-// Where a work tile has more splits on average, a kernel of its own merges them faster; but not by
-// as much as that kernel costs a sequence alone that clusters mostly take.
-inline constexpr int kMergedSplits = 16;
 // Ints that a CTA tells the merging kernel, and the partial results it may leave: of the work tile
 // that it found begun, and of the one that it leaves unfinished.
 inline constexpr int kPartialHeader = 8;
 inline constexpr int kPartialsPerCta = 2;
 
-// Channels of a KV tile that a pipeline stage of mma_sm80 holds. Larger heads take several stages.
-FASTATTN_HD constexpr int StageDim(int head_dim) {
-  return head_dim <= 64 ? 64 : head_dim == 192 ? 64 : 128;
-}
-
-// Keys of a KV tile: a pipeline stage holds 8 KiB of them, `element_bytes` a channel.
-FASTATTN_HD constexpr int KeysPerKvTile(int head_dim, int element_bytes) {
-  return StageDim(head_dim) * element_bytes > 128 ? 32 : 64;
-}
-
 inline int64_t PartialFloats(int64_t grid, int64_t tile_rows, int64_t head_dim) {
   return grid * (kPartialHeader + kPartialsPerCta * tile_rows * (head_dim + 2));
-}
-
-inline int TileRowsFor(const AttentionSizes& s, int64_t packed_rows) {
-  return std::max(s.least_tile_rows, packed_rows <= 8 ? 8 : packed_rows <= 16 ? 16 : 64);
 }
 
 // Sequences that have new tokens, as far as the host knows. A step that a server captures in a CUDA
@@ -141,7 +118,8 @@ inline int64_t SeqsWithTokens(const AttentionSizes& s) {
 // some.
 inline bool HalfReadsOneSeq(const AttentionSizes& s, int64_t cluster) {
   const int64_t ctas = s.num_kv_heads * cluster;
-  return SeqsWithTokens(s) == 1 && 16 * ctas >= 7 * s.num_sms && 4 * ctas <= 3 * s.num_sms;
+  return SeqsWithTokens(s) == 1 && 16 * ctas >= kHalfReadsFromSixteenths * s.num_sms &&
+         16 * ctas <= kHalfReadsToSixteenths * s.num_sms;
 }
 
 struct ClusterChoice {
@@ -149,26 +127,22 @@ struct ClusterChoice {
   int64_t kv_tiles = 0;  // of the longest sequence, up to which clusters are faster
 };
 
-// Clusters for each sequence and KV head. Limits are what was measured on an H100 (tables in
-// docs/experiments/plan.md). They hold for
-// sequences of unequal lengths, too: the longest takes as long alone as in the company of others
-// like it.
+// Clusters for each sequence and KV head. Their limits (limits.h) hold for sequences of unequal
+// lengths, too: the longest takes as long alone as in the company of others like it.
 inline ClusterChoice ChooseCluster(const AttentionSizes& s, int tile_rows, int64_t packed_rows) {
   const int64_t seqs = SeqsWithTokens(s), seq_heads = seqs * s.num_kv_heads;
-  if (s.batch > kMaxPlanSeqs || packed_rows > tile_rows || tile_rows > 16 ||
-      seq_heads > kAttentionCtasPerSm * s.num_sms) {
+  if (s.batch > kMaxPlanSeqs || packed_rows > tile_rows || tile_rows > s.tile->cluster_rows ||
+      seq_heads > s.tile->ctas_per_sm * s.num_sms) {
     return {};
   }
   for (int64_t cluster = 8; cluster > 1; cluster /= 2) {
     // Pairs of CTAs find two places everywhere, larger clusters only on multiprocessors of their
     // own.
     const int64_t ctas = seq_heads * cluster;
-    if (cluster > s.max_cluster || ctas > s.num_sms * (cluster == 2 ? kAttentionCtasPerSm : 1)) {
+    if (cluster > s.max_cluster || ctas > s.num_sms * (cluster == 2 ? s.tile->ctas_per_sm : 1)) {
       continue;
     }
-    // One sequence has no longer one beside it. Scales of tokens are work besides, so that all
-    // multiprocessors are faster in the end: 64 CTAs took 37 and 129 us for 32k and 128k keys of
-    // block_wise_fp8, all of them 42 and 122; of block_wise_int8 43 and 153, and 45 and 128.
+    // One sequence has no longer one beside it.
     if (HalfReadsOneSeq(s, cluster)) {
       return {cluster, s.per_token_scales ? kOneSeqKvTilesPerCta * ctas : kAnyKvTiles};
     }
@@ -181,7 +155,7 @@ inline ClusterChoice ChooseCluster(const AttentionSizes& s, int tile_rows, int64
 
 // CTAs that run at the same time in a launch with clusters of that size.
 inline int64_t CtasAtOnce(const AttentionSizes& s, int64_t cluster) {
-  const int64_t ctas = s.num_sms * kAttentionCtasPerSm;
+  const int64_t ctas = s.num_sms * s.tile->ctas_per_sm;
   if (cluster <= 2) return ctas;
   return std::min(s.num_clusters > 0 ? s.num_clusters * 8 : ctas, ctas / 8 * 8);
 }
@@ -194,7 +168,7 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int tile_rows,
   launch.max_packed_rows = max_packed_rows;
   // As many CTAs as run at the same time, and none without work when the whole call is small.
   const int64_t keys =
-      KeysPerKvTile(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
+      s.tile->keys(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
   const int64_t packed_rows = std::max<int64_t>(s.max_seqlen_q, 1) * s.num_heads / s.num_kv_heads;
   const int64_t tiles =
       s.batch * s.num_kv_heads * CeilDiv(std::min(packed_rows, max_packed_rows), tile_rows);
@@ -213,7 +187,8 @@ inline AttentionLaunch SplitLaunch(const AttentionSizes& s, int tile_rows,
       return launch;  // nothing goes through memory
     }
     launch.grid = CeilDiv(std::max(launch.grid, launch.shares), launch.cluster) * launch.cluster;
-    // Clusters mostly take such a call, and a merging kernel would have nothing to do.
+    // Clusters mostly take such a call, and a merging kernel would have nothing to do, even of a
+    // sequence alone with more splits than that kernel would merge faster.
     const int64_t work_tiles = std::min(s.batch, s.num_tokens) * s.num_kv_heads;
     launch.merges_in_kernel =
         launch.shares / work_tiles <= kMergedSplits || HalfReadsOneSeq(s, choice.cluster);
@@ -233,7 +208,7 @@ inline bool MayHaveShortSeqs(const AttentionSizes& s, int64_t long_seq) {
 
 inline AttentionLaunch WholeLaunch(const AttentionSizes& s, int64_t min_packed_rows) {
   AttentionLaunch launch;
-  launch.tile_rows = 64;
+  launch.tile_rows = s.tile->most_rows;
   launch.min_packed_rows = min_packed_rows;
   launch.max_packed_rows = kAllPackedRows;
   const int64_t group = s.num_heads / s.num_kv_heads;
@@ -254,9 +229,8 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
   if (s.num_tokens <= 0 || s.batch <= 0 || s.num_kv_heads <= 0 || s.num_heads <= 0) return plan;
   const int64_t group = s.num_heads / s.num_kv_heads;
   const int64_t packed_rows = std::max<int64_t>(s.max_seqlen_q, 1) * group;
-  if (packed_rows <= 64 || s.max_seqlen_q <= 8) {
-    plan.launches[plan.num_launches++] =
-        SplitLaunch(s, TileRowsFor(s, packed_rows), kAllPackedRows);
+  if (packed_rows <= kOneLaunchRows || s.max_seqlen_q <= kOneLaunchTokens) {
+    plan.launches[plan.num_launches++] = SplitLaunch(s, s.tile->rows(packed_rows), kAllPackedRows);
   } else {
     // Keys are better split where a tile for each sequence and head leaves half of the GPU without
     // work.
@@ -270,13 +244,13 @@ inline AttentionPlan PlanAttention(const AttentionSizes& s) {
     }
     const bool mixed = MayHaveShortSeqs(s, long_seq);
     // Tiles of 16 packed rows cost decoding sequences little, and short ones less than 64 of them.
-    const int tile_rows = TileRowsFor(s, mixed ? std::max<int64_t>(group, 16) : group);
+    const int tile_rows = s.tile->rows(mixed ? std::max<int64_t>(group, 16) : group);
     const int64_t decoding = std::max<int64_t>(tile_rows, group);
     plan.launches[plan.num_launches++] = SplitLaunch(s, tile_rows, decoding);
     int64_t done = decoding;
     if (mixed || !is_long) {
       AttentionLaunch& rest = plan.launches[plan.num_launches++];
-      rest = SplitLaunch(s, 64, is_long ? long_seq * group - 1 : kAllPackedRows);
+      rest = SplitLaunch(s, s.tile->most_rows, is_long ? long_seq * group - 1 : kAllPackedRows);
       rest.min_packed_rows = decoding + 1;
       done = rest.max_packed_rows;
     }

@@ -7,8 +7,7 @@
 #include "common/normaliser.h"
 #include "common/numeric.h"
 #include "common/static_scales.h"
-#include "cuda/attention/mma_sm80/kv_tile.cuh"
-#include "cuda/attention/mma_sm80/query.cuh"
+#include "cuda/attention/split_kv/shared/packed_rows.cuh"
 #include "cuda/common/mma.cuh"
 
 #include "cuda/common/convert.cuh"

@@ -7,10 +7,10 @@
 
 #include "common/ceil_div.h"
 #include "common/head_dims.h"
-#include "cuda/attention/mma_sm80/epilogue.cuh"
-#include "cuda/attention/mma_sm80/launch.h"
-#include "cuda/attention/mma_sm80/schedule.cuh"
 #include "cuda/attention/shared/clear_padding.cuh"
+#include "cuda/attention/split_kv/launch.h"
+#include "cuda/attention/split_kv/shared/epilogue.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "cuda/merge/shared/merge_values.cuh"

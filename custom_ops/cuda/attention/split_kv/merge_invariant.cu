@@ -6,9 +6,9 @@
 
 #include "common/ceil_div.h"
 #include "common/head_dims.h"
-#include "cuda/attention/mma_sm80/epilogue.cuh"
-#include "cuda/attention/mma_sm80/invariant_total.cuh"
-#include "cuda/attention/mma_sm80/launch.h"
+#include "cuda/attention/split_kv/launch.h"
+#include "cuda/attention/split_kv/shared/epilogue.cuh"
+#include "cuda/attention/split_kv/shared/invariant_total.cuh"
 #include "cuda/common/pdl.cuh"
 
 namespace fastattn::cuda {

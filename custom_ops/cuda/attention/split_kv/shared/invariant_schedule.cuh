@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "cuda/attention/mma_sm80/launch.h"
-#include "cuda/attention/mma_sm80/schedule.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
+#include "cuda/attention/split_kv/shared/task.h"
 #include "params/attention.h"
 
 namespace fastattn::cuda {

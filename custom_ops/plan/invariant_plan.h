@@ -15,7 +15,7 @@
 
 #include "common/ceil_div.h"
 #include "common/types.h"
-#include "heuristics/attention_plan.h"
+#include "plan/attention_plan.h"
 
 namespace fastattn {
 
@@ -29,11 +29,12 @@ struct InvariantBounds {
   int least_tiles;  // KV tiles of a split, where there are several
 };
 
-// With 8 KV heads, 16 splits of one sequence give work to 128 CTAs. Tiles of 64 packed rows begin
-// to be as many as that by themselves, and their results are eight times as large.
+// With 8 KV heads, 16 splits of one sequence give work to 128 CTAs (limits.h). Tiles of 64 packed
+// rows begin to be as many as that by themselves, and their results are eight times as large.
 FASTATTN_HD constexpr InvariantBounds InvariantBoundsOf(int tile_rows, int num_kv_heads) {
-  const int most = num_kv_heads >= 8 ? 16 : 32;
-  return tile_rows == 64 ? InvariantBounds{most / 4, 16} : InvariantBounds{most, 8};
+  const int most = num_kv_heads >= 8 ? kInvariantSplits : kInvariantSplitsFewHeads;
+  return tile_rows == 64 ? InvariantBounds{most / 4, kInvariantLeastTilesOf64}
+                         : InvariantBounds{most, kInvariantLeastTiles};
 }
 
 // Splits of a sequence's work tiles: `count` of them at most, each but the last of `tiles` KV
@@ -70,7 +71,7 @@ inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int tile_rows,
   launch.min_packed_rows = min_packed_rows;
   launch.max_packed_rows = max_packed_rows;
   const int64_t keys =
-      KeysPerKvTile(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
+      s.tile->keys(static_cast<int>(s.head_dim), static_cast<int>(s.element_bytes));
   const int64_t kv_tiles = CeilDiv(std::max<int64_t>(s.max_seqlen_k, 1), keys);
   const InvariantBounds bounds =
       InvariantBoundsOf(tile_rows, static_cast<int>(std::min<int64_t>(s.num_kv_heads, 8)));
@@ -81,7 +82,7 @@ inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int tile_rows,
   const int64_t longest = std::max<int64_t>(std::min(s.max_seqlen_q, s.num_tokens), 1);
   const int64_t tiles =
       s.batch * s.num_kv_heads * CeilDiv(std::min(longest * group, max_packed_rows), tile_rows);
-  const int64_t ctas = s.num_sms * kAttentionCtasPerSm;
+  const int64_t ctas = s.num_sms * s.tile->ctas_per_sm;
   // A call of few keys whose work tiles fill most of the GPU: a second kernel would take longer
   // than half of a tile's keys.
   launch.whole_tiles = tile_rows < 64 && s.batch <= kMaxPlanSeqs && 4 * tiles >= 3 * s.num_sms &&

@@ -9,33 +9,25 @@
 #include <limits>
 
 #include "common/ceil_div.h"
-#include "heuristics/attention_plan.h"
-#include "heuristics/wgmma_support.h"
 #include "params/attention.h"
 #include "params/dequantized_kv.h"
+#include "plan/attention_plan.h"
+#include "plan/kernel_row.h"
+#include "plan/limits.h"
+#include "plan/wgmma_support.h"
 
 namespace fastattn {
 
-// Of memory, at most, where nothing else is asked for (api/attention_run.cc).
-inline constexpr int64_t kDequantizedBytes = int64_t{512} << 20;
-
-// Packed rows that see a key of a sequence, on average, from which 16-bit keys pay; 0: they
-// never do. From the time that a key's codes cost a work tile beside its two copies (H100, tables
-// in docs/experiments/wgmma_q16.md).
+// Packed rows that see a key of a sequence, on average, from which 16-bit keys pay; 0: they never
+// do.
 inline int64_t DequantizeFrom(const AttentionParams& p, bool has_prefill_kernel) {
-  if (!has_prefill_kernel) return 128;
+  if (!has_prefill_kernel) return kDequantizeRowsOfMma;
   if (!p.paged) return 0;
-  if (p.head_dim > 128) return 400;
+  if (p.head_dim > 128) return kDequantizeRowsOfLargeHeads;
   if (!IsDynamic(p.cache.type)) return 0;
-  if (CodesPerByte(p.cache.dtype) == 2) return 300;
-  return p.cache.dtype == DType::kInt8 ? 450 : 500;
+  if (CodesPerByte(p.cache.dtype) == 2) return kDequantizeRowsOf4Bits;
+  return p.cache.dtype == DType::kInt8 ? kDequantizeRowsOfInt8 : kDequantizeRowsOfFp8;
 }
-
-// Operations (4 for a query, key, head and channel) that 16-bit keys save a third of what the
-// launches take: some 8 us. Where nothing else is asked for (api/attention_run.cc).
-inline constexpr double kDequantizedOperations = 4e9;
-// CTAs without work of append_cache_kv_c8's kernel that take as long.
-inline constexpr double kIdleCtas = 7000;
 
 // What a call may take, and has to have.
 struct DequantizeLimits {
@@ -54,11 +46,6 @@ inline bool WorthDequantizing(const AttentionParams& p, int64_t blocks, double o
   const double cost = operations * (3 + blocks * p.num_kv_heads / kIdleCtas);
   const double least = per_key * longest_q / 2, most = per_key * (longest_k - longest_q / 2);
   return least >= cost / 2 && least + (most - least) / 8 >= cost;
-}
-
-// Whether a call may have sequences for that, by what is cheapest to look at.
-inline bool MayDequantize(const AttentionParams& p) {
-  return p.max_seqlen_q >= kLongSeq && p.q_dtype == DType::kBFloat16 && !p.batch_invariant;
 }
 
 // What the kernel of contiguous codes asks of them: one scale for all sequences.
@@ -94,20 +81,41 @@ inline void GiveRoom(const AttentionParams& p, int64_t block_bytes, int64_t memo
   plan->table_width = std::min(width, blocks);
 }
 
-// `min_tokens`: of sequences that whole tiles take.
-inline DequantizePlan PlanDequantize(const AttentionParams& p, bool has_prefill_kernel,
-                                     int64_t min_tokens, const DequantizeLimits& limits) {
-  DequantizePlan plan;
+// Why a call's codes are attended as they are, by what is cheapest to look at first; or null. The
+// rest of the rule is in PlanDequantize.
+inline Reason LacksToDequantize(const AttentionParams& p) {
   // fp16 does not hold the product of any code with any scale.
-  if (!MayDequantize(p)) return plan;
-  if (p.window_left >= 0) return plan;  // most keys are not seen
-  const bool codes = p.paged ? IsQuantized(p.cache.type) && p.cache.layout == CacheLayout::kFastattn
-                             : DequantizesRagged(p.ragged);
-  if (!codes) return plan;
-  if (!wgmma_support::Common(p) || !Wgmma16BitHeadDims::Has(p.head_dim)) return plan;
+  if (p.q_dtype != DType::kBFloat16) return "its queries are not bf16";
+  if (p.batch_invariant) return "the call is batch-invariant";
+  if (p.IsGeneral()) return kGeneralCall;
+  if (p.max_seqlen_q < kLongSeq) return "no sequence has as many as 64 new tokens";
+  if (p.window_left >= 0) return "a window leaves most keys unseen";
+  if (p.paged && !IsQuantized(p.cache.type)) return "the cache has no codes";
+  if (p.paged && p.cache.layout != CacheLayout::kFastattn) return "the cache has another layout";
+  if (!p.paged && !DequantizesRagged(p.ragged)) {
+    return "the keys are no 8-bit codes with one scale for all sequences, or TMA cannot read them";
+  }
+  return nullptr;
+}
+
+inline constexpr Reason kNeverPays = "wgmma kernels attend such codes faster than 16-bit values";
+inline constexpr Reason kFewRows = "too few packed rows see a key";
+inline constexpr Reason kNoRoom = "there is no room for it";
+inline constexpr Reason kTooShort = "the call is too short to pay for its launches";
+
+// `min_tokens`: of sequences that whole tiles take. *reason: why not, where the plan is empty.
+inline DequantizePlan PlanDequantize(const AttentionParams& p, bool has_prefill_kernel,
+                                     int64_t min_tokens, const DequantizeLimits& limits,
+                                     Reason* reason) {
+  DequantizePlan plan;
+  *reason = LacksToDequantize(p);
+  if (*reason == nullptr) *reason = wgmma_support::Common(p);
+  if (*reason == nullptr && !Wgmma16BitHeadDims::Has(p.head_dim)) *reason = kOtherHeadDim;
+  if (*reason != nullptr) return plan;
   const int64_t rows = DequantizeFrom(p, has_prefill_kernel);
   const int64_t group = p.num_heads / p.num_kv_heads;
-  if (rows == 0 || group * p.max_seqlen_q < rows) return plan;
+  *reason = rows == 0 ? kNeverPays : group * p.max_seqlen_q < rows ? kFewRows : nullptr;
+  if (*reason != nullptr) return plan;
   plan.min_rows = rows;
   // That many rows see a key only where a sequence has as many.
   plan.min_tokens = static_cast<int>(std::max(min_tokens, CeilDiv(rows, group)));
@@ -120,13 +128,15 @@ inline DequantizePlan PlanDequantize(const AttentionParams& p, bool has_prefill_
     plan.min_tokens = static_cast<int>(min_tokens);
     const double row_keys = static_cast<double>(group) * p.seqs.num_tokens * p.max_seqlen_k;
     const int64_t blocks = CeilDiv<int64_t>(p.ragged.num_tokens, kBlockSize);
-    if (row_keys >= static_cast<double>(rows) * p.ragged.num_tokens &&
-        blocks <= limits.bytes / block_bytes) {
+    if (row_keys < static_cast<double>(rows) * p.ragged.num_tokens) {
+      *reason = kFewRows;
+    } else if (blocks <= limits.bytes / block_bytes) {
       plan.blocks = blocks;
     }
   }
-  const bool pays = plan.blocks > 0 && WorthDequantizing(p, plan.blocks, limits.operations);
-  return pays ? plan : DequantizePlan{};
+  if (plan.blocks > 0 && WorthDequantizing(p, plan.blocks, limits.operations)) return plan;
+  if (*reason == nullptr) *reason = plan.blocks > 0 ? kTooShort : kNoRoom;
+  return DequantizePlan{};
 }
 
 }  // namespace fastattn

@@ -4,10 +4,9 @@
 
 #include <cstdint>
 
-#include "cuda/attention/mma_sm80/epilogue.cuh"
-#include "cuda/attention/mma_sm80/query.cuh"
-#include "cuda/attention/mma_sm80/schedule.cuh"
-#include "cuda/attention/mma_sm80/traits.cuh"
+#include "cuda/attention/split_kv/shared/epilogue.cuh"
+#include "cuda/attention/split_kv/shared/packed_rows.cuh"
+#include "cuda/attention/split_kv/shared/schedule.cuh"
 #include "cuda/common/cluster.cuh"
 #include "cuda/merge/shared/merge_values.cuh"
 #include "cuda/merge/shared/partial_weights.cuh"
