@@ -34,6 +34,7 @@ TABLES = {
 #: Rows of the table of cache types by name, and bits of a code.
 TYPES = {row.name: row for row in FORMATS}
 BITS = {row.code: row.bits for row in FORMATS}
+BITS.update((row.value_code, row.value_bits) for row in FORMATS)
 
 
 class Device(NamedTuple):

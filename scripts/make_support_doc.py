@@ -25,7 +25,11 @@ RUNS = ROOT / "docs" / "test_runs.md"
 NEVER_RUN = {"sm_80": 8, "sm_86": 8, "sm_89": 8, "sm_100a": 10, "sm_120a": 12}
 #: What the code of a whole run did not have yet: (cache type, head dimension or None for all).
 #: `git show COMMIT:custom_ops/common/head_dims.h` and docs/test_runs.md tell it.
-ABSENT = {"6fb5f88": {("block_wise_mxfp4", None), ("block_wise_int4", 192)}}
+_TWO_CODES = {("block_wise_k8v4", None), ("block_wise_kfp8v4", None)}
+ABSENT = {
+    "ec09a29": _TWO_CODES,
+    "6fb5f88": {("block_wise_mxfp4", None), ("block_wise_int4", 192), *_TWO_CODES},
+}
 SHORT = {"mma_sm80": "mma", "wgmma_q16": "q16", "wgmma_fp8": "fp8", "dequantize_kv": "dq"}
 
 INTRODUCTION = """# What runs where

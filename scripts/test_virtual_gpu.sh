@@ -11,8 +11,9 @@
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-attention='attention/(launch|query_transform)|split_kv|mma_sm80/(e2m1|int4|e4m3|bf16)_64_paged'
-writers='rope_write/(launch|bf16_(bf16|e4m3|token_int4|group32ue8m0))|host_calls'
+codes='e2m1|int4|int8_int4|e4m3|bf16'
+attention="attention/(launch|query_transform)|split_kv|mma_sm80/($codes)_64_paged"
+writers='rope_write/(launch|bf16_(bf16|e4m3|token_int4|token_int8_int4|group32ue8m0))|host_calls'
 KERNELS=${KERNELS:-"$attention|$writers|cuda/(common|cache/append|topk|mxfp4|merge_many)"}
 export FASTATTN_HEAD_DIMS=${FASTATTN_HEAD_DIMS:-64}
 

@@ -42,9 +42,9 @@ _STEPS = {
 }  # fmt: skip
 _WRITTEN = {
     "cpu": ("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8",
-            "block_wise_int4", "block_wise_mxfp4"),
+            "block_wise_int4", "block_wise_mxfp4", "block_wise_k8v4", "block_wise_kfp8v4"),
     "gpu": ("none", "block_wise_fp8", "cache_fp8", "cache_int8", "block_wise_int4",
-            "block_wise_mxfp4"),
+            "block_wise_mxfp4", "block_wise_k8v4", "block_wise_kfp8v4"),
     "gpu quick": ("block_wise_fp8",),
 }  # fmt: skip
 #: Cache type, and how Q is returned.
@@ -56,7 +56,7 @@ _ROPE_WRITTEN = {
 }  # fmt: skip
 _READ_TYPES = (
     *("cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8", "block_wise_int4"),
-    "block_wise_mxfp4",
+    *("block_wise_mxfp4", "block_wise_k8v4", "block_wise_kfp8v4"),
 )
 #: Cached tokens of all sequences.
 _READ = {"cpu": (8192,), "cpu quick": (1024,), "gpu": (32768, 262144), "gpu quick": (32768,)}
@@ -156,7 +156,7 @@ def append_cache_kv_c8(device: Device) -> Iterator[Row]:
             options = {**cache.options, "dynamic_quant": is_dynamic(quant)}
             deployed = cache.value.reshape(cache.key.shape)  # as FastDeploy shapes V
             for layout, values in (("fastattn", cache.value), ("fastdeploy", deployed)):
-                if layout == "fastdeploy" and codes_per_byte(quant) == 2:
+                if layout == "fastdeploy" and 2 in codes_per_byte(quant):
                     continue
                 tensors = (cache.key, values, key, value, *meta)
                 call = bind(F.append_cache_kv_c8, *tensors, cache_layout=layout, **options)

@@ -19,7 +19,7 @@ from benchmarks.core.rows import Row, register
 TYPES = {
     "gpu": (
         *("cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8", "block_wise_int4"),
-        "block_wise_mxfp4",
+        *("block_wise_mxfp4", "block_wise_k8v4", "block_wise_kfp8v4"),
         "none",
     ),
     "gpu quick": ("block_wise_fp8",),

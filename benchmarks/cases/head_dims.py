@@ -20,7 +20,7 @@ DECODE = {"gpu": [(96, 32, 32), (256, 16, 4), (256, 32, 2)], "gpu quick": [(256,
 TYPES = {
     "gpu": (
         *("none", "cache_fp8", "block_wise_fp8", "cache_int8", "block_wise_int8"),
-        *("block_wise_int4", "block_wise_mxfp4"),
+        *("block_wise_int4", "block_wise_mxfp4", "block_wise_k8v4"),
     ),
     "gpu quick": ("none", "block_wise_fp8"),
 }

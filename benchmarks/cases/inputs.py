@@ -11,7 +11,13 @@ from numpy.typing import ArrayLike, NDArray
 import fastattn.functional as F
 from benchmarks.core.devices import Device
 from benchmarks.core.timing import Call, bind
-from fastattn.functional._cache_types import cache_shapes, codes_per_byte, token_scales, value_dim
+from fastattn.functional._cache_types import (
+    TYPES,
+    cache_shapes,
+    codes_per_byte,
+    token_scales,
+    value_dim,
+)
 from fastattn.reference.layout import BLOCK_SIZE
 
 HEADS, KV, DIM = 32, 8, 128
@@ -26,10 +32,10 @@ def is_dynamic(quant: str) -> bool:
 
 def token_bytes(quant: str, kv: int = KV, dim: int = DIM) -> int:
     """Bytes of K and V of a cached token, scales included where each token has its own."""
-    values = dim * (BF16 if quant == "none" else CODE) // codes_per_byte(quant)
+    values = sum(dim * (BF16 if quant == "none" else CODE) // n for n in codes_per_byte(quant))
     own, dtype = token_scales(quant, dim)
     scales = 4 if dtype == "float32" else own[0]
-    return 2 * kv * (values + scales * is_dynamic(quant))
+    return kv * (values + 2 * scales * is_dynamic(quant))
 
 
 def starts_of(counts: ArrayLike) -> NDArray[np.int64]:
@@ -43,13 +49,13 @@ class Cache:
     def __init__(
         self, device: Device, quant: str, blocks: int, kv: int = KV, dim: int = DIM
     ) -> None:
-        integers = quant.endswith(("int8", "int4", "mxfp4"))  # any bits
-        code = "bfloat16" if quant == "none" else "int8" if integers else "e4m3"
+        row = TYPES[quant]
+        codes = [c if c in ("bfloat16", "e4m3") else "int8" for c in (row.code, row.value_code)]
         shapes = cache_shapes(quant, blocks, kv, dim)
         self.quant = quant
         self.blocks = blocks
-        self.key = device.random(tuple(shapes[0]), code, seed=1)
-        self.value = device.random(tuple(shapes[1]), code, seed=2)
+        self.key = device.random(tuple(shapes[0]), codes[0], seed=1)
+        self.value = device.random(tuple(shapes[1]), codes[1], seed=2)
         self.tensors = (self.key, self.value)
         self.scales: list[paddle.Tensor | None] = [None, None]
         if quant != "none":

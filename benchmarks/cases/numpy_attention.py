@@ -74,7 +74,7 @@ def _contiguous(cache: Any, scales: Any, kind: str, quant: str, tables: Array) -
     if quant == "none":
         values = _fp32(cache)
     else:
-        code = code_of(quant)
+        code = code_of(quant, kind=kind)
         options = {"int8": code == "int8", "nibbles": code in numerics.NIBBLES}
         codes = layout.unpack(cache.numpy(), kind, "fastattn", **options)
         multiplier = scales.numpy()

@@ -22,7 +22,8 @@ from benchmarks.core.timing import bind
 TOKENS = 16384
 FP8_TYPES = ("cache_fp8", "block_wise_fp8")
 _NIBBLES = ("block_wise_int4", "block_wise_mxfp4")
-TYPES = ("none", "cache_int8", "block_wise_int8", *_NIBBLES, *FP8_TYPES)
+_MIXED = ("block_wise_k8v4", "block_wise_kfp8v4")
+TYPES = ("none", "cache_int8", "block_wise_int8", *_NIBBLES, *_MIXED, *FP8_TYPES)
 #: Peers by a part of their names: those that do the work of a call.
 PAGED_FP8, VARLEN_FP8 = ("fp8_paged", "cudnn_fp8"), ("fp8_varlen", "cudnn_fp8")
 PEERS_FP16 = ("vllm_fa3_bf16", "cudnn_bf16")

@@ -30,7 +30,7 @@ Results StepResults(const Known& in) {
   const int64_t tokens = qkv.size(0), heads = in.Integer("num_heads");
   const int64_t head_dim = Inferred<int64_t>(-1, [&] {
     const CacheType type = ParseCacheType(kStep, in.Text("cache_quant_type"));
-    return in["key_cache"].size(3) * CodesPerByte(type);
+    return in["key_cache"].size(3) * KeyCodesPerByte(type);
   });
   const bool has_lse = in.Flag("return_softmax_lse");
   return {{"result", {tokens, head_dim < 0 || heads < 1 ? -1 : heads * head_dim}, dtype},
@@ -103,24 +103,22 @@ void RequireAllApart(const RopeWriteArgs& write, const AttentionArgs& args, Cach
 
 }  // namespace
 
-FASTATTN_OPERATOR(Outputs, kStep, AttentionStep, StepResults,
-                  (const Strided<Tensor>& qkv, Tensor& key_cache, Tensor& value_cache,
-                   const OptionalTensor& rotary_embs, const Tensor& block_tables,
-                   const Tensor& cu_seqlens_q, const Tensor& seq_lens_decoder,
-                   const Tensor& seq_lens_this_time, const OptionalTensor& batch_id_per_token,
-                   OptionalTensor& cache_k_scales, OptionalTensor& cache_v_scales,
-                   const OptionalTensor& mask_offsets, const OptionalTensor& q_norm_weight,
-                   const OptionalTensor& k_norm_weight, const OptionalTensor& qkv_bias,
-                   const OptionalTensor& q_scale, const OptionalTensor& k_center,
-                   const OptionalTensor& k_feedback, const OptionalTensor& sinks,
-                   const OptionalTensor& out_scale, OptionalTensor& out, int64_t max_seqlen_q,
-                   int64_t max_seqlen_k, bool causal, int64_t window_left, int64_t window_right,
-                   int num_heads, int num_kv_heads, float rms_norm_eps, bool use_neox_rotary_style,
-                   int rotary_dim, bool qk_norm_before_rope, const std::string& q_quant,
-                   const std::string& cache_quant_type, const std::string& fp8_format,
-                   const std::string& k_rotation, float softmax_scale, float softcap,
-                   bool return_softmax_lse, const std::string& out_dtype, bool batch_invariant,
-                   bool split_invariant)) {
+FASTATTN_OPERATOR(
+    Outputs, kStep, AttentionStep, StepResults,
+    (const Strided<Tensor>& qkv, Tensor& key_cache, Tensor& value_cache,
+     const OptionalTensor& rotary_embs, const Tensor& block_tables, const Tensor& cu_seqlens_q,
+     const Tensor& seq_lens_decoder, const Tensor& seq_lens_this_time,
+     const OptionalTensor& batch_id_per_token, OptionalTensor& cache_k_scales,
+     OptionalTensor& cache_v_scales, const OptionalTensor& mask_offsets,
+     const OptionalTensor& q_norm_weight, const OptionalTensor& k_norm_weight,
+     const OptionalTensor& qkv_bias, const OptionalTensor& q_scale, const OptionalTensor& k_center,
+     const OptionalTensor& k_feedback, const OptionalTensor& sinks, const OptionalTensor& out_scale,
+     OptionalTensor& out, int64_t max_seqlen_q, int64_t max_seqlen_k, bool causal,
+     int64_t window_left, int64_t window_right, int num_heads, int num_kv_heads, float rms_norm_eps,
+     bool use_neox_rotary_style, int rotary_dim, bool qk_norm_before_rope,
+     const std::string& q_quant, const std::string& cache_quant_type, const std::string& fp8_format,
+     const std::string& k_rotation, float softmax_scale, float softcap, bool return_softmax_lse,
+     const std::string& out_dtype, bool batch_invariant, bool split_invariant)) {
   const phi::Place place = PlaceOfStep(kStep, qkv, key_cache);
   RopeWriteArgs write{{key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
                        cache_quant_type, fp8_format, CacheLayout::kFastattn, &block_tables}};

@@ -45,7 +45,7 @@ Conversion Parse(const char* op, const std::string& kind, const std::string& cac
                          ParseCacheLayout(op, "src", src), ParseCacheLayout(op, "dst", dst)};
   const bool fastdeploy =
       found.src == CacheLayout::kFastDeploy || found.dst == CacheLayout::kFastDeploy;
-  if (CodesPerByte(found.type) == 2 && fastdeploy) {
+  if (HasNibbles(found.type) && fastdeploy) {
     Fail("NotImplementedError", op, found.src == CacheLayout::kFastDeploy ? "src" : "dst",
          "'fastdeploy' has no order for ", NameOf(found.type), "; supported: fastattn, logical");
   }
@@ -70,7 +70,7 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
   for (int64_t size : shape) RequireFits(op, "cache", size);
   const int64_t tokens = shape[transposed ? 3 : 2];
   const int64_t row = shape[transposed ? 2 : 3];
-  const int64_t head_dim = row * CodesPerByte(conversion.type);
+  const int64_t head_dim = row * CodesPerByte(conversion.type, conversion.is_value);
   if (tokens != kBlockSize) {
     Fail("ValueError", op, "cache", "expected blocks of ", kBlockSize, " tokens, shape ", expected,
          ", got ", ShapeText(shape));
@@ -83,19 +83,20 @@ ConvertLayoutParams ParseCache(const char* op, const Tensor& cache, const Conver
          conversion.is_value ? HeadDims::Text() : AttentionHeadDims::Text());
   }
   const DType dtype = ToDType(op, "cache", cache.dtype());
-  const DType code = CodeOf(conversion.type);
+  const DType code = CodeOf(conversion.type, conversion.is_value);
+  const bool nibbles = CodesPerByte(code) == 2;
   const bool fits = conversion.type == CacheType::kNone
                         ? dtype == DType::kBFloat16 || dtype == DType::kFloat16
-                    : dtype == DType::kUInt8             ? true
-                    : CodesPerByte(conversion.type) == 2 ? false
-                    : code == DType::kE4M3 ? dtype == DType::kE4M3 || dtype == DType::kE5M2
-                                           : dtype == code;
+                    : dtype == DType::kUInt8 ? true
+                    : nibbles                ? false
+                    : code == DType::kE4M3   ? dtype == DType::kE4M3 || dtype == DType::kE5M2
+                                             : dtype == code;
   if (!fits) {
     Fail("TypeError", op, "cache", "expected dtype ",
-         conversion.type == CacheType::kNone  ? "bfloat16 or float16"
-         : CodesPerByte(conversion.type) == 2 ? "uint8"
-         : code == DType::kInt8               ? "uint8 or int8"
-                                              : "uint8, float8_e4m3fn or float8_e5m2",
+         conversion.type == CacheType::kNone ? "bfloat16 or float16"
+         : nibbles                           ? "uint8"
+         : code == DType::kInt8              ? "uint8 or int8"
+                                             : "uint8, float8_e4m3fn or float8_e5m2",
          " for ", NameOf(conversion.type), ", got ", NameOf(dtype));
   }
   ConvertLayoutParams p;

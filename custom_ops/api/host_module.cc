@@ -34,17 +34,18 @@ const char* NameOf(ScaleScheme scheme) {
   return kNames[static_cast<int>(scheme)];
 }
 
-// Rows of the table of cache types: (name, code, other code, bits of a code, scheme of the scales,
-// channels of a group, type of the scales).
-using FormatRow =
-    std::tuple<std::string, std::string, std::string, int, std::string, int, std::string>;
+// Rows of the table of cache types: (name, code of K, code of V, other code, bits of K's code and
+// of V's, scheme of the scales, channels of a group, type of the scales).
+using FormatRow = std::tuple<std::string, std::string, std::string, std::string, int, int,
+                             std::string, int, std::string>;
 
 std::vector<FormatRow> CacheFormats() {
   std::vector<FormatRow> rows;
   for (const CacheFormat& format : kCacheFormats) {
     const ScaleInfo& scale = InfoOf(format.scales);
-    rows.emplace_back(format.name, NameOf(format.code), NameOf(format.other_code),
-                      InfoOf(format.code).bits, NameOf(format.scheme), scale.group,
+    rows.emplace_back(format.name, NameOf(format.code), NameOf(format.value_code),
+                      NameOf(format.other_code), InfoOf(format.code).bits,
+                      InfoOf(format.value_code).bits, NameOf(format.scheme), scale.group,
                       NameOf(scale.type));
   }
   return rows;
@@ -152,6 +153,7 @@ AttentionParams CallOf(const std::string& q_dtype, const std::string& k_dtype,
   PagedCache& cache = p.cache;
   cache.type = NamedCacheType(cache_type);
   cache.dtype = NamedType(k_dtype);
+  cache.value_dtype = HasTwoCodes(cache.type) ? CodeOf(cache.type, true) : cache.dtype;
   cache.num_blocks = batch * p.seqs.max_blocks;
   cache.num_kv_heads = num_kv_heads;
   cache.head_dim = head_dim;

@@ -13,13 +13,13 @@ namespace {
 // Dtype of a cache's codes. Every Paddle has uint8 tensors, which may hold any codes; a tensor of
 // an 8-bit type of its own must match.
 DType ParseCodeDtype(const char* op, const char* name, const Tensor& cache, CacheType type,
-                     Fp8Format format) {
+                     bool is_value, Fp8Format format) {
   const CacheFormat& known = FormatOf(type);
-  if (CodesPerByte(type) == 2) {
+  if (CodesPerByte(type, is_value) == 2) {
     Arg(op, name, cache).Dtype({phi::DataType::UINT8});
-    return known.code;
+    return CodeOf(type, is_value);
   }
-  const DType codes = format == Fp8Format::kE5M2 ? known.other_code : known.code;
+  const DType codes = format == Fp8Format::kE5M2 ? known.other_code : CodeOf(type, is_value);
   const DType given = ToDType(op, name, cache.dtype());
   if (given != DType::kUInt8 && given != codes) {
     Fail("TypeError", op, name, "expected dtype uint8 or ", NameOf(codes), " for ", NameOf(type),
@@ -146,13 +146,13 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
   key.On(place).Rank(4);
   const Sizes shape = SizesOf(args.key_cache);
   for (int64_t size : shape) RequireFits(op, "key_cache", size);
-  const int64_t row = shape[3], head_dim = row * CodesPerByte(cache.type);
+  const int64_t row = shape[3], head_dim = row * KeyCodesPerByte(cache.type);
   if (shape[2] != kBlockSize) {
     Fail("ValueError", op, "key_cache", "expected blocks of ", kBlockSize,
-         " tokens, shape [num_blocks, KV, 64, D", CodesPerByte(cache.type) == 2 ? " / 2" : "",
+         " tokens, shape [num_blocks, KV, 64, D", KeyCodesPerByte(cache.type) == 2 ? " / 2" : "",
          "], got ", ShapeText(shape));
   }
-  if (CodesPerByte(cache.type) == 2 && cache.layout == CacheLayout::kFastDeploy) {
+  if (HasNibbles(cache.type) && cache.layout == CacheLayout::kFastDeploy) {
     Fail("NotImplementedError", op, "cache_layout", "'fastdeploy' has no order for ",
          NameOf(cache.type), "; supported: fastattn");
   }
@@ -184,14 +184,15 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
       arg->Dtype({phi::DataType::BFLOAT16, phi::DataType::FLOAT16});
     }
     value.Dtype({args.key_cache.dtype()});
-    cache.dtype = ToDType(op, "key_cache", args.key_cache.dtype());
+    cache.dtype = cache.value_dtype = ToDType(op, "key_cache", args.key_cache.dtype());
     if (args.k_scales != nullptr || args.v_scales != nullptr) {
       Fail("ValueError", op, args.k_scales != nullptr ? "cache_k_scales" : "cache_v_scales",
            "cache_quant_type 'none' takes no scales");
     }
   } else {
-    cache.dtype = ParseCodeDtype(op, "key_cache", args.key_cache, cache.type, format);
-    ParseCodeDtype(op, "value_cache", args.value_cache, cache.type, format);
+    cache.dtype = ParseCodeDtype(op, "key_cache", args.key_cache, cache.type, false, format);
+    cache.value_dtype =
+        ParseCodeDtype(op, "value_cache", args.value_cache, cache.type, true, format);
     cache.k_granularity = ParseScales(op, "cache_k_scales", args.k_scales, cache, cache.head_dim,
                                       shape[1], place, &cache.k_scale_strides);
     cache.v_granularity = ParseScales(op, "cache_v_scales", args.v_scales, cache, cache.ValueDim(),
@@ -227,7 +228,8 @@ void RequireAlignedCache(const char* op, const PagedCache& cache) {
     }
   };
   require("key_cache", cache.key, cache.key_strides, cache.key_strides.row, cache.dtype);
-  require("value_cache", cache.value, cache.value_strides, cache.value_strides.row, cache.dtype);
+  require("value_cache", cache.value, cache.value_strides, cache.value_strides.row,
+          cache.value_dtype);
   if (IsDynamic(cache.type)) {  // scales have no rows
     require("cache_k_scales", cache.k_scales, cache.k_scale_strides, 0, cache.scale_dtype);
     require("cache_v_scales", cache.v_scales, cache.v_scale_strides, 0, cache.scale_dtype);

@@ -35,7 +35,7 @@ Results RopeResults(const Known& in) {
   const std::string quant = in.Text("q_quant");
   const int64_t head_dim = Inferred<int64_t>(-1, [&] {
     const CacheType type = ParseCacheType(kOp, in.Text("cache_quant_type"));
-    return in["key_cache"].size(3) * CodesPerByte(type);
+    return in["key_cache"].size(3) * KeyCodesPerByte(type);
   });
   const Shape descale =
       Inferred(Shape{1}, [&] { return QDescaleShape(ParseQQuant(kOp, quant), tokens, heads); });

@@ -29,6 +29,9 @@ Cell = Union[Value, tuple[Value, ...]]
 
 HEADER = "// Written by custom_ops/builder/instances.py.\n"
 
+#: A cell with the value of the column before: K and V have the same codes.
+SAME = "kSame"
+
 
 @dataclass(frozen=True)
 class Family:
@@ -57,7 +60,7 @@ class Family:
         """Template arguments of every instance, without the head dimensions that are left out."""
         left_out = set(ALL_HEAD_DIMS) - set(head_dims())
         cells = [[c if isinstance(c, tuple) else (c,) for c in row] for row in self.rows]
-        every = [values for row in cells for values in itertools.product(*row)]
+        every = [_resolved(values) for row in cells for values in itertools.product(*row)]
         if "head_dim" not in self.columns:
             return every
         at = [*self.columns].index("head_dim")
@@ -72,8 +75,12 @@ class Family:
 
     def file_of(self, values: tuple[Value, ...]) -> str:
         """Source file that instantiates them, such as ``cuda/merge/bf16.cu``."""
-        named = zip(self.columns, values)
-        words = [_word(name, value) for name, value in named if name != self.together]
+        columns = [*self.columns]
+        words = []
+        for i, (name, value) in enumerate(zip(columns, values)):
+            if name == self.together or (name == "value" and value == values[i - 1]):
+                continue
+            words.append(_word(name, value))
         return f"{self.folder}/{'_'.join(filter(None, words))}.cu"
 
     def files(self) -> dict[str, list[tuple[Value, ...]]]:
@@ -82,6 +89,11 @@ class Family:
         for values in self.arguments():
             found.setdefault(self.file_of(values), []).append(values)
         return found
+
+
+def _resolved(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    """Template arguments without `SAME`."""
+    return tuple(values[i - 1] if value == SAME else value for i, value in enumerate(values))
 
 
 _TYPES = {"kBFloat16": "bf16", "kFloat16": "fp16", "kFloat32": "fp32", "kFastDeploy": "fastdeploy"}
@@ -126,6 +138,8 @@ def head_dim_bits() -> int:
 ALL_HEAD_DIMS = (64, 96, 128, 192, 256)  # of Q and K; V has 128 channels where they have 192
 HALF = ("kBFloat16", "kFloat16")
 FP8 = ("kE4M3", "kE5M2")
+#: Codes of K whose V may be int4.
+WIDER = ("kE4M3", "kInt8")
 EITHER = (False, True)
 INDEX_HEADS = (8, 16, 32, 64)
 MLA_HEADS = (8, 16, 64)
@@ -138,14 +152,15 @@ FAMILIES = (
         declared="launch.h",
         defined="kernel.cuh",
         columns={
-            **{"element": "DType", "head_dim": "int", "paged": "bool", "scales": "Scales"},
-            **{"tile_rows": "int"},
+            **{"element": "DType", "value": "DType", "head_dim": "int", "paged": "bool"},
+            **{"scales": "Scales", "tile_rows": "int"},
         },
         together="tile_rows",
         rows=(
-            ((*HALF, *FP8, "kInt8"), ALL_HEAD_DIMS, EITHER, "kStatic", (8, 16, 64)),
-            (("kE4M3", "kInt8", "kInt4"), ALL_HEAD_DIMS, True, "kToken", (8, 16, 64)),
-            ("kE2M1", ALL_HEAD_DIMS, True, "kGroup32UE8M0", (8, 16, 64)),
+            ((*HALF, *FP8, "kInt8"), SAME, ALL_HEAD_DIMS, EITHER, "kStatic", (8, 16, 64)),
+            (("kE4M3", "kInt8", "kInt4"), SAME, ALL_HEAD_DIMS, True, "kToken", (8, 16, 64)),
+            (WIDER, "kInt4", ALL_HEAD_DIMS, True, "kToken", (8, 16, 64)),
+            ("kE2M1", SAME, ALL_HEAD_DIMS, True, "kGroup32UE8M0", (8, 16, 64)),
         ),
     ),
     Family(
@@ -156,15 +171,17 @@ FAMILIES = (
         defined="cuda/attention/mma_sm80/invariant_kernel.cuh",
         columns={
             "element": "DType",
+            "value": "DType",
             "head_dim": "int",
             "scales": "Scales",
             "tile_rows": "int",
         },
         together="tile_rows",
         rows=(
-            ((*HALF, *FP8, "kInt8"), ALL_HEAD_DIMS, "kStatic", (8, 16, 64)),
-            (("kE4M3", "kInt8", "kInt4"), ALL_HEAD_DIMS, "kToken", (8, 16, 64)),
-            ("kE2M1", ALL_HEAD_DIMS, "kGroup32UE8M0", (8, 16, 64)),
+            ((*HALF, *FP8, "kInt8"), SAME, ALL_HEAD_DIMS, "kStatic", (8, 16, 64)),
+            (("kE4M3", "kInt8", "kInt4"), SAME, ALL_HEAD_DIMS, "kToken", (8, 16, 64)),
+            (WIDER, "kInt4", ALL_HEAD_DIMS, "kToken", (8, 16, 64)),
+            ("kE2M1", SAME, ALL_HEAD_DIMS, "kGroup32UE8M0", (8, 16, 64)),
         ),
     ),
     Family(
@@ -175,15 +192,17 @@ FAMILIES = (
         defined="cuda/attention/mma_sm80/general_kernel.cuh",
         columns={
             "element": "DType",
+            "value": "DType",
             "head_dim": "int",
             "scales": "Scales",
             "tile_rows": "int",
         },
         together="tile_rows",
         rows=(
-            ((*HALF, *FP8, "kInt8"), ALL_HEAD_DIMS, "kStatic", (16, 64)),
-            (("kE4M3", "kInt8", "kInt4"), ALL_HEAD_DIMS, "kToken", (16, 64)),
-            ("kE2M1", ALL_HEAD_DIMS, "kGroup32UE8M0", (16, 64)),
+            ((*HALF, *FP8, "kInt8"), SAME, ALL_HEAD_DIMS, "kStatic", (16, 64)),
+            (("kE4M3", "kInt8", "kInt4"), SAME, ALL_HEAD_DIMS, "kToken", (16, 64)),
+            (WIDER, "kInt4", ALL_HEAD_DIMS, "kToken", (16, 64)),
+            ("kE2M1", SAME, ALL_HEAD_DIMS, "kGroup32UE8M0", (16, 64)),
         ),
     ),
     Family(
@@ -226,12 +245,12 @@ FAMILIES = (
         takes="const AppendCacheParams&, cudaStream_t",
         declared="launch.h",
         defined="kernel.cuh",
-        columns={"code": "DType", "scales": "Scales", "layout": "CacheLayout"},
+        columns={"code": "DType", "value": "DType", "scales": "Scales", "layout": "CacheLayout"},
         rows=(
-            ((*FP8, "kInt8"), "kStatic", ("kFastattn", "kFastDeploy")),
-            (("kE4M3", "kInt8"), "kToken", ("kFastattn", "kFastDeploy")),
-            ("kInt4", "kToken", "kFastattn"),
-            ("kE2M1", "kGroup32UE8M0", "kFastattn"),
+            ((*FP8, "kInt8"), SAME, "kStatic", ("kFastattn", "kFastDeploy")),
+            (WIDER, SAME, "kToken", ("kFastattn", "kFastDeploy")),
+            ((*WIDER, "kInt4"), "kInt4", "kToken", "kFastattn"),
+            ("kE2M1", SAME, "kGroup32UE8M0", "kFastattn"),
         ),
     ),
     Family(
@@ -244,16 +263,17 @@ FAMILIES = (
             "input": "DType",
             "scales": "Scales",
             "code": "DType",
+            "value": "DType",
             "transforms_key": "bool",
         },
         rows=(
-            ("kBFloat16", "kStatic", "kBFloat16", False),
-            ("kFloat16", "kStatic", "kFloat16", False),
-            ("kFloat32", "kStatic", HALF, False),
-            ((*HALF, "kFloat32"), ("kStatic", "kToken"), ("kE4M3", "kInt8"), EITHER),
-            ((*HALF, "kFloat32"), "kToken", "kInt4", EITHER),
-            ((*HALF, "kFloat32"), "kGroup32UE8M0", "kE2M1", True),
-            ((*HALF, "kFloat32"), "kStatic", "kE5M2", False),
+            ("kBFloat16", "kStatic", "kBFloat16", SAME, False),
+            ("kFloat16", "kStatic", "kFloat16", SAME, False),
+            ("kFloat32", "kStatic", HALF, SAME, False),
+            ((*HALF, "kFloat32"), ("kStatic", "kToken"), WIDER, SAME, EITHER),
+            ((*HALF, "kFloat32"), "kToken", (*WIDER, "kInt4"), "kInt4", EITHER),
+            ((*HALF, "kFloat32"), "kGroup32UE8M0", "kE2M1", SAME, True),
+            ((*HALF, "kFloat32"), "kStatic", "kE5M2", SAME, False),
         ),
     ),
     Family(

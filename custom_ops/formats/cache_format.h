@@ -54,13 +54,16 @@ enum class CacheType : int {
   kBlockWiseFp8,
   kBlockWiseInt4,
   kBlockWiseMxfp4,
+  kBlockWiseK8V4,
+  kBlockWiseKFp8V4,
 };
 
 struct CacheFormat {
   CacheType type;
   const char* name;
-  DType code;
-  DType other_code;  // that `fp8_format` or a tensor's dtype may name instead; else `code`
+  DType code;        // of K
+  DType value_code;  // of V
+  DType other_code;  // of both that `fp8_format` or a tensor's dtype may name instead; else `code`
   Scales scales;
   ScaleScheme scheme;  // of scales that the layer holds: the finest that is taken
   bool in_fastdeploy;  // whether FastDeploy's fused operators have the type
@@ -68,20 +71,24 @@ struct CacheFormat {
 
 // Types whose scales are written with the tokens come last.
 inline constexpr CacheFormat kCacheFormats[] = {
-    {CacheType::kNone, "none", DType::kBFloat16, DType::kFloat16,  //
-     Scales::kStatic, ScaleScheme::kNone, true},
-    {CacheType::kInt8, "cache_int8", DType::kInt8, DType::kInt8,  //
+    {CacheType::kNone, "none", DType::kBFloat16, DType::kBFloat16, DType::kFloat16, Scales::kStatic,
+     ScaleScheme::kNone, true},
+    {CacheType::kInt8, "cache_int8", DType::kInt8, DType::kInt8, DType::kInt8,  //
      Scales::kStatic, ScaleScheme::kChannel, true},
-    {CacheType::kFp8, "cache_fp8", DType::kE4M3, DType::kE5M2,  //
+    {CacheType::kFp8, "cache_fp8", DType::kE4M3, DType::kE4M3, DType::kE5M2,  //
      Scales::kStatic, ScaleScheme::kHead, true},
-    {CacheType::kBlockWiseInt8, "block_wise_int8", DType::kInt8, DType::kInt8,  //
+    {CacheType::kBlockWiseInt8, "block_wise_int8", DType::kInt8, DType::kInt8, DType::kInt8,  //
      Scales::kToken, ScaleScheme::kToken, false},
-    {CacheType::kBlockWiseFp8, "block_wise_fp8", DType::kE4M3, DType::kE4M3,  //
+    {CacheType::kBlockWiseFp8, "block_wise_fp8", DType::kE4M3, DType::kE4M3, DType::kE4M3,  //
      Scales::kToken, ScaleScheme::kToken, true},
-    {CacheType::kBlockWiseInt4, "block_wise_int4", DType::kInt4, DType::kInt4,  //
+    {CacheType::kBlockWiseInt4, "block_wise_int4", DType::kInt4, DType::kInt4, DType::kInt4,  //
      Scales::kToken, ScaleScheme::kToken, false},
-    {CacheType::kBlockWiseMxfp4, "block_wise_mxfp4", DType::kE2M1, DType::kE2M1,  //
+    {CacheType::kBlockWiseMxfp4, "block_wise_mxfp4", DType::kE2M1, DType::kE2M1, DType::kE2M1,  //
      Scales::kGroup32UE8M0, ScaleScheme::kGroup, false},
+    {CacheType::kBlockWiseK8V4, "block_wise_k8v4", DType::kInt8, DType::kInt4, DType::kInt8,  //
+     Scales::kToken, ScaleScheme::kToken, false},
+    {CacheType::kBlockWiseKFp8V4, "block_wise_kfp8v4", DType::kE4M3, DType::kInt4, DType::kE4M3,
+     Scales::kToken, ScaleScheme::kToken, false},
 };
 inline constexpr int kNumCacheTypes = sizeof(kCacheFormats) / sizeof(kCacheFormats[0]);
 
@@ -91,8 +98,10 @@ constexpr const CacheFormat& FormatOf(CacheType type) {
 
 inline const char* NameOf(CacheType type) { return FormatOf(type).name; }
 
-// Codes of a cache whose type has only one kind.
-constexpr DType CodeOf(CacheType type) { return FormatOf(type).code; }
+// Codes of K or of V of a cache whose type has only one kind of them.
+constexpr DType CodeOf(CacheType type, bool is_value) {
+  return is_value ? FormatOf(type).value_code : FormatOf(type).code;
+}
 
 namespace detail {
 
@@ -112,8 +121,10 @@ inline constexpr uint32_t kGroupTypes =
     CacheTypesOf([](const CacheFormat& format) { return format.scheme == ScaleScheme::kGroup; });
 inline constexpr uint32_t kInt8Types =
     CacheTypesOf([](const CacheFormat& format) { return format.code == DType::kInt8; });
-inline constexpr uint32_t kNibbleCaches =
+inline constexpr uint32_t kNibbleKeys =
     CacheTypesOf([](const CacheFormat& format) { return CodesPerByte(format.code) == 2; });
+inline constexpr uint32_t kNibbleValues =
+    CacheTypesOf([](const CacheFormat& format) { return CodesPerByte(format.value_code) == 2; });
 
 FASTATTN_HD constexpr bool Holds(uint32_t types, CacheType type) {
   return (types >> static_cast<int>(type) & 1) != 0;
@@ -164,9 +175,25 @@ FASTATTN_HD constexpr bool IsInt8(CacheType type) {
   return detail::Holds(detail::kInt8Types, type);
 }
 
-// Codes in one element of a cache: 4-bit ones share a byte.
-FASTATTN_HD constexpr int CodesPerByte(CacheType type) {
-  return detail::Holds(detail::kNibbleCaches, type) ? 2 : 1;
+// Codes in one element of K, and of V: 4-bit ones share a byte.
+FASTATTN_HD constexpr int KeyCodesPerByte(CacheType type) {
+  return detail::Holds(detail::kNibbleKeys, type) ? 2 : 1;
+}
+FASTATTN_HD constexpr int ValueCodesPerByte(CacheType type) {
+  return detail::Holds(detail::kNibbleValues, type) ? 2 : 1;
+}
+FASTATTN_HD constexpr int CodesPerByte(CacheType type, bool is_value) {
+  return is_value ? ValueCodesPerByte(type) : KeyCodesPerByte(type);
+}
+
+// Whether K or V has codes of 4 bits.
+FASTATTN_HD constexpr bool HasNibbles(CacheType type) {
+  return detail::Holds(detail::kNibbleKeys | detail::kNibbleValues, type);
+}
+
+// Whether K's codes and V's differ.
+constexpr bool HasTwoCodes(CacheType type) {
+  return FormatOf(type).code != FormatOf(type).value_code;
 }
 
 }  // namespace fastattn

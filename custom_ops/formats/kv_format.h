@@ -40,7 +40,8 @@ bool CallWithFormat(CacheType type, DType code, F& f) {
   constexpr const CacheFormat& kFormat = kCacheFormats[kRow];
   if (type != kFormat.type) return false;
   if (code == kFormat.code) {
-    f(KvFormat<SideFormat<kFormat.code, kFormat.scales>>{});
+    f(KvFormat<SideFormat<kFormat.code, kFormat.scales>,
+               SideFormat<kFormat.value_code, kFormat.scales>>{});
     return true;
   }
   if constexpr (kFormat.other_code != kFormat.code) {
@@ -59,8 +60,8 @@ bool DispatchRows(CacheType type, DType code, F& f, std::index_sequence<kRows...
 
 }  // namespace detail
 
-// Calls f(KvFormat<...>{}) for a cache of this type with these codes. False where no row of the
-// table has both.
+// Calls f(KvFormat<...>{}) for a cache of this type whose K has these codes. False where no row of
+// the table has both.
 template <typename F>
 bool DispatchFormat(CacheType type, DType code, F&& f) {
   return detail::DispatchRows(type, code, f, std::make_index_sequence<kNumCacheTypes>{});

@@ -30,8 +30,8 @@ struct CacheStrides {
 // A layer's paged KV cache; see common/layout.h for the order inside a block. On a GPU, addresses
 // and strides of caches and dynamic scales are multiples of 16 bytes.
 struct PagedCache {
-  // D is head_dim here, and half of it where a byte holds two codes (CodesPerByte); of V it is
-  // ValueDim().
+  // D is head_dim here, and half of it where a byte holds two codes (KeyCodesPerByte); of V it is
+  // ValueDim(), or half of it (ValueCodesPerByte).
   void* key = nullptr;       // [num_blocks, KV, 64, D]
   void* value = nullptr;     // quantised [num_blocks, KV, D, 64] (fastattn), else [.., KV, 64, D]
   void* k_scales = nullptr;  // by granularity; null for CacheType::kNone
@@ -40,7 +40,7 @@ struct PagedCache {
   CacheStrides value_strides;
   CacheStrides k_scale_strides;  // of dynamic types
   CacheStrides v_scale_strides;
-  DType dtype = DType::kBFloat16;       // of key and value (codes: e4m3, e5m2, int8, int4, e2m1)
+  DType dtype = DType::kBFloat16;       // of key (codes: e4m3, e5m2, int8, int4, e2m1)
   DType scale_dtype = DType::kFloat32;  // fp32 or bf16, the same for K and V; uint8: UE8M0
   CacheType type = CacheType::kNone;
   CacheLayout layout = CacheLayout::kFastattn;
@@ -48,13 +48,14 @@ struct PagedCache {
   ScaleScheme v_granularity = ScaleScheme::kLayer;
   int num_blocks = 0;
   int num_kv_heads = 0;
-  int head_dim = 0;  // of K
+  int head_dim = 0;                      // of K
+  DType value_dtype = DType::kBFloat16;  // of value; another one only if HasTwoCodes(type)
 
   FASTATTN_HD int ValueDim() const { return fastattn::ValueDim(head_dim); }
 
   // Elements of a token's K, and of its V.
-  FASTATTN_HD int RowElements() const { return head_dim / CodesPerByte(type); }
-  FASTATTN_HD int ValueElements() const { return ValueDim() / CodesPerByte(type); }
+  FASTATTN_HD int RowElements() const { return head_dim / KeyCodesPerByte(type); }
+  FASTATTN_HD int ValueElements() const { return ValueDim() / ValueCodesPerByte(type); }
 };
 
 // Which tokens of a step belong to which sequence, and where the sequences' blocks are.

@@ -83,7 +83,7 @@ inline AttentionParams OverDequantized(const AttentionParams& p, const Dequantiz
   cache = PagedCache{};
   cache.key = kv.key;
   cache.value = kv.value;
-  cache.dtype = p.q_dtype;
+  cache.dtype = cache.value_dtype = p.q_dtype;
   const auto strides = [&p](int64_t dim) {
     return CacheStrides{kBlockSize * p.num_kv_heads * dim, dim, p.num_kv_heads * dim};
   };

@@ -101,7 +101,7 @@ inline AttentionSizes SizesOfCall(const AttentionParams& p, const AttentionDevic
 // warp a scheduler has computed on them: clusters certainly take it, and their CTAs have a
 // multiprocessor each and more than a KV tile for each of four warps.
 inline bool WantsWide(const AttentionParams& p, const AttentionLaunch& launch) {
-  if (!p.paged || CodesPerByte(p.cache.type) != 2 || p.head_dim != 128) return false;
+  if (!p.paged || KeyCodesPerByte(p.cache.type) != 2 || p.head_dim != 128) return false;
   return launch.tile_rows == 8 && launch.cluster > 2 && launch.cluster_kv_tiles == kAnyKvTiles &&
          p.max_seqlen_k > 4 * kBlockSize * launch.cluster;
 }

@@ -74,6 +74,7 @@ inline constexpr Reason kUnreadable =
 inline Reason Fp8Cache(const PagedCache& cache) {
   const bool dynamic = IsDynamic(cache.type);
   if (HasGroupScales(cache.type)) return "scales of groups have no kernel there";
+  if (HasTwoCodes(cache.type)) return "keys and values have different codes";
   if (cache.layout != CacheLayout::kFastattn) return "the cache has another layout";
   if (cache.dtype != DType::kE4M3 && (cache.dtype != DType::kE5M2 || dynamic)) {
     return "the keys are not FP8, or e5m2 with scales of tokens";
@@ -105,6 +106,7 @@ inline Reason Q16Cache(const PagedCache& cache, DType query) {
     return cache.dtype == query ? nullptr : "queries and keys have different types";
   }
   if (HasGroupScales(cache.type)) return "scales of groups have no kernel there";
+  if (HasTwoCodes(cache.type)) return "keys and values have different codes";
   if (IsDynamic(cache.type) && cache.dtype == DType::kE5M2) {
     return "e5m2 times a token's scale does not fit fp16";
   }

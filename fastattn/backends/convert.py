@@ -40,8 +40,9 @@ def convert_caches(
         ``4 * layer + {k, v, k_scales, v_scales}`` for the dynamic types.
     cache_quant_type : str
         ``cache_int8``, ``cache_fp8``, ``block_wise_int8`` or ``block_wise_fp8``.
-        ``block_wise_int4`` and ``block_wise_mxfp4`` are supported between layouts other than
-        FastDeploy's. For ``none`` all layouts are the same and nothing is done.
+        ``block_wise_int4``, ``block_wise_mxfp4``, ``block_wise_k8v4`` and ``block_wise_kfp8v4`` are
+        supported between layouts other than FastDeploy's. For ``none`` all layouts are the same and
+        nothing is done.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         See :func:`fastattn.functional.convert_cache_layout`.
     block_ranges : iterable of (int, int), optional
@@ -80,7 +81,7 @@ def convert_caches(
     for name, layout in (("src", src), ("dst", dst)):
         if layout not in _LAYOUTS:
             raise ValueError(f"{_OP}: {name}: expected {', '.join(_LAYOUTS)}, got {layout!r}")
-    if codes_per_byte(cache_quant_type) == 2 and "fastdeploy" in (src, dst):
+    if 2 in codes_per_byte(cache_quant_type) and "fastdeploy" in (src, dst):
         raise NotImplementedError(
             f"{_OP}: cache_quant_type: FastDeploy has no {cache_quant_type!r}, which is converted "
             "between fastattn and logical"
@@ -175,7 +176,7 @@ def _checked(
                 f"{' or [num_blocks, KV, D, 64]' if kind == 'v' else ''}, got {shape}"
             )
         row = shape[2 if transposed else 3]
-        head_dim = row * codes_per_byte(cache_quant_type)
+        head_dim = row * codes_per_byte(cache_quant_type)[kind == "v"]
         supported = [dim for dim in HEAD_DIMS if kind == "k" or value_dim(dim) == dim]
         if head_dim not in supported:
             raise NotImplementedError(

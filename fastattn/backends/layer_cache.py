@@ -142,7 +142,8 @@ class LayerCache:
 
     def holds_e4m3(self) -> bool:
         """Whether K and V are e4m3 codes."""
-        return TYPES[self.quant_type].code == "e4m3" and self.fp8_format == "e4m3"
+        row = TYPES[self.quant_type]
+        return row.code == row.value_code == self.fp8_format == "e4m3"
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that the operators take besides the two cache tensors."""

@@ -448,7 +448,7 @@ class PagedAttentionBackend(AttentionBackend):
             center = local_heads("cache_k_center", center, [heads, dim], shard)
         if feedback is not None:
             feedback = local_heads("cache_k_feedback", feedback, [heads, dim, dim], shard)
-        default = "hadamard" if codes_per_byte(cache.quant_type) == 2 else "none"
+        default = "hadamard" if 2 in codes_per_byte(cache.quant_type) else "none"
         return {"k_rotation": rotation or default, "k_center": center, "k_feedback": feedback}
 
     def _projection_arguments(self, layer: Any) -> dict[str, Any]:

@@ -107,15 +107,20 @@ def scales_of(x: Array, cache_quant_type: str, granularity: str) -> Array:
 
 
 def stored(
-    x: Array, cache_quant_type: str, scales: Array | None, feedback: Array | None = None
+    x: Array,
+    cache_quant_type: str,
+    scales: Array | None,
+    feedback: Array | None = None,
+    kind: str = "k",
 ) -> Array:
-    """Values float64 [T, KV, D] after a round trip through a cache of this type."""
+    """Values float64 [T, KV, D] of K ("k") or V ("v") after a round trip through a cache."""
     x = np.asarray(x, np.float32)
     if cache_quant_type == "none":
         return x.astype(np.float64)
-    code = code_of(cache_quant_type)
+    code = code_of(cache_quant_type, kind=kind)
     if cache_quant_type in DYNAMIC_TYPES:
-        multiplier = dynamic_scales(written_scales(x, cache_quant_type), cache_quant_type)
+        own = written_scales(x, cache_quant_type, kind=kind)
+        multiplier = dynamic_scales(own, cache_quant_type)
     else:
         assert scales is not None
         multiplier = static_scales(scales, *x.shape[1:])
@@ -133,7 +138,7 @@ def as_stored(layer: LayerCalibration, key: Array, value: Array) -> tuple[Array,
     written = transform_key(key, rotation, center)
     read = stored(written, kind, layer.cache_k_out_scale, layer.cache_k_feedback)
     k = restore_key(read, rotation, center)
-    return k, stored(value, kind, layer.cache_v_out_scale)
+    return k, stored(value, kind, layer.cache_v_out_scale, kind="v")
 
 
 def _squares(samples: LayerSamples, key: Array, value: Array, rows: Array) -> tuple[Array, Array]:

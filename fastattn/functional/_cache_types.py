@@ -13,8 +13,11 @@ TYPES = {row.name: row for row in FORMATS}
 
 CACHE_QUANT_TYPES = tuple(TYPES)
 
-#: Types with 4-bit codes: a byte holds two.
-NIBBLE_TYPES = tuple(row.name for row in FORMATS if row.bits == 4)
+#: Types with 4-bit codes of K and V: a byte holds two.
+NIBBLE_TYPES = tuple(row.name for row in FORMATS if row.bits == row.value_bits == 4)
+
+#: Types whose V alone has 4-bit codes.
+MIXED_TYPES = tuple(row.name for row in FORMATS if row.code != row.value_code)
 
 #: Types whose scales are computed while writing: one scale per token and KV head, or per group of
 #: its channels.
@@ -38,17 +41,18 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 FUSED_HEAD_DIMS = (64, 96, 128, 256)
 
 
-def codes_per_byte(cache_quant_type: str) -> int:
-    """Number of codes in a byte of a quantised cache: 2 for 4-bit codes."""
-    return 2 if cache_quant_type in NIBBLE_TYPES else 1
+def codes_per_byte(cache_quant_type: str) -> tuple[int, int]:
+    """Number of codes in a byte of a quantised K, and of V: 2 for 4-bit codes."""
+    row = TYPES[cache_quant_type]
+    return 2 if row.bits == 4 else 1, 2 if row.value_bits == 4 else 1
 
 
 def cache_shapes(
     cache_quant_type: str, num_blocks: int, num_kv_heads: int, head_dim: int
 ) -> tuple[list[int], list[int]]:
     """Shapes of a layer's key and value cache: a quantised V keeps a block's tokens together."""
-    packed = codes_per_byte(cache_quant_type)
-    row, value_row = head_dim // packed, value_dim(head_dim) // packed
+    packed, value_packed = codes_per_byte(cache_quant_type)
+    row, value_row = head_dim // packed, value_dim(head_dim) // value_packed
     rest = [BLOCK_SIZE, value_row] if cache_quant_type == "none" else [value_row, BLOCK_SIZE]
     heads = [num_blocks, num_kv_heads]
     return [*heads, BLOCK_SIZE, row], [*heads, *rest]
@@ -62,7 +66,7 @@ def token_scales(cache_quant_type: str, head_dim: int) -> tuple[list[int], str]:
 
 #: Types that lose much if K has large channels and is not rotated, and that need no other scales
 #: for rotated keys (docs/quality.md).
-_ROTATED_BY_DEFAULT = (*NIBBLE_TYPES, "block_wise_int8")
+_ROTATED_BY_DEFAULT = (*NIBBLE_TYPES, *MIXED_TYPES, "block_wise_int8")
 
 
 def default_rotation(cache_quant_type: str) -> str:

@@ -251,8 +251,9 @@ def paged_attention(
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         Type ``"none"`` has the shape [num_blocks, KV, 64, D]. In both shapes, D is half of the head
-        dimension for ``block_wise_int4`` and ``block_wise_mxfp4``: a byte holds two channels. V has
-        128 channels if K has 192, otherwise as many as K.
+        dimension for ``block_wise_int4`` and ``block_wise_mxfp4``: a byte holds two channels. For
+        ``block_wise_k8v4`` and ``block_wise_kfp8v4`` that holds for V alone. V has 128 channels if
+        K has 192, otherwise as many as K.
     block_tables : Tensor, shape [B, max_blocks] or [B, KV, max_blocks], int32
         Physical block of each group of 64 tokens of a sequence. `block_tables` and
         `seq_lens_decoder` may have more than B rows, for slots of a server that do not run. With
@@ -271,7 +272,8 @@ def paged_attention(
         32].
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4``, ``block_wise_mxfp4``,
+        ``block_wise_k8v4`` or ``block_wise_kfp8v4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     q_descale : Tensor, shape [1], [B, KV] or [T, H], float32 or bfloat16, optional

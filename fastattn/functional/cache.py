@@ -67,7 +67,8 @@ def write_cache_kv(
     value_cache : Tensor, shape [num_blocks, KV, D, 64]
         The 64 tokens of a channel are in the order of :func:`fastattn.reference.layout.token_slot`.
         Type ``"none"`` has the shape [num_blocks, KV, 64, D]. In both shapes, D is half of the head
-        dimension for ``block_wise_int4`` and ``block_wise_mxfp4``: a byte holds two channels.
+        dimension for ``block_wise_int4`` and ``block_wise_mxfp4``: a byte holds two channels. For
+        ``block_wise_k8v4`` and ``block_wise_kfp8v4`` that holds for V alone.
     block_tables : Tensor, shape [B, max_blocks] or [B, KV, max_blocks], int32
         Physical block of each group of 64 tokens of a sequence. `block_tables` and
         `seq_lens_decoder` may have more than B rows, for slots of a server that do not run. With
@@ -84,7 +85,8 @@ def write_cache_kv(
         127.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4``, ``block_wise_mxfp4``,
+        ``block_wise_k8v4`` or ``block_wise_kfp8v4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional
@@ -208,8 +210,9 @@ def append_cache_kv_c8(
         for ``write_cache_kv``. In layout ``"fastdeploy"`` the 64 * D codes of a block and head must
         be contiguous.
     value_cache : Tensor, shape [num_blocks, KV, D, 64], uint8
-        [num_blocks, KV, 64, D] for ``cache_layout="fastdeploy"``. ``block_wise_int4`` and
-        ``block_wise_mxfp4`` do not have this layout; their caches have half of D.
+        [num_blocks, KV, 64, D] for ``cache_layout="fastdeploy"``. Types with 4-bit codes do not
+        have this layout. Caches of 4-bit codes have half of D: K and V of ``block_wise_int4`` and
+        ``block_wise_mxfp4``, and V of ``block_wise_k8v4`` and ``block_wise_kfp8v4``.
     key, value : Tensor, shape [sum k, KV, D], bfloat16 or float16
         Written in place. D is 128 for `value` if it is 192 for `key`.
     block_tables : Tensor, shape [B, max_blocks], int32
@@ -226,7 +229,8 @@ def append_cache_kv_c8(
         Whether the cache has per-token scales. It must agree with `cache_quant_type`.
     cache_quant_type : str
         ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``), ``block_wise_int8``,
-        ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
+        ``block_wise_fp8``, ``block_wise_int4``, ``block_wise_mxfp4``, ``block_wise_k8v4`` or
+        ``block_wise_kfp8v4``.
     cache_layout : {"fastattn", "fastdeploy"}
         Byte layout of the caches. FastDeploy stores int8 codes plus 128.
     fp8_format : {"e4m3", "e5m2"}
@@ -313,9 +317,10 @@ def convert_cache_layout(
         Which of the two caches is given.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``. The
-        last two have half of the head dimension as D, and no layout ``"fastdeploy"``. For
-        ``"none"`` all layouts are the same.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4``, ``block_wise_mxfp4``,
+        ``block_wise_k8v4`` or ``block_wise_kfp8v4``. K and V of 4-bit codes have half of the head
+        dimension as D; types with them have no layout ``"fastdeploy"``. For ``"none"`` all layouts
+        are the same.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         ``logical`` is [num_blocks, KV, 64, D] in token order. ``fastdeploy`` stores int8 codes plus
         128. ``fastattn.reference.layout`` has the formulas.
@@ -382,7 +387,8 @@ def convert_cache_blocks(
         Which of the two caches is given.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4``, ``block_wise_mxfp4``,
+        ``block_wise_k8v4`` or ``block_wise_kfp8v4``.
     src, dst : {"fastattn", "fastdeploy", "logical"}
         As for :func:`convert_cache_layout`.
     begin, end : int

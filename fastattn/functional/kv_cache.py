@@ -106,7 +106,8 @@ def make_cache(
         KV and D. V has 128 channels where D is 192.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4``, ``block_wise_mxfp4``,
+        ``block_wise_k8v4`` or ``block_wise_kfp8v4``.
     dtype : {"bfloat16", "float16"}
         Of a cache of type ``"none"``.
     cache_k_scales, cache_v_scales : Tensor, optional
@@ -116,9 +117,9 @@ def make_cache(
         Format of the codes of ``cache_fp8``.
     k_rotation : {"auto", "none", "hadamard"}
         How K is rotated before it is quantised. ``"auto"`` rotates where a type loses much
-        without it: ``block_wise_int4``, ``block_wise_mxfp4`` and ``block_wise_int8``
-        (docs/quality.md). Types with static scales are not rotated by it, since their scales are
-        of K as it was calibrated.
+        without it: ``block_wise_int4``, ``block_wise_mxfp4``, ``block_wise_int8``,
+        ``block_wise_k8v4`` and ``block_wise_kfp8v4`` (docs/quality.md). Types with static scales
+        are not rotated by it, since their scales are of K as it was calibrated.
     k_center : Tensor, shape [KV, D], float32, optional
         What K is stored without.
     k_feedback : Tensor, shape [KV, D, D], float32, optional

@@ -282,7 +282,8 @@ def attention_step(
         As for :func:`paged_attention`. Dynamic types write the scales of the new tokens.
     cache_quant_type : str
         ``none``, ``cache_int8`` (or ``int8``), ``cache_fp8`` (or ``float8_e4m3fn``),
-        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4`` or ``block_wise_mxfp4``.
+        ``block_wise_int8``, ``block_wise_fp8``, ``block_wise_int4``, ``block_wise_mxfp4``,
+        ``block_wise_k8v4`` or ``block_wise_kfp8v4``.
     fp8_format : {"e4m3", "e5m2"}
         Format of the codes of ``cache_fp8``.
     batch_id_per_token : Tensor, shape [T], int32, optional

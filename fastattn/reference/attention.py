@@ -289,7 +289,7 @@ def _dequantize_blocks(
     """Values (fp64) [len(blocks), KV, 64, D] of some physical blocks of a K or V cache."""
     if quant_type == "none":
         return cache[blocks].astype(np.float64)
-    code = code_of(quant_type, fp8_format)
+    code = code_of(quant_type, fp8_format, kind)
     logical = unpack(cache[blocks], kind, "fastattn", int8=code == "int8", nibbles=code in NIBBLES)
     values = from_codes(logical, code).astype(np.float64)
     assert scales is not None, "a quantised cache has scales"
@@ -302,10 +302,10 @@ def _dequantize_blocks(
     return values * multiplier.reshape(-1, 1, 1)
 
 
-def _head_dim(cache: Array, cache_quant_type: str) -> int:
-    """Channels of a K or V cache, in which either of the last two dimensions may be tokens."""
+def _head_dim(cache: Array, cache_quant_type: str, kind: str) -> int:
+    """Channels of a K ("k") or V ("v") cache, with tokens in one of its last two dimensions."""
     row = int(cache.shape[2]) * int(cache.shape[3]) // BLOCK_SIZE
-    nibbles = cache_quant_type != "none" and code_of(cache_quant_type) in NIBBLES
+    nibbles = cache_quant_type != "none" and code_of(cache_quant_type, kind=kind) in NIBBLES
     return 2 * row if nibbles else row
 
 
@@ -339,7 +339,7 @@ def gather_seq(
         ("k", key_cache, cache_k_scales),
         ("v", value_cache, cache_v_scales),
     ):
-        head_dim = _head_dim(cache, cache_quant_type)
+        head_dim = _head_dim(cache, cache_quant_type, kind)
         blocks = np.zeros((needed, kv_heads, BLOCK_SIZE, head_dim))
         if known.any():
             blocks[known] = _dequantize_blocks(
@@ -437,7 +437,7 @@ def paged_attention(
     if quantize_q:
         q, q_descale = quantize_query(q)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, key_cache.shape[1])
-    out = np.zeros((tokens, heads, _head_dim(value_cache, cache_quant_type)))
+    out = np.zeros((tokens, heads, _head_dim(value_cache, cache_quant_type, "v")))
     lse = np.full((heads, tokens), -np.inf)
     own_tables = np.ndim(block_tables) == 3
     kv_heads = np.shape(block_tables)[1] if own_tables else key_cache.shape[1]

@@ -39,12 +39,20 @@ GROUP_SCALES: dict[str, tuple[Callable[[Array, int], Array], Callable[[Array], A
 }
 
 
-def code_of(cache_quant_type: str, fp8_format: str = "e4m3") -> str:
-    """Format of the codes of a quantised cache: "int8", "e4m3", "e5m2", "int4" or "e2m1"."""
+def code_of(cache_quant_type: str, fp8_format: str = "e4m3", kind: str = "k") -> str:
+    """Format of the codes of K ("k") or V ("v") of a quantised cache.
+
+    Returns
+    -------
+    str
+        "int8", "e4m3", "e5m2", "int4" or "e2m1".
+    """
     row = _TYPES.get(cache_quant_type)
     if row is None or row.scheme == "none":
         raise NotImplementedError(f"cache_quant_type {cache_quant_type!r} stores no codes")
-    return row.code if row.code == row.other_code else fp8_format
+    if row.code != row.other_code:
+        return fp8_format
+    return row.code if kind == "k" else row.value_code
 
 
 def static_scales(scales: Array, kv_heads: int, head_dim: int) -> Array:
@@ -74,8 +82,10 @@ def dynamic_scales(scales: Array, cache_quant_type: str) -> Array:
     return np.asarray(scales).astype(np.float32)[..., None]
 
 
-def written_scales(x: Array, cache_quant_type: str, dtype: Any = np.float32) -> Array:
-    """Dynamic scales of fp32 values [..., D] as a cache stores them.
+def written_scales(
+    x: Array, cache_quant_type: str, dtype: Any = np.float32, kind: str = "k"
+) -> Array:
+    """Dynamic scales of fp32 values [..., D] of K ("k") or V ("v") as a cache stores them.
 
     Returns
     -------
@@ -84,7 +94,7 @@ def written_scales(x: Array, cache_quant_type: str, dtype: Any = np.float32) -> 
     row = _TYPES[cache_quant_type]
     if row.group:
         return GROUP_SCALES[row.scale_type][0](x, row.group)
-    return group_scale(x, row.code).astype(dtype)
+    return group_scale(x, code_of(cache_quant_type, kind=kind)).astype(dtype)
 
 
 def block_of(block_table: Array, position: int, num_blocks: int) -> int | None:
@@ -123,6 +133,7 @@ def quantize_token(
     cache_quant_type: str,
     fp8_format: str = "e4m3",
     feedback: Array | None = None,
+    kind: str = "k",
 ) -> tuple[Array, Array | None]:
     """Codes of the K or V of one or several tokens.
 
@@ -133,6 +144,7 @@ def quantize_token(
         Static scales. For dynamic types, any array with the dtype of the stored scales.
     feedback : array, shape [KV, D, D], optional
         See :func:`fastattn.reference.feedback.codes_with_feedback`.
+    kind : {"k", "v"}
 
     Returns
     -------
@@ -142,11 +154,11 @@ def quantize_token(
         to the dtype of `scales` before the token is quantised. For types with groups of channels,
         the byte of each group.
     """
-    code = code_of(cache_quant_type, fp8_format)
+    code = code_of(cache_quant_type, fp8_format, kind)
     x = np.asarray(x).astype(np.float32)
     stored = None
     if cache_quant_type in DYNAMIC_TYPES:
-        stored = written_scales(x, cache_quant_type, scales.dtype)
+        stored = written_scales(x, cache_quant_type, scales.dtype, kind)
         multiplier = dynamic_scales(stored, cache_quant_type)
     else:
         multiplier = static_scales(scales, *x.shape[-2:])
@@ -189,9 +201,11 @@ def write_cache_kv(
     value_layout = "fastattn" if quantised else "logical"
     if k_rotation != "none" or k_center is not None:
         key = transform_key(key, k_rotation, k_center)
+    k_offsets = key_offsets("fastattn", _row(key_cache))
+    v_offsets = value_offsets(value_layout, _row(value_cache))
     sides = (
-        (key, key_cache, cache_k_scales, key_offsets("fastattn", _row(key_cache)), k_feedback),
-        (value, value_cache, cache_v_scales, value_offsets(value_layout, _row(value_cache)), None),
+        ("k", key, key_cache, cache_k_scales, k_offsets, k_feedback),
+        ("v", value, value_cache, cache_v_scales, v_offsets, None),
     )
     found: list[tuple[int, int | slice, int, int]] = []  # token, heads, block, slot of every write
     for token, b, position in new_tokens(
@@ -205,13 +219,13 @@ def write_cache_kv(
             if block is not None:
                 found.append((token, head, block, position % BLOCK_SIZE))
     tokens = [token for token, *_ in found]
-    for x, cache, scales, offsets, feedback in sides:
+    for kind, x, cache, scales, offsets, feedback in sides:
         flat = cache.reshape(num_blocks, kv_heads, offsets.size)
         token_scales = None
         if quantised:
             assert scales is not None
             written, token_scales = quantize_token(
-                x[tokens], scales, cache_quant_type, fp8_format, feedback
+                x[tokens], scales, cache_quant_type, fp8_format, feedback, kind
             )
             flat = flat.view(np.uint8)
         else:
@@ -246,11 +260,11 @@ def append_cache_kv_c8(
     `key` and `value` [sum k, KV, D] change in place. An element is ``code * scale``, one fp32
     product rounded to their dtype. Transformed K is restored before the rounding.
     """
-    code = code_of(cache_quant_type, fp8_format)
     for kind, cache, scales, out in (
         ("k", key_cache, cache_k_scales, key),
         ("v", value_cache, cache_v_scales, value),
     ):
+        code = code_of(cache_quant_type, fp8_format, kind)
         codes = unpack(cache, kind, cache_layout, int8=code == "int8", nibbles=code in NIBBLES)
         values = from_codes(codes, code)
         num_blocks, kv_heads, _, head_dim = values.shape
@@ -280,5 +294,5 @@ def convert_cache_layout(
     """Bytes of a cache in another layout; see :func:`fastattn.functional.convert_cache_layout`."""
     if cache_quant_type == "none":
         return cache.copy()
-    int8 = code_of(cache_quant_type) == "int8"
+    int8 = code_of(cache_quant_type, kind=kind) == "int8"
     return pack(unpack(cache, kind, src, int8=int8), kind, dst, int8=int8).view(cache.dtype)

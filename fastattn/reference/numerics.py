@@ -25,7 +25,7 @@ QMAX = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "int4": 8.0}
 E2M1_VALUES = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 
 #: Formats with 4-bit codes, two per byte.
-NIBBLES = tuple({row.code for row in FORMATS if row.bits == 4})
+NIBBLES = tuple({row.value_code for row in FORMATS if row.value_bits == 4})
 
 #: Smallest amax of a cache token. It keeps the scale of an all-zero token above 0.
 CACHE_AMAX_FLOOR = 1e-6

@@ -26,6 +26,8 @@ _BYTES = {
     "block_wise_int8": 256 + 2 * 4,
     "block_wise_int4": 128 + 2 * 4,
     "block_wise_mxfp4": 128 + 2 * 4,  # four exponents of one byte each
+    "block_wise_k8v4": 128 + 64 + 2 * 4,
+    "block_wise_kfp8v4": 128 + 64 + 2 * 4,
 }
 _KV_HEADS = 8
 _PROMPTS = (4, 4096, "16/16")

@@ -237,7 +237,7 @@ def steepen(problem: PagedProblem, size: float) -> PagedProblem:
 def magnitudes_of(problem) -> np.ndarray:
     """The exact result with the absolute values of V."""
     twin = problem.with_magnitudes()
-    if isinstance(problem, PagedProblem) and problem.kind.code == "int4":
+    if isinstance(problem, PagedProblem) and problem.v.code == "int4":
         codes = np.minimum(np.abs(problem.v.elements.astype(int) - 8) + 8, 15)  # -8 has no opposite
         scales = np.abs(problem.v.scales) * np.float32(8 / 7)
         twin.v = dataclasses.replace(problem.v, elements=codes.astype(np.uint8), scales=scales)

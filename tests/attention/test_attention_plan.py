@@ -446,7 +446,11 @@ def test_kernel_of_long_sequences_of_other_head_dims(head_dim, q, k, cache_type,
 #: Names of docs/architecture.md.
 NAMES = {"bf16": BF16, "fp16": FP16, "e4m3": E4M3, "e5m2": E5M2, "int8": "int8"}
 #: The rule tells caches of 4-bit codes by their type alone, so bytes stand for them here.
-CODES = {"cache_fp8": ("e4m3", "e5m2"), "block_wise_fp8": ("e4m3",)}
+CODES = {
+    "cache_fp8": ("e4m3", "e5m2"),
+    "block_wise_fp8": ("e4m3",),
+    "block_wise_kfp8v4": ("e4m3",),
+}
 
 
 def _kernels_in_docs():

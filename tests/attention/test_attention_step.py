@@ -11,6 +11,7 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import reference
+from fastattn.functional._cache_types import codes_per_byte
 from fastattn.reference.feedback import feedback_of
 from fastattn.reference.rope import make_rotary_embs
 from tests.attention.test_gpu_graph import capture
@@ -34,6 +35,8 @@ TYPES = [
     ("block_wise_fp8", "e4m3"),
     ("block_wise_int4", "e4m3"),
     ("block_wise_mxfp4", "e4m3"),
+    ("block_wise_k8v4", "e4m3"),
+    ("block_wise_kfp8v4", "e4m3"),
 ]
 #: Arguments of rope_write_cache_kv that the attention is not given.
 WRITES = {
@@ -195,7 +198,7 @@ def offsets(new, cached=CACHED) -> np.ndarray:
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.few_on_cpu("new", "dim")
 def test_every_cache_type(place, kind, new, dim):
-    rotation = "hadamard" if kind[0] in ("block_wise_int4", "block_wise_mxfp4") else "none"
+    rotation = "hadamard" if 2 in codes_per_byte(kind[0]) else "none"
     check(make_problem(kind, new, dim=dim, k_rotation=rotation, seed=dim), place)
 
 

@@ -33,6 +33,8 @@ KINDS = [
     (CacheKind("block_wise_int8"), "bfloat16"),
     (CacheKind("block_wise_int4"), "bfloat16"),
     (CacheKind("block_wise_mxfp4"), "bfloat16"),
+    (CacheKind("block_wise_k8v4"), "bfloat16"),
+    (CacheKind("block_wise_kfp8v4"), "bfloat16"),
     (CacheKind("cache_int8", "channel"), "bfloat16"),
 ]
 #: (cached, new) tokens: decoding, speculative and long sequences, on both sides of every limit

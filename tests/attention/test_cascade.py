@@ -337,6 +337,8 @@ CACHES = [
     ("block_wise_fp8", "e4m3"),
     ("block_wise_int4", "e4m3"),
     ("block_wise_mxfp4", "e4m3"),
+    ("block_wise_k8v4", "e4m3"),
+    ("block_wise_kfp8v4", "e4m3"),
 ]
 
 

@@ -20,7 +20,8 @@ from tests.support.tensors import to_numpy, to_paddle
 
 host = pytest.importorskip("fastattn._host")
 
-DYNAMIC = [CacheKind(f"block_wise_{code}") for code in ("fp8", "int8", "int4", "mxfp4")]
+_CODES = ("fp8", "int8", "int4", "mxfp4", "k8v4", "kfp8v4")
+DYNAMIC = [CacheKind(f"block_wise_{code}") for code in _CODES]
 STATIC = [
     CacheKind("cache_fp8", "head"),
     CacheKind("cache_fp8", "tensor", "e5m2"),
@@ -158,7 +159,7 @@ def test_unassigned_blocks_and_short_tables(kind):
 @pytest.mark.parametrize("kind", DYNAMIC, ids=str)
 def test_a_nan_stays_in_the_rows_that_see_it(kind):
     problem = problem_of([(100, 100), (0, 110)], kind, seed=6)
-    if kind.code in ("int8", "int4"):
+    if kind.code_of("v") in ("int8", "int4"):
         block, token = problem.slot(0, 133)
         problem.v.scales[block, 0, token] = np.nan
     else:

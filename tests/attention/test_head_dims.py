@@ -15,6 +15,7 @@ import pytest
 
 import fastattn.functional as F
 from tests.support.attention import (
+    MIXED_KINDS,
     CacheKind,
     assert_scores_in_14_bits,
     flash_problem,
@@ -28,9 +29,10 @@ CHANNEL = CacheKind("cache_int8", "channel")
 TOKEN = CacheKind("block_wise_fp8")
 INT4 = CacheKind("block_wise_int4")
 MXFP4 = CacheKind("block_wise_mxfp4")
+K8V4, KFP8V4 = MIXED_KINDS
 KINDS = [
     *(BF16, STATIC, CHANNEL, TOKEN, CacheKind("block_wise_int8", scale_dtype="bfloat16")),
-    *(INT4, MXFP4),
+    *(INT4, MXFP4, K8V4, KFP8V4),
 ]
 
 OPTIONS = [
@@ -91,7 +93,7 @@ def test_more_tiles_than_processors(place, kind, dim):
 
 @each_option
 @pytest.mark.parametrize("q_type", ["bfloat16", "e4m3:token_head"])
-@pytest.mark.parametrize("kind", [INT4, MXFP4], ids=str)
+@pytest.mark.parametrize("kind", [INT4, MXFP4, K8V4], ids=str)
 def test_options_of_4_bits_and_192_channels(place, kind, q_type, options):
     seqs = [(200, 100), (0, 150), (90, 1), (33, 4), (77, 57)]
     paged_problem(seqs, kind=kind, dim=192, q_type=q_type, **options).check(place)
@@ -142,7 +144,7 @@ def test_nan_stays_with_the_seqs_that_see_it(place, kind, new, dim):
 
 
 @pytest.mark.parametrize("dim", [96, 192, 256])
-@pytest.mark.parametrize("kind", [BF16, TOKEN, INT4, MXFP4], ids=str)
+@pytest.mark.parametrize("kind", [BF16, TOKEN, INT4, MXFP4, K8V4], ids=str)
 def test_blocks_that_are_not_assigned(place, kind, dim):
     problem = paged_problem([(300, 100), (0, 130), (200, 1)], kind=kind, dim=dim)
     problem.block_tables[0, [0, 3]] = [-1, 2**31 - 1]
@@ -180,7 +182,7 @@ def test_fp8_prefill_of_192_channels(place, kind, q_type):
 
 
 @pytest.mark.parametrize(
-    "kind", [BF16, CacheKind(dtype="float16"), CHANNEL, TOKEN, INT4, MXFP4], ids=str
+    "kind", [BF16, CacheKind(dtype="float16"), CHANNEL, TOKEN, INT4, MXFP4, KFP8V4], ids=str
 )
 def test_shared_prefix_of_192_channels(place, kind):
     """A cascade's partial results have the channels of V."""

@@ -196,8 +196,8 @@ def test_a_key_in_the_gap_moves_no_bit(place, kind):
         results = {}
         for garbage in ("zero", *GARBAGE):
             other = copy.deepcopy(problem)
-            code = None if kind.quant_type == "none" else kind.code
             for stored in (other.k, other.v):
+                code = None if kind.quant_type == "none" else stored.code
                 scales = stored.scales if kind.dynamic else None
                 fill(stored.elements, scales, slots_of(problem, 0, head, keys), code, garbage)
             results[garbage] = other.run(place, out_dtype="float32")

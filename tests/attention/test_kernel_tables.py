@@ -109,6 +109,10 @@ def test_reasons_say_what_is_missing():
     assert "different types" in reason("wgmma_q16", k_dtype="float16")
     groups = {"k_dtype": "e2m1", "cache_type": "block_wise_mxfp4"}
     assert "groups" in reason("wgmma_q16", **groups)
+    two = {"k_dtype": "int8", "cache_type": "block_wise_k8v4"}
+    assert "different codes" in reason("wgmma_q16", **two)
+    two = {"k_dtype": "float8_e4m3fn", "cache_type": "block_wise_kfp8v4"}
+    assert "different codes" in reason("wgmma_fp8", q_dtype="float8_e4m3fn", **two)
     int8 = {"k_dtype": "int8", "cache_type": "cache_int8"}
     assert "channels" in reason("wgmma_q16", head_dim=192, **int8)
     assert "bf16 or fp16" in reason("wgmma_q16", q_dtype="float8_e4m3fn", **int8)

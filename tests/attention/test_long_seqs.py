@@ -22,6 +22,8 @@ KINDS = [
     (CacheKind("block_wise_int8"), None),
     (CacheKind("block_wise_int4"), None),
     (CacheKind("block_wise_mxfp4"), None),
+    (CacheKind("block_wise_k8v4"), None),
+    (CacheKind("block_wise_kfp8v4"), None),
     (CacheKind("block_wise_fp8"), None),
     (CacheKind("cache_fp8", "head"), "e4m3:token_head"),
     (CacheKind("block_wise_fp8"), "e4m3:tensor"),

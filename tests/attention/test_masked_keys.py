@@ -15,6 +15,7 @@ import pytest
 from tests.support.attention import (
     CACHE_KINDS,
     GROUPED_KINDS,
+    MIXED_KINDS,
     CacheKind,
     flash_problem,
     paged_problem,
@@ -33,6 +34,7 @@ FEW = [
     CacheKind("block_wise_fp8"),
     CacheKind("block_wise_int8"),
     CacheKind("block_wise_int4"),
+    *MIXED_KINDS,
     *GROUPED_KINDS,
 ]
 GARBAGE = ("large", "huge", "nan", "inf")
@@ -73,8 +75,8 @@ def paged_with(problem, seq: int, positions, garbage: str):
     other = copy.deepcopy(problem)
     blocks = other.block_tables[seq, np.asarray(positions) // 64]
     where = (blocks, slice(None), np.asarray(positions) % 64)
-    code = None if other.kind.quant_type == "none" else other.kind.code
     for stored in (other.k, other.v):
+        code = None if other.kind.quant_type == "none" else stored.code
         scales = stored.scales if other.kind.dynamic else None
         fill(stored.elements, scales, where, code, garbage)
     return other

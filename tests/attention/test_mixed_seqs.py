@@ -30,6 +30,8 @@ KINDS = [
     (CacheKind("block_wise_int8"), "bfloat16"),
     (CacheKind("block_wise_int4"), "bfloat16"),
     (CacheKind("block_wise_mxfp4"), "bfloat16"),
+    (CacheKind("block_wise_k8v4"), "bfloat16"),
+    (CacheKind("block_wise_kfp8v4"), "bfloat16"),
     (TOKEN_FP8, "float16"),
     (FP8, "e4m3:token_head"),
     (TOKEN_FP8, "e4m3:tensor"),

@@ -16,7 +16,7 @@ import fastattn.functional as F
 from fastattn import reference
 from fastattn.reference.attention import dense_attention
 from fastattn.reference.hadamard import hadamard_matrix
-from tests.support.attention import GROUPED_KINDS, CacheKind, paged_problem
+from tests.support.attention import GROUPED_KINDS, MIXED_KINDS, CacheKind, paged_problem
 from tests.support.cache import make_step
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import BF16, int32, to_numpy, to_paddle
@@ -25,6 +25,7 @@ KINDS = [
     CacheKind("cache_int8", "channel"),
     CacheKind("block_wise_int8"),
     CacheKind("block_wise_int4"),
+    *MIXED_KINDS,
     *GROUPED_KINDS,
 ]
 FP8 = [CacheKind("cache_fp8", "head"), CacheKind("block_wise_fp8")]

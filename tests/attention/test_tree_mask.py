@@ -154,8 +154,8 @@ def test_a_key_off_the_path_moves_no_bit(place, kind, q_index):
                     scales=None if problem.v.scales is None else problem.v.scales.copy(),
                 ),
             )
-            code = None if kind.quant_type == "none" else kind.code
             for stored in (other.k, other.v):
+                code = None if kind.quant_type == "none" else stored.code
                 scales = stored.scales if kind.dynamic else None
                 for head in range(2):
                     where = slots_of(problem, 0, head, [key])

@@ -8,6 +8,7 @@ import pytest
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.functional._cache_types import codes_per_byte
+from fastattn.reference.cache import code_of
 from fastattn.reference.layout import BLOCK_SIZE, pack, token_slot, unpack
 from fastattn.reference.numerics import from_codes
 from tests.support.cache import (
@@ -55,8 +56,8 @@ def model(cache: Cache, key, value, tables, cached, cu, layout: str = "fastattn"
 def outputs(cache: Cache, tokens: int, dtype) -> list[np.ndarray]:
     """Outputs for K and V of a cache in layout fastattn, full of a marker."""
     heads, codes = cache.key.shape[1], codes_per_byte(cache.cache_quant_type)
-    dims = (cache.key.shape[3], cache.value.shape[2])
-    return [np.full((tokens, heads, d * codes), x, dtype) for d, x in zip(dims, (77, -77))]
+    dims = (cache.key.shape[3] * codes[0], cache.value.shape[2] * codes[1])
+    return [np.full((tokens, heads, d), x, dtype) for d, x in zip(dims, (77, -77))]
 
 
 def check(cache: Cache, tables, cached, cu, tokens: int, place: str, dtype=BF16, layout="fastattn"):
@@ -82,7 +83,7 @@ def _seqs(cached):
 @pytest.mark.parametrize(("cache_quant_type", "fp8_format"), QUANTISED)
 def test_ragged_seqs(place, cache_quant_type, fp8_format, head_dim, layout, dtype):
     """Random bytes: every code, NaN ones included, and infinities from the product."""
-    if layout == "fastdeploy" and codes_per_byte(cache_quant_type) == 2:
+    if layout == "fastdeploy" and 2 in codes_per_byte(cache_quant_type):
         pytest.skip("FastDeploy has no such cache")
     tables, cached, cu, num_blocks = _seqs(CACHED)
     cache = make_cache(cache_quant_type, num_blocks, 2, head_dim, fp8_format=fp8_format)
@@ -160,19 +161,20 @@ def test_reads_back_what_was_written(place, cache_quant_type, fp8_format):
         limit = [np.abs(x).max(axis=-1, keepdims=True) for x in (key, value)]
     else:
         limit = [np.abs(x).max(axis=(0, 2))[None, :, None] * 1.1 for x in (key, value)]
-    for out, x, top in zip(decoded, (key, value), limit):
-        if "mxfp4" in cache_quant_type:  # steps of 2 below the largest power of two, of 6 at most
+    for kind, out, x, top in zip("kv", decoded, (key, value), limit):
+        code = code_of(cache_quant_type, fp8_format, kind)
+        if code == "e2m1":  # steps of 2 below the largest power of two, of 6 at most
             block = np.abs(x.reshape(*x.shape[:-1], -1, 32)).max(-1).repeat(32, -1)
             unit = 2.0 ** np.ceil(np.log2(block / 6))
             bound = np.maximum(np.abs(x) / 4, 0.25 * unit) * 1.001 + np.abs(x) * 2.0**-8
-        elif "int4" in cache_quant_type:  # beyond 7.5 steps the sign without code 8 loses up to one
+        elif code == "int4":  # beyond 7.5 steps the sign without code 8 loses up to one
             bound = top * 0.501 / 8 + np.abs(x) * 2.0**-8
             bound += np.where(np.abs(x) > top * 7.5 / 8, top / 8, 0)
-        elif "int8" in cache_quant_type:
+        elif code == "int8":
             bound = top * 0.501 / 127 + np.abs(x) * 2.0**-8
         else:
-            half_step = 2.0 ** (-3 if fp8_format == "e5m2" else -4)
-            tiny = 2.0**-17 / 57344 if fp8_format == "e5m2" else 2.0**-10 / 448
+            half_step = 2.0 ** (-3 if code == "e5m2" else -4)
+            tiny = 2.0**-17 / 57344 if code == "e5m2" else 2.0**-10 / 448
             bound = np.abs(x) * (half_step + 2.0**-8) * 1.001 + top * tiny * 1.001
         assert_within(out, x, bound)
 

@@ -7,6 +7,7 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import reference
+from fastattn.reference.cache import code_of
 from tests.support.cache import QUANTISED, is_dynamic, make_cache
 from tests.support.compare import assert_same_bits
 from tests.support.tensors import DTYPES, to_numpy, to_paddle, value_dim
@@ -86,7 +87,7 @@ def test_gives_back_what_was_written(place, kind):
     center = key.mean(0)
     cache = make_cache(kind, 3, 2, 64)
     if not is_dynamic(kind):
-        cache.k_scales[...] = 5 / (127 if kind.endswith("int8") else 448)
+        cache.k_scales[...] = 5 / (127 if code_of(kind) == "int8" else 448)
     tensors = [
         to_paddle(x.copy(), place) for x in (cache.key, cache.value, cache.k_scales, cache.v_scales)
     ]
@@ -101,7 +102,7 @@ def test_gives_back_what_was_written(place, kind):
         dynamic_quant=is_dynamic(kind), **scales, **transform,
     )  # fmt: skip
     error = to_numpy(out[0]).astype(np.float64) - key
-    bound = {"int8": 0.02, "fp8": 0.06, "int4": 0.15, "mxfp4": 0.2}[kind.rpartition("_")[2]]
+    bound = {"int8": 0.02, "e4m3": 0.06, "int4": 0.15, "e2m1": 0.2}[code_of(kind)]
     assert np.sqrt(np.mean(error**2)) < bound
 
 

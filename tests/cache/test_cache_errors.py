@@ -362,6 +362,12 @@ def _append_arguments(cache_quant_type: str = "block_wise_fp8") -> dict:
 
 APPEND_ERRORS = [
     (
+        "block_wise_k8v4",
+        {"cache_layout": lambda: "fastdeploy"},
+        NotImplementedError,
+        "cache_layout: 'fastdeploy' has no order for block_wise_k8v4; supported: fastattn",
+    ),
+    (
         "block_wise_int4",
         {"cache_layout": lambda: "fastdeploy"},
         NotImplementedError,

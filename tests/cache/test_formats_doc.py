@@ -213,18 +213,22 @@ def test_the_rotation_of_keys(head_dim):
     assert_same_bits(np.array(page, np.float32), reference.hadamard(rows), "rotated")
 
 
+#: Codes of K and V.
 DYNAMIC = {
-    "block_wise_int8": ("int8", 127.0),
-    "block_wise_fp8": ("e4m3", 448.0),
-    "block_wise_int4": ("int4", 8.0),
-    "block_wise_mxfp4": ("e2m1", 6.0),
+    "block_wise_int8": ("int8", "int8"),
+    "block_wise_fp8": ("e4m3", "e4m3"),
+    "block_wise_int4": ("int4", "int4"),
+    "block_wise_mxfp4": ("e2m1", "e2m1"),
+    "block_wise_k8v4": ("int8", "int4"),
+    "block_wise_kfp8v4": ("e4m3", "int4"),
 }
+QMAX = {"int8": 127.0, "e4m3": 448.0, "int4": 8.0, "e2m1": 6.0}
 NIBBLES = ("int4", "e2m1")
 
 
-def put_code(target, kind, block, r, d, head, heads, dim, code, cache_quant_type):
-    """Store a code in a cache in layout fastattn, by the page's rules."""
-    if DYNAMIC[cache_quant_type][0] not in NIBBLES:
+def put_code(target, kind, block, r, d, head, heads, dim, code, name):
+    """Store a code of format `name` in a cache in layout fastattn, by the page's rules."""
+    if name not in NIBBLES:
         at = DOC["cache_byte"](block, head, DOC[f"fastattn_{kind}"](r, d, dim), heads, dim)
         target[at] = code
         return
@@ -235,26 +239,25 @@ def put_code(target, kind, block, r, d, head, heads, dim, code, cache_quant_type
 
 @pytest.mark.parametrize("cache_quant_type", DYNAMIC)
 def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
-    code, qmax = DYNAMIC[cache_quant_type]
+    code_of = dict(zip("kv", DYNAMIC[cache_quant_type]))
     heads, dim, cached = 2, 64, 62
     rng = RNG(2)
     new = {"k": rng.normal(size=(4, heads, dim)), "v": rng.normal(size=(4, heads, dim))}
     new = {kind: x.astype(np.float32) for kind, x in new.items()}
     new["v"][1, 0] = 0
     block_table = [2, 0]
-    row = dim // 2 if code in NIBBLES else dim
-    size = 3 * heads * 64 * row
-    want = {kind: bytearray(b"\xa5" * size) for kind in "kv"}
-    mx = code == "e2m1"
+    rows = {kind: dim // 2 if code in NIBBLES else dim for kind, code in code_of.items()}
+    want = {kind: bytearray(b"\xa5" * (3 * heads * 64 * row)) for kind, row in rows.items()}
+    mx = code_of["k"] == "e2m1"
     size = 3 * heads * 64 * (dim // 32 if mx else 1)
     scales = {kind: np.zeros(size, np.uint8 if mx else np.float32) for kind in "kv"}
     f = np.float32
-    for kind in "kv":
+    for kind, code in code_of.items():
         for i in range(4):
             block, r = block_table[(cached + i) // 64], (cached + i) % 64
             for head in range(heads):
                 x = new[kind][i, head]
-                scale = max(f(max(abs(v) for v in x)), f(1e-6)) / f(qmax)
+                scale = max(f(max(abs(v) for v in x)), f(1e-6)) / f(QMAX[code])
                 if mx:
                     for c in range(dim // 32):
                         at = DOC["block_scale_index"](block, head, r, 32 * c, heads, dim)
@@ -264,7 +267,7 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
                         for d in range(32 * c, 32 * c + 32):
                             where = (block, r, d, head, heads, dim)
                             found = encode(float(x[d]) / scale, code)
-                            put_code(want[kind], kind, *where, found, cache_quant_type)
+                            put_code(want[kind], kind, *where, found, code)
                     continue
                 if code == "int4":
                     scale = f(DOC["int4_scale"]([float(v) for v in x], float(f(1e-6))))
@@ -272,10 +275,10 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
                 for d in range(dim):
                     found = encode(float(x[d] * (f(1) / scale)), code)
                     where = (block, r, d, head, heads, dim)
-                    put_code(want[kind], kind, *where, found, cache_quant_type)
+                    put_code(want[kind], kind, *where, found, code)
     tensors = {
-        "k": to_paddle(np.full((3, heads, 64, row), 0xA5, np.uint8), place),
-        "v": to_paddle(np.full((3, heads, row, 64), 0xA5, np.uint8), place),
+        "k": to_paddle(np.full((3, heads, 64, rows["k"]), 0xA5, np.uint8), place),
+        "v": to_paddle(np.full((3, heads, rows["v"], 64), 0xA5, np.uint8), place),
     }
     shape = (3, heads, 64, dim // 32) if mx else (3, heads, 64)
     empty = np.zeros(shape, scales["k"].dtype)
@@ -302,17 +305,17 @@ def test_write_cache_kv_with_dynamic_scales(place, cache_quant_type):
 @pytest.mark.parametrize("name", ["fastattn", "fastdeploy"])
 @pytest.mark.parametrize("cache_quant_type", ["cache_int8", "cache_fp8", *DYNAMIC])
 def test_append_cache_kv_c8_reads_the_packed_bytes(place, cache_quant_type, name):
-    code = "int8" if "int8" in cache_quant_type else "e4m3"
-    if cache_quant_type in DYNAMIC and DYNAMIC[cache_quant_type][0] in NIBBLES:
-        if name == "fastdeploy":
-            pytest.skip("no such layout")
-        code = DYNAMIC[cache_quant_type][0]
+    static = ("int8" if "int8" in cache_quant_type else "e4m3",) * 2
+    code_of = dict(zip("kv", DYNAMIC.get(cache_quant_type, static)))
+    if name == "fastdeploy" and set(code_of.values()) & set(NIBBLES):
+        pytest.skip("no such layout")
+    mx = code_of["k"] == "e2m1"
     blocks, heads, dim, cached = 2, 2, 128, 70
     rng = RNG(7)
-    values = CODES[code][0]
+    values = {kind: CODES[code][0] for kind, code in code_of.items()}
     codes, caches, scales = {}, {}, {}
-    for kind in "kv":
-        codes[kind] = rng.choice(list(values), (blocks, heads, 64, dim)).astype(np.uint8)
+    for kind, code in code_of.items():
+        codes[kind] = rng.choice(list(values[kind]), (blocks, heads, 64, dim)).astype(np.uint8)
         stored = codes[kind]
         if code in NIBBLES:
             stored = np.zeros((*stored.shape[:3], dim // 2), np.uint8)
@@ -324,10 +327,10 @@ def test_append_cache_kv_c8_reads_the_packed_bytes(place, cache_quant_type, name
         )
         size = blocks * heads * 64 if cache_quant_type in DYNAMIC else heads
         scales[kind] = rng.uniform(0.5, 2, size).astype(np.float32)
-        if code == "e2m1":
+        if mx:
             scales[kind] = rng.integers(110, 140, size * dim // 32).astype(np.uint8)
     shape = (blocks, heads, 64) if cache_quant_type in DYNAMIC else (heads,)
-    if code == "e2m1":
+    if mx:
         shape = (*shape, dim // 32)
     out = {kind: to_paddle(np.zeros((cached, heads, dim), BF16), place) for kind in "kv"}
     F.append_cache_kv_c8(
@@ -352,10 +355,11 @@ def test_append_cache_kv_c8_reads_the_packed_bytes(place, cache_quant_type, name
                 index = DOC["dynamic_scale_index"](block, head, r, heads)
                 scale = scales[kind][index if cache_quant_type in DYNAMIC else head]
                 for d in range(dim):
-                    if code == "e2m1":
+                    if mx:
                         at = DOC["block_scale_index"](block, head, r, d, heads, dim)
                         scale = np.float32(DOC["ue8m0_value"](int(scales[kind][at])))
-                    want[i, head, d] = scale * np.float32(values[codes[kind][block, head, r, d]])
+                    value = values[kind][codes[kind][block, head, r, d]]
+                    want[i, head, d] = scale * np.float32(value)
         assert_same_bits(to_numpy(out[kind]), want.astype(BF16), kind)
 
 

@@ -18,6 +18,7 @@ from tests.support.rope import check, make_case, run
 from tests.support.tensors import DTYPES, to_numpy, to_paddle, value_dim
 
 TYPES = ("cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8", "block_wise_int4")
+TYPES += ("block_wise_k8v4", "block_wise_kfp8v4")
 CACHED = [0, 1, 63, 64, 65, 100, 320, 7]
 NEW = [1, 0, 65, 64, 63, 1, 200, 5]
 

@@ -23,6 +23,8 @@ ERRORS = {
     "block_wise_fp8": (1e-3, 0.1),
     "block_wise_int4": (1e-2, 0.3),
     "block_wise_mxfp4": (1e-2, 0.4),
+    "block_wise_k8v4": (1e-2, 0.15),
+    "block_wise_kfp8v4": (1e-2, 0.2),
 }
 
 
@@ -92,6 +94,8 @@ def test_rotation_by_type():
         "block_wise_int8",
         "block_wise_int4",
         "block_wise_mxfp4",
+        "block_wise_k8v4",
+        "block_wise_kfp8v4",
     ]
     for named in ("none", "hadamard"):
         assert F.make_cache(1, 1, 64, "block_wise_int4", k_rotation=named).k_rotation == named

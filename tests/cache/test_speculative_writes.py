@@ -76,7 +76,9 @@ def test_every_granularity(place, granularity):
 
 
 @pytest.mark.parametrize("with_ids", [False, True])
-@pytest.mark.parametrize("cache_quant_type", ["cache_fp8", "block_wise_int8", "block_wise_int4"])
+@pytest.mark.parametrize(
+    "cache_quant_type", ["cache_fp8", "block_wise_int8", "block_wise_int4", "block_wise_k8v4"]
+)
 def test_padding_among_the_tokens(place, cache_quant_type, with_ids):
     """Rooms that are not filled, tokens of no sequence, and of one that is not theirs."""
     step, num_blocks = make_step([64 + 9 * i % 64 for i in range(40)], [6] * 40)
@@ -90,7 +92,9 @@ def test_padding_among_the_tokens(place, cache_quant_type, with_ids):
     check_write(cache, step, 128, place, ids)
 
 
-@pytest.mark.parametrize("cache_quant_type", ["cache_int8", "block_wise_fp8", "block_wise_int4"])
+@pytest.mark.parametrize(
+    "cache_quant_type", ["cache_int8", "block_wise_fp8", "block_wise_int4", "block_wise_kfp8v4"]
+)
 def test_blocks_that_are_not_there(place, cache_quant_type):
     """Sequences whose first, second or both blocks have no number in the cache."""
     step, num_blocks = make_step([60, 61, 62, 63] * 4, [8] * 16)

@@ -9,6 +9,7 @@ import pytest
 import fastattn.functional as F
 from fastattn import reference
 from fastattn.functional._cache_types import TYPES
+from fastattn.reference.cache import code_of
 from fastattn.reference.layout import unpack
 from fastattn.reference.numerics import from_codes
 from tests.support.cache import (
@@ -130,13 +131,14 @@ def test_an_all_zero_token_has_codes_0_and_the_floor_scale(place, cache_quant_ty
         ("k", actual.key, actual.k_scales),
         ("v", actual.value, actual.v_scales),
     ):
-        zero = 0x88 if "int4" in cache_quant_type else 0
+        code = code_of(cache_quant_type, fp8_format, kind)
+        zero = 0x88 if code == "int4" else 0
         assert (unpack(bytes_, kind, "fastattn", int8=False)[block, :, 6] == zero).all()
         if TYPES[cache_quant_type].scheme == "group":
             byte = {"ue8m0": 1}[TYPES[cache_quant_type].scale_type]
             assert (scales[block, :, 6] == byte).all()
         elif is_dynamic(cache_quant_type):
-            qmax = {"int8": 127, "int4": 8}.get(cache_quant_type[-4:], 448)
+            qmax = {"int8": 127, "int4": 8, "e4m3": 448}[code]
             floor = np.full(2, np.float32(1e-6) / np.float32(qmax), np.float32)
             assert_same_bits(scales[block, :, 6], floor)
 
@@ -154,14 +156,14 @@ def test_nan_and_infinity(place, cache_quant_type, fp8_format):
     actual = write(cache, key, key, step, place)
     assert_same_cache(actual, model(cache, key, key, step))
     block = step.block_tables[0, 0]
-    int8, int4 = "int8" in cache_quant_type, "int4" in cache_quant_type
-    mxfp4 = "mxfp4" in cache_quant_type
     for kind, bytes_, scales in (
         ("k", actual.key, actual.k_scales),
         ("v", actual.value, actual.v_scales),
     ):
+        code = code_of(cache_quant_type, fp8_format, kind)
+        int8, int4, mxfp4 = (code == name for name in ("int8", "int4", "e2m1"))
         codes = unpack(bytes_, kind, "fastattn", int8=int8, nibbles=int4 or mxfp4)[block]
-        largest = 127 if int8 else 0x7B if fp8_format == "e5m2" else 0x7E
+        largest = 127 if int8 else 0x7B if code == "e5m2" else 0x7E
         lowest = 0x81 if int8 else largest | 0x80
         zero = 0 if int8 else 8 if int4 else 0x7F  # of a NaN
         if int4:

@@ -56,6 +56,8 @@ def test_bytes_of_types():
     assert bytes_of("none", 64) == 256 and bytes_of("cache_fp8", 192) == 192 + 128
     assert bytes_of("block_wise_int8", 64) == 136 and bytes_of("block_wise_int4", 64) == 72
     assert bytes_of("block_wise_mxfp4", 128) == 2 * (64 + 4)
+    assert bytes_of("block_wise_k8v4", 128) == bytes_of("block_wise_kfp8v4", 128) == 200
+    assert bytes_of("block_wise_k8v4", 192) == 192 + 64 + 8
 
 
 def options_of(errors):
@@ -93,6 +95,21 @@ def test_the_size_is_kept_with_the_least_loss():
         assert sum(bytes_of(kind, 64) for kind in kinds.values()) <= max(most, 72) * 3
 
 
+def test_a_type_between_the_two(model):
+    """K of 8 bits and V of 4 has 104 bytes, and is best where V costs little."""
+    types = ["block_wise_int4", "block_wise_k8v4", "block_wise_int8"]
+    errors = [(0.2, 0.02, 0.01), (0.2, 0.19, 0.01)]
+    options = {
+        n: {kind: LayerCalibration(kind, error=e) for kind, e in zip(types, row)}
+        for n, row in enumerate(errors)
+    }
+    probed = {n: (options[n]["block_wise_int4"], 0.01) for n in options}
+    for most, wanted in ((72, (0, 0)), (88, (1, 0)), (120, (1, 2)), (136, (2, 2))):
+        choice = choose_types(options, probed, 64, most_bytes=most)
+        kinds = [layer.cache_quant_type for layer in choice.calibration.layers.values()]
+        assert kinds == [types[i] for i in wanted]
+
+
 def test_divergence_of_heads(model):
     """All heads of a layer together are the layer; a head alone costs less."""
     tokens = np.random.default_rng(0).integers(0, 256, 120)
@@ -127,7 +144,14 @@ def test_best_transform_of_each_type(model):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--max-loss", "0.5"], ["--max-bits", "7"], ["--bound", "0.5"]]
+    "arguments",
+    [
+        [],
+        ["--max-loss", "0.5"],
+        ["--max-bits", "7"],
+        ["--max-bits", "6.6", "--types", "block_wise_k8v4,block_wise_kfp8v4"],
+        ["--bound", "0.5"],
+    ],
 )
 def test_command(folder, tmp_path, capsys, arguments):
     text = tmp_path / "text.txt"
@@ -141,16 +165,18 @@ def test_command(folder, tmp_path, capsys, arguments):
     found = Calibration.read(output)
     assert sorted(found.layers) == list(range(tiny.LAYERS))
     kinds = {layer.cache_quant_type for layer in found.layers.values()}
+    given = arguments[3].split(",") if "--types" in arguments else TYPES
     if arguments[:1] in (["--max-loss"], ["--max-bits"]):
         assert "expected loss of perplexity" in shown and "of all together" in shown.replace(
             "\n", " "
         )
-        assert kinds <= set(TYPES) and "KL" in shown.split("as chosen")[1]
+        assert kinds <= set(given) and "KL" in shown.split("as chosen")[1]
     if arguments[:1] == ["--max-loss"]:
         assert "wanted at most 0.5 %" in shown
     elif arguments[:1] == ["--max-bits"]:
         sizes = [bytes_of(x.cache_quant_type, tiny.DIM) for x in found.layers.values()]
-        assert np.mean(sizes) <= 7 * 2 * tiny.DIM / 8 and kinds == set(TYPES)
+        assert np.mean(sizes) <= float(arguments[1]) * 2 * tiny.DIM / 8
+        assert given != TYPES or kinds == set(TYPES)
     elif not arguments:
         assert all(layer.error == min(layer.errors.values()) for layer in found.layers.values())
 

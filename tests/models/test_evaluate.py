@@ -95,6 +95,8 @@ def test_rows_by_name():
         "block_wise_fp8",
         "block_wise_int4+hadamard",
         "block_wise_mxfp4+hadamard",
+        "block_wise_k8v4+hadamard",
+        "block_wise_kfp8v4+hadamard",
     ]
     assert all(v.default for v in variants.rows("default"))
     every = variants.rows("all")

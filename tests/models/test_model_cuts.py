@@ -20,7 +20,7 @@ from tests.support import tiny_models as tiny
 from tests.support.compare import assert_same_bits
 
 TYPES = ("none", "cache_int8", "cache_fp8", "block_wise_int8", "block_wise_fp8")
-TYPES += ("block_wise_int4", "block_wise_mxfp4")
+TYPES += ("block_wise_int4", "block_wise_mxfp4", "block_wise_k8v4", "block_wise_kfp8v4")
 
 
 class RowByRow(Dense):

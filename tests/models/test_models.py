@@ -94,6 +94,8 @@ def test_served_from_16_bits(files, expected, rounded, kind):
         (LayerPlan("block_wise_fp8"), 5e-3, 1e-1),
         (LayerPlan("block_wise_int4"), 2e-2, 3e-1),
         (LayerPlan("block_wise_int4", k_rotation="none"), 2e-2, 3e-1),
+        (LayerPlan("block_wise_k8v4"), 1e-2, 3e-1),
+        (LayerPlan("block_wise_kfp8v4"), 1e-2, 3e-1),
     ],
     ids=lambda x: f"{x.cache_quant_type}-{x.k_rotation}" if isinstance(x, LayerPlan) else "",
 )
@@ -205,6 +207,7 @@ def test_bytes_a_token(files):
     assert of("block_wise_int8") == both * (tiny.DIM + 4)
     assert of("block_wise_int4") == both * (tiny.DIM / 2 + 4)
     assert of("block_wise_mxfp4") == both * (tiny.DIM / 2 + 2)
+    assert of("block_wise_k8v4") == both * (tiny.DIM * 3 / 4 + 4)
     assert of("cache_fp8") == both * tiny.DIM
 
 

@@ -37,6 +37,8 @@ TYPES = (
     ("block_wise_fp8", "e4m3"),
     ("block_wise_int4", "e4m3"),
     ("block_wise_mxfp4", "e4m3"),
+    ("block_wise_k8v4", "e4m3"),
+    ("block_wise_kfp8v4", "e4m3"),
 )
 each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.__name__)
 each_type = pytest.mark.parametrize("cache", TYPES, ids="-".join)
@@ -395,6 +397,8 @@ def test_the_constructor_needs_no_operator(backend, monkeypatch):
         ("block_wise_int8", True),
         ("block_wise_int4", True),
         ("block_wise_mxfp4", True),
+        ("block_wise_k8v4", True),
+        ("block_wise_kfp8v4", True),
     ],
 )
 def test_shapes_of_every_type(name, scales):
@@ -402,8 +406,9 @@ def test_shapes_of_every_type(name, scales):
     key, value = backend.get_kv_cache_shape(5, name)
     plain = name in (None, "none")
     row = 64 if name in ("block_wise_int4", "block_wise_mxfp4") else 128
+    value_row = 64 if str(name).endswith("4") else 128
     assert key == [5, 2, 64, row]
-    assert value == ([5, 2, 64, row] if plain else [5, 2, row, 64])
+    assert value == ([5, 2, 64, 128] if plain else [5, 2, value_row, 64])
     expected = ([5, 2, 64], "float32") if scales else None
     if name == "block_wise_mxfp4":
         expected = ([5, 2, 64, 4], "uint8")
@@ -416,6 +421,8 @@ def test_shapes_of_4_bit_heads(dim):
     key, value = backend.get_kv_cache_shape(5, "block_wise_int4")
     assert key == [5, 2, 64, dim // 2] and value == [5, 2, dim // 2, 64]
     assert backend.get_kv_cache_shape(5, "block_wise_mxfp4") == (key, value)
+    for name in ("block_wise_k8v4", "block_wise_kfp8v4"):
+        assert backend.get_kv_cache_shape(5, name) == ([5, 2, 64, dim], value)
     scales = backend.get_kv_cache_scale_shape(5, "block_wise_mxfp4")
     assert scales == ([5, 2, 64, dim // 32], "uint8")
 

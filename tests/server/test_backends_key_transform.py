@@ -33,7 +33,9 @@ def test_a_day_of_serving(place, kind, rotation, centred, sinks):
 
 
 @pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("kind", [*TYPES, "block_wise_int4"])
+@pytest.mark.parametrize(
+    "kind", [*TYPES, "block_wise_int4", "block_wise_k8v4", "block_wise_kfp8v4"]
+)
 def test_error_feedback(place, kind, centred):
     model = Model(kind, k_rotation="hadamard", centred=centred, fed_back=True, norm=True)
     server = Server(FlashAttentionBackend, model, [140, 100, 70], place)

@@ -62,7 +62,9 @@ def may_compute(place):
 
 
 @pytest.mark.parametrize("backend", [FlashAttentionBackend, AppendAttentionBackend])
-@pytest.mark.parametrize("quant", ["none", "cache_int8", "block_wise_fp8", "block_wise_int4"])
+@pytest.mark.parametrize(
+    "quant", ["none", "cache_int8", "block_wise_fp8", "block_wise_int4", "block_wise_k8v4"]
+)
 def test_steps_with_trees(place, quant, backend):
     rng = np.random.default_rng(3)
     server = Server(backend, Model(cache_quant_type=quant, num_layers=2), [100, 70, 90, 40], place)

@@ -33,7 +33,10 @@ from tests.support.tensors import EMPTY_OUTPUTS, int32, to_numpy
 
 __all__ = ["fastdeploy", "registered"]  # fixtures
 
-each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+#: FastDeploy's types, and two that it passes to a backend without knowing them.
+each_kind = pytest.mark.parametrize(
+    "kind", [*KINDS, "block_wise_k8v4", "block_wise_kfp8v4"], ids=str
+)
 each_backend = pytest.mark.parametrize("name", BACKENDS)
 
 

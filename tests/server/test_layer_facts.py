@@ -286,14 +286,19 @@ def step_layer(kind):
         ]
     rng = np.random.default_rng(5)
     more = [rng.uniform(0.01, 0.1, [3, KV, 64]).astype(np.float32) for _ in range(2)]
-    return layer, make_caches(5) + [paddle.to_tensor(x) for x in more]
+    key, value = make_caches(5)
+    if kind == "block_wise_k8v4":
+        value = value[:, :, : D // 2].contiguous()
+    return layer, [key, value] + [paddle.to_tensor(x) for x in more]
 
 
 needs_direct = pytest.mark.skipif(_ops.helpers() is None, reason="fastattn._direct was not built")
 
 
 @needs_direct
-@pytest.mark.parametrize("kind", ["none", "cache_fp8", "block_wise_fp8", "block_wise_int8"])
+@pytest.mark.parametrize(
+    "kind", ["none", "cache_fp8", "block_wise_fp8", "block_wise_int8", "block_wise_k8v4"]
+)
 def test_a_bound_step_is_the_step_through_python(kind, taken, monkeypatch):
     layer, caches = step_layer(kind)
     copies = [paddle.to_tensor(x.numpy()) for x in caches]

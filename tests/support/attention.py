@@ -55,8 +55,12 @@ class CacheKind:
 
     @property
     def code(self) -> str:
+        """Format of K's codes."""
+        return self.code_of("k")
+
+    def code_of(self, letter: str) -> str:
         plain = self.quant_type == "none"
-        return self.fp8_format if plain else code_of(self.quant_type, self.fp8_format)
+        return self.fp8_format if plain else code_of(self.quant_type, self.fp8_format, letter)
 
     @property
     def dynamic(self) -> bool:
@@ -83,6 +87,8 @@ BLOCK_WISE_FP8 = CacheKind("block_wise_fp8")
 BLOCK_WISE_INT8 = CacheKind("block_wise_int8")
 BLOCK_WISE_INT4 = CacheKind("block_wise_int4")
 BLOCK_WISE_MXFP4 = CacheKind("block_wise_mxfp4")
+#: V has other codes than K.
+MIXED_KINDS = [CacheKind("block_wise_k8v4"), CacheKind("block_wise_kfp8v4")]
 
 CACHE_KINDS = [
     PLAIN,
@@ -105,6 +111,7 @@ GROUPED_KINDS = [kind for kind in CACHE_KINDS if kind.grouped]
 FEW_KINDS = [
     *(PLAIN, CacheKind("cache_int8", "channel")),
     *(BLOCK_WISE_FP8, BLOCK_WISE_INT8, BLOCK_WISE_INT4),
+    *MIXED_KINDS,
     *GROUPED_KINDS,
 ]
 
@@ -313,14 +320,15 @@ class PagedProblem(Problem):
 
     def multiplies_fp8(self) -> bool:
         quantised = self.kind.quant_type != "none"
-        return self.has_fp8_queries() and quantised and self.kind.code in ("e4m3", "e5m2")
+        codes = {self.kind.code_of("k"), self.kind.code_of("v")}
+        return self.has_fp8_queries() and quantised and codes <= {"e4m3", "e5m2"}
 
     def multiplies_bf16(self) -> bool:
         return self.rounds_values or self.v.elements.dtype == BF16
 
     def with_magnitudes(self) -> PagedProblem:
         elements = self.v.elements
-        positive = elements & 7 if self.kind.code == "e2m1" else _magnitudes(elements)
+        positive = elements & 7 if self.v.code == "e2m1" else _magnitudes(elements)
         return dataclasses.replace(self, v=dataclasses.replace(self.v, elements=positive))
 
     def scale_spread(self) -> float:

@@ -78,7 +78,7 @@ def make_cache(
             for d in dims
         )
         return Cache(key, value, None, None, "none", "e4m3")
-    rows = [d // codes_per_byte(cache_quant_type) for d in dims]
+    rows = [d // n for d, n in zip(dims, codes_per_byte(cache_quant_type))]
     key, value = (
         rng.integers(0, 256, cache_shape(kind, "fastattn", num_blocks, kv_heads, row), np.uint8)
         for kind, row in zip("kv", rows)

@@ -24,6 +24,8 @@ CACHES = [
     ("block_wise_fp8", ""),
     ("block_wise_int4", ""),
     ("block_wise_mxfp4", ""),
+    ("block_wise_k8v4", ""),
+    ("block_wise_kfp8v4", ""),
 ]
 #: Of this build, which may be limited to some (FASTATTN_HEAD_DIMS).
 _HEAD_DIMS = sorted(set(_plan.host().head_dims()))

@@ -35,6 +35,7 @@ from tests.support.attention import (
     BLOCK_WISE_MXFP4,
     CACHE_KINDS,
     FEW_KINDS,
+    MIXED_KINDS,
     PLAIN,
     CacheKind,
     PagedProblem,
@@ -163,7 +164,7 @@ CASES: dict[str, Case] = {
     **{f"dim128-{kind}": _case(SHORT, kind=kind, dim=128, heads=(6, 2)) for kind in FEW_KINDS},
     **{
         f"dim192-{kind}": _case(SHORT, kind=kind, dim=192)
-        for kind in (PLAIN, BLOCK_WISE_FP8, BLOCK_WISE_INT4, BLOCK_WISE_MXFP4)
+        for kind in (PLAIN, BLOCK_WISE_FP8, BLOCK_WISE_INT4, BLOCK_WISE_MXFP4, *MIXED_KINDS)
     },
     **{
         f"{assign.__name__}-{kind}": _case(SEQS, assign, kind=kind, seed=4)

@@ -124,7 +124,7 @@ def make_fd_config(
 
 def make_model(kind: str | None, **options: Any) -> Model:
     """A model whose scales are FastDeploy's: bfloat16; one a channel for INT8."""
-    return Model(KINDS[kind], scale_dtype=BF16, per_channel=kind == "int8", **options)
+    return Model(KINDS.get(kind, kind), scale_dtype=BF16, per_channel=kind == "int8", **options)
 
 
 class Worker:
@@ -224,7 +224,7 @@ class Worker:
         caches = []
         for _ in range(layers):
             caches += [np.zeros(key, dtype), np.zeros(value, dtype)]
-            if self.kind == "block_wise_fp8":
+            if self.model.cache_quant_type.startswith("block_wise"):
                 caches += [np.zeros(key[:3], BF16) for _ in "kv"]
         return [self.on(cache) for cache in caches]
 

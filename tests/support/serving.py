@@ -101,18 +101,23 @@ class Model:
 
     def multiplies_fp8(self) -> bool:
         """Whether queries are e4m3, and keys and values FP8."""
-        fp8 = self.code in ("e4m3", "e5m2") and self.cache_quant_type != "none"
+        codes = {self.code_of("k"), self.code_of("v")}
+        fp8 = codes <= {"e4m3", "e5m2"} and self.cache_quant_type != "none"
         return self.q_quant != "none" and fp8
 
     @property
     def code(self) -> str:
+        """Format of K's codes."""
+        return self.code_of("k")
+
+    def code_of(self, kind: str) -> str:
         if self.cache_quant_type == "none":
             return self.fp8_format
-        return code_of(self.cache_quant_type, self.fp8_format)
+        return code_of(self.cache_quant_type, self.fp8_format, kind)
 
     @property
     def rotation(self) -> str:
-        return self.k_rotation or ("hadamard" if self.code in NIBBLES else "none")
+        return self.k_rotation or ("hadamard" if self.code_of("v") in NIBBLES else "none")
 
     @property
     def dynamic(self) -> bool:
@@ -133,29 +138,36 @@ class Model:
             qkv_bias=self.qkv_bias,
         )
         written = transform_key(k, self.rotation, self.k_center)
-        keys = self._stored(written, self.k_scales, self.k_feedback)
+        keys = self._stored("k", written, self.k_scales, self.k_feedback)
         if self.rotation != "none":
             matrix = hadamard_matrix(self.head_dim)
             keys = keys @ matrix
             q = hadamard(q).astype(self.dtype).astype(np.float64) @ matrix
         if self.k_center is not None:
             keys = keys + self.k_center
-        return q, keys, self._stored(v, self.v_scales)
+        return q, keys, self._stored("v", v, self.v_scales)
 
     def _stored(
-        self, x: np.ndarray, scales: np.ndarray | None, feedback: np.ndarray | None = None
+        self,
+        kind: str,
+        x: np.ndarray,
+        scales: np.ndarray | None,
+        feedback: np.ndarray | None = None,
     ) -> np.ndarray:
+        code = self.code_of(kind)
         if self.cache_quant_type == "none":
             return x.astype(np.float64)
         like = np.zeros(1, self.scale_dtype) if scales is None else scales
-        codes, dynamic = quantize_token(x, like, self.cache_quant_type, self.fp8_format, feedback)
+        codes, dynamic = quantize_token(
+            x, like, self.cache_quant_type, self.fp8_format, feedback, kind
+        )
         if dynamic is None:
             multiplier = static_scales(scales, *x.shape[1:])
         else:
             multiplier = dynamic_scales(dynamic, self.cache_quant_type)
-        if self.code in NIBBLES:
+        if code in NIBBLES:
             codes = unpack_nibbles(codes)
-        return from_codes(codes, self.code).astype(np.float64) * multiplier
+        return from_codes(codes, code).astype(np.float64) * multiplier
 
     def attention(self, qkv: np.ndarray, first: int, precision: str, **mask: Any) -> np.ndarray:
         """Outputs [n - first, H * D] of a sequence's tokens from `first` on."""

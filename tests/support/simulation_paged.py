@@ -130,7 +130,8 @@ class Paged(Kind):
             rotary_dim=model.rotary_dim,
             qkv_bias=model.qkv_bias,
         )
-        keys = self._stored(transform_key(k, model.rotation, model.k_center), model.k_scales)
+        written = transform_key(k, model.rotation, model.k_center)
+        keys = self._stored("k", written, model.k_scales)
         center = model.k_center
         if model.rotation != "none":  # scores are those of rotated queries and keys
             q = hadamard(q).astype(self.dtype)
@@ -142,10 +143,10 @@ class Paged(Kind):
         q = attention.as_values(q).astype(np.float64)
         if descale is not None:
             q = q * (descale if descale.ndim == 1 else descale[..., None]).astype(np.float64)
-        return q, keys, self._stored(v, model.v_scales)
+        return q, keys, self._stored("v", v, model.v_scales)
 
-    def _stored(self, x: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
-        """Values of K or V [n, KV, D] as the cache gives them back."""
+    def _stored(self, kind: str, x: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+        """Values of K ("k") or V ("v") [n, KV, D] as the cache gives them back."""
         model = self.model
         if model.cache_quant_type == "none":
             return x.astype(np.float64)
@@ -153,10 +154,11 @@ class Paged(Kind):
         if not model.dynamic:
             multiplier = static_scales(scales, *x.shape[1:])
         else:
-            own = written_scales(x, model.cache_quant_type, model.scale_dtype)
+            own = written_scales(x, model.cache_quant_type, model.scale_dtype, kind)
             multiplier = dynamic_scales(own, model.cache_quant_type)
-        codes = quantize(x, multiplier, model.code)
-        return from_codes(codes, model.code).astype(np.float64) * multiplier
+        code = model.code_of(kind)
+        codes = quantize(x, multiplier, code)
+        return from_codes(codes, code).astype(np.float64) * multiplier
 
     def forward(self, meta: Any, rows: Any) -> Any:
         if self.backend is not None:
@@ -243,7 +245,7 @@ class Paged(Kind):
 
     def convert(self, index: int, blocks: np.ndarray, src: str, dst: str) -> np.ndarray:
         quantised = self.model.cache_quant_type != "none"
-        if index > 1 or not quantised or self.model.code in ("int4", "e2m1"):
+        if index > 1 or not quantised or self.model.code_of("v") in ("int4", "e2m1"):
             return blocks
         made = F.convert_cache_layout(
             self.on(blocks),

@@ -30,10 +30,15 @@ class CacheTensor:
     elements: np.ndarray
     scales: np.ndarray | None
 
+    @property
+    def code(self) -> str:
+        """Format of these codes: K's and V's may differ."""
+        return self.kind.code_of(self.letter)
+
     def packed(self) -> np.ndarray:
         if self.kind.quant_type == "none":
             return self.elements
-        code = self.kind.code
+        code = self.code
         nibbles = code in numerics.NIBBLES
         return layout.pack(
             self.elements, self.letter, "fastattn", int8=code == "int8", nibbles=nibbles
@@ -45,7 +50,7 @@ class CacheTensor:
             self.elements[where] = np.nan
             return
         last = {"int8": 0x80, "int4": 0xF, "e2m1": 0xF}
-        self.elements[where] = last.get(self.kind.code, 0x7F)
+        self.elements[where] = last.get(self.code, 0x7F)
         if self.kind.dynamic:
             self.rescale(where, np.nan)
 
@@ -72,10 +77,10 @@ def store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
     kv, dim = x.shape[1], x.shape[3]
     scale_type = NUMPY_TYPES[kind.scale_dtype]
     if kind.dynamic:
-        scales = written_scales(x, kind.quant_type, scale_type)
+        scales = written_scales(x, kind.quant_type, scale_type, letter)
         multiplier = dynamic_scales(scales, kind.quant_type)
     else:
-        base = {"int8": 0.031, "e4m3": 0.0113, "e5m2": 0.0147}[kind.code]
+        base = {"int8": 0.031, "e4m3": 0.0113, "e5m2": 0.0147}[kind.code_of(letter)]
         size = {"tensor": 1, "head": kv, "channel": kv * dim}[kind.granularity]
         spread = np.exp(rng.uniform(-0.7, 0.7, size)) if size > 1 else np.ones(1)
         scales = (base * (1.0 if letter == "k" else 1.7) * spread).astype(scale_type)
@@ -85,4 +90,4 @@ def store(x: np.ndarray, kind: CacheKind, letter: str, rng) -> CacheTensor:
         else:
             multiplier = multiplier.reshape(-1, 1, 1)
         x = x * np.float32(multiplier / base)  # unequal scales for unequal data
-    return CacheTensor(kind, letter, numerics.quantize(x, multiplier, kind.code), scales)
+    return CacheTensor(kind, letter, numerics.quantize(x, multiplier, kind.code_of(letter)), scales)

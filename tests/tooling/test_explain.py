@@ -71,7 +71,9 @@ def test_reasons_hold(kind, new, arch):
         assert (now, on) != (call, device)
 
 
-@pytest.mark.parametrize("kind", ["none", "cache_int8", "block_wise_fp8", "block_wise_mxfp4"])
+@pytest.mark.parametrize(
+    "kind", ["none", "cache_int8", "block_wise_fp8", "block_wise_mxfp4", "block_wise_k8v4"]
+)
 def test_the_least_number_of_new_tokens(kind):
     key = _plan.key_dtype(kind, "bfloat16", "e4m3")
     call = DECODE._replace(cache_type=kind, k_dtype=key)

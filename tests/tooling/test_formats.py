@@ -27,7 +27,7 @@ def test_pythons_table_is_the_compiled_one():
 def test_another_table_is_found(monkeypatch, tmp_path):
     pytest.importorskip("fastattn._host")
     text = make_formats.text()
-    assert '"block_wise_mxfp4", "e2m1", "e2m1", 4, "group", 32, "ue8m0"' in text
+    assert '"block_wise_mxfp4", "e2m1", "e2m1", "e2m1", 4, 4, "group", 32, "ue8m0"' in text
     target = tmp_path / "_formats.py"
     monkeypatch.setattr(make_formats, "TARGET", target)
     monkeypatch.setattr(make_formats, "ROOT", tmp_path)

@@ -62,7 +62,7 @@ def test_a_row_changes_its_files_only(tmp_path, monkeypatch):
     instances.write(tmp_path)
     before = written(tmp_path)
     family = FAMILIES["cuda/attention/mma_sm80"]
-    row = ("kE4M3", 80, True, False, (8, 16, 64))
+    row = ("kE4M3", "kE4M3", 80, True, False, (8, 16, 64))
     changed = replace(family, rows=(*family.rows, row))
     families = [changed if each is family else each for each in instances.FAMILIES]
     monkeypatch.setattr(instances, "FAMILIES", families)
@@ -71,7 +71,8 @@ def test_a_row_changes_its_files_only(tmp_path, monkeypatch):
     source, listed = (tmp_path / family.folder / n for n in ("e4m3_80_paged.cu", "instances.h"))
     assert set(after) - set(before) == {source}
     assert {path for path in before if before[path] != after[path]} == {listed}
-    assert source.read_text().count("LaunchAttentionVariant<DType::kE4M3, 80, true, false, ") == 3
+    start = "LaunchAttentionVariant<DType::kE4M3, DType::kE4M3, 80, true, false, "
+    assert source.read_text().count(start) == 3
     monkeypatch.undo()
     instances.write(tmp_path)
     assert set(written(tmp_path)) == set(before)  # what no row asks for is gone

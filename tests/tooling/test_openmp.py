@@ -116,7 +116,10 @@ CALLS = {
     **{f"paged_attention-{kind}": lambda kind=kind: _paged(kind) for kind in KINDS},
     **{
         f"write_cache_kv-{name}": lambda name=name: _write(name)
-        for name in ("none", "cache_int8", "block_wise_fp8", "block_wise_int4", "block_wise_mxfp4")
+        for name in (
+            *("none", "cache_int8", "block_wise_fp8", "block_wise_int4", "block_wise_mxfp4"),
+            *("block_wise_k8v4", "block_wise_kfp8v4"),
+        )
     },
     "rope_write_cache_kv": _rotate_and_write,
     **{f"sparse_paged_attention-{kind}": lambda kind=kind: _sparse(kind) for kind in KINDS},

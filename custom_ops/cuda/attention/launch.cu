@@ -28,7 +28,7 @@ Scales ScalesOf(const AttentionParams& p) {
 Launcher FindGeneral(const AttentionParams& p, int tile_rows) {
   const bool dynamic = IsDynamic(p.cache.type);
   const std::tuple wanted{Wanted{dynamic ? "dynamic codes" : "cache on a GPU", p.cache.dtype},
-                          Wanted{"head_dim", p.head_dim},
+                          Wanted{"values", p.cache.value_dtype}, Wanted{"head_dim", p.head_dim},
                           Wanted{"scales of the cache", ScalesOf(p)},
                           Wanted{"tile_rows", tile_rows}};
   Launcher found = nullptr;
@@ -42,7 +42,9 @@ Launcher FindMmaSm80(const AttentionParams& p, int tile_rows) {
   const bool dynamic = p.paged && IsDynamic(p.cache.type);
   const char* keys = dynamic ? "dynamic codes" : p.paged ? "cache on a GPU" : "keys on a GPU";
   const std::tuple wanted{Wanted{keys, p.paged ? p.cache.dtype : p.ragged.dtype},
-                          Wanted{"head_dim", p.head_dim}, Wanted{"paged", p.paged},
+                          Wanted{"values", p.paged ? p.cache.value_dtype : p.ragged.dtype},
+                          Wanted{"head_dim", p.head_dim},
+                          Wanted{"paged", p.paged},
                           Wanted{"scales of the cache", ScalesOf(p)},
                           Wanted{"tile_rows", tile_rows}};
   Launcher found = nullptr;
@@ -101,7 +103,7 @@ using InvariantLauncher = cudaError_t (*)(const AttentionParams&, const Invarian
 InvariantLauncher FindInvariant(const AttentionParams& p, int tile_rows) {
   const bool dynamic = IsDynamic(p.cache.type);
   const std::tuple wanted{Wanted{dynamic ? "dynamic codes" : "cache on a GPU", p.cache.dtype},
-                          Wanted{"head_dim", p.head_dim},
+                          Wanted{"values", p.cache.value_dtype}, Wanted{"head_dim", p.head_dim},
                           Wanted{"scales of the cache", ScalesOf(p)},
                           Wanted{"tile_rows", tile_rows}};
   InvariantLauncher found = nullptr;

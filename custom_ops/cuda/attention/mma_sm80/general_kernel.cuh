@@ -7,10 +7,10 @@
 
 namespace fastattn::cuda {
 
-template <DType kElement, int kHeadDim, Scales kScales, int kTileRows>
+template <DType kElement, DType kValue, int kHeadDim, Scales kScales, int kTileRows>
 cudaError_t LaunchGeneralVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                  cudaStream_t stream) {
-  using Traits = AttentionTraits<kElement, kHeadDim, true, kScales, kTileRows, false, true>;
+  using Traits = AttentionTraits<kElement, kHeadDim, true, kScales, kTileRows, false, true, kValue>;
   return LaunchKernel<Traits>(p, task, grid, stream);
 }
 

@@ -172,10 +172,11 @@ __global__ void __launch_bounds__(kAttentionThreads, kAttentionCtasPerSm)
   if (task.work.overlaps_previous) PdlEndConcurrent();
 }
 
-template <DType kElement, int kHeadDim, Scales kScales, int kTileRows>
+template <DType kElement, DType kValue, int kHeadDim, Scales kScales, int kTileRows>
 cudaError_t LaunchInvariantVariant(const AttentionParams& p, const InvariantTask& task, int grid,
                                    cudaStream_t stream) {
-  using Traits = AttentionTraits<kElement, kHeadDim, true, kScales, kTileRows, false, false, true>;
+  using Traits =
+      AttentionTraits<kElement, kHeadDim, true, kScales, kTileRows, false, false, kValue, true>;
   constexpr auto kKernel = InvariantKernel<Traits>;
   int stages = 0;
   const cudaError_t status = PrepareLaunch<kKernel, Traits>(&stages);

@@ -185,7 +185,7 @@ __device__ __forceinline__ void Attend(const AttentionParams& p, uint32_t stage,
                                        TileState<Traits>* state) {
   Probabilities<Traits> probabilities;
   Weigh<Traits>(p, stage, mask, first, scores, probabilities, state);
-  if constexpr (Traits::kNibbles) {
+  if constexpr (Traits::kValueNibbles) {
     AccumulateNibbles<Traits>(stage, first, probabilities, state->out);
   } else {
     Accumulate<Traits>(stage, first, probabilities, state);
@@ -227,7 +227,7 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
     const uint32_t stage =
         next(std::integral_constant<int, Traits::kKeyStages + decltype(index)::value>{});
     if (!assigned) return;
-    if constexpr (Traits::kNibbles) {
+    if constexpr (Traits::kValueNibbles) {
       // Nothing to scrub, as below.
     } else if (mask.needs_mask) {
       PropagateNonFinite<Traits, kStage>(stage, mask, state);
@@ -242,7 +242,7 @@ __device__ __forceinline__ void RunStages(const AttentionParams& p, const KvTile
     if constexpr (kStage == 0) {
       Weigh<Traits>(p, stage, mask, 0, scores, probabilities, state);
     }
-    if constexpr (Traits::kNibbles) {
+    if constexpr (Traits::kValueNibbles) {
       AccumulateNibbles<Traits>(stage, 0, probabilities, state->out);
     } else {
       Accumulate<Traits, kStage>(stage, 0, probabilities, state);
@@ -286,7 +286,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
         key_stage = ring->NextUse(), value_stage = ring->NextUse();
         present = cursor->UsesAssigned();
       }
-      if constexpr (Traits::kNibbles) {
+      if constexpr (Traits::kValueNibbles) {
         // They are finite whatever their bits are, and probabilities of masked keys are 0.
       } else if (__syncthreads_or(present && mask.needs_mask)) {
         if (present && mask.needs_mask) PropagateNonFinite<Traits>(value_stage, mask, state);
@@ -336,7 +336,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       const uint32_t value_stage = ring->NextUse();
       if (!assigned) continue;
       PrepareForWarp<Traits>(value_stage);
-      if constexpr (Traits::kNibbles) {
+      if constexpr (Traits::kValueNibbles) {
         // Nothing to scrub, as above.
       } else if (mask.needs_mask) {
         PropagateNonFinite<Traits>(value_stage, mask, state);
@@ -350,7 +350,7 @@ __device__ __forceinline__ void RunMainloop(const AttentionParams& p, const Segm
       }
     }
   }
-  if constexpr (Traits::kBiased) DropBias<Traits>(state->out);
+  if constexpr (Traits::kValueBiased) DropBias<Traits>(state->out);
 }
 
 // The epilogue: merges the warp pipelines and writes the work tile's output, or this CTA's partial
@@ -578,12 +578,14 @@ cudaError_t LaunchKernel(const AttentionParams& p, const AttentionTask& task, in
                              Traits::SharedBytes(task.num_seqs, stages), stream, p, task);
 }
 
-template <DType kElement, int kHeadDim, bool kPaged, Scales kScales, int kTileRows>
+template <DType kElement, DType kValue, int kHeadDim, bool kPaged, Scales kScales, int kTileRows>
 cudaError_t LaunchAttentionVariant(const AttentionParams& p, const AttentionTask& task, int grid,
                                    cudaStream_t stream) {
-  using Traits = AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows>;
-  if constexpr (Traits::kNibbles && kHeadDim == 128 && kTileRows == 8) {
-    using Wide = AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows, true>;
+  using Traits =
+      AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows, false, false, kValue>;
+  if constexpr (Traits::kKeyNibbles && kHeadDim == 128 && kTileRows == 8) {
+    using Wide =
+        AttentionTraits<kElement, kHeadDim, kPaged, kScales, kTileRows, true, false, kValue>;
     if (task.wide) return LaunchKernel<Wide>(p, task, grid, stream);
   }
   return LaunchKernel<Traits>(p, task, grid, stream);

@@ -223,7 +223,7 @@ class KvLoader {
                                             const CacheStrides& strides, int64_t element) {
     constexpr int kRowPieces = kRowBytes == 96 ? 8 : kRowBytes / 16;  // and lanes without one
     // A transposed V has a row for each channel (of 4-bit codes, for two), else a stage is full.
-    constexpr int kCodesPerByte = CodesPerByte(Traits::kElement);
+    constexpr int kCodesPerByte = CodesPerByte(Traits::kValue);
     constexpr int kCopies =
         kSwizzled ? kPieces : Traits::kStageDimTiles * kBlockSize * kBytes / kCodesPerByte;
     constexpr int kRows =
@@ -232,7 +232,7 @@ class KvLoader {
     const char* from =
         static_cast<const char*>(tensor) + (element + row * strides.row) * kBytes + chunk * 16;
     const int64_t stride = kRows * kBytes * strides.row;
-    if constexpr (Traits::kNibbles && kSwizzled) {
+    if constexpr (Traits::kKeyNibbles && kSwizzled) {
 #pragma unroll
       for (int i = 0; i < Traits::kKvTile / kRows; ++i, from += stride) {
         const int key = row + i * kRows, piece = Traits::NibbleChunk(key, chunk);
@@ -241,6 +241,16 @@ class KvLoader {
         if (kHeadPieces == kRowPieces || chunk < kHeadPieces) {
           CopyAsync16(to + piece * 16, from, policy_);
         }
+      }
+      return;
+    }
+    if constexpr (kSwizzled && Traits::kOtherRows) {
+#pragma unroll
+      for (int i = 0; i < kCopies / Traits::kPipelineThreads; ++i, from += stride) {
+        const int to = Traits::KeyRow(row + i * kRows);
+        const bool inside = kHeadPieces == kPiecesPerRow || chunk < kHeadPieces;
+        CopyAsync16(stage + to * kRowBytes + Traits::Swizzle(to, chunk) * 16,
+                    inside ? from : static_cast<const char*>(tensor), policy_, inside ? 16 : 0);
       }
       return;
     }

@@ -81,7 +81,7 @@ __device__ __forceinline__ void LoadTokenScales(uint32_t stage, int first, DType
                                                 float (&scale)[Traits::kGroup][2]) {
   const int key = Traits::KeyOf(first, threadIdx.x % 32 / 4);
   const uint32_t scales = stage + Traits::kDataBytes;
-  if constexpr (Traits::kNibbles) {  // the keys lie side by side
+  if constexpr (Traits::kValueNibbles) {  // the keys lie side by side
     constexpr int kCount = 2 * Traits::kGroup;
     static_assert(Traits::KeyOf(1, 0) == 2 && Traits::KeyOf(0, 8) == 1);
     if (dtype == DType::kFloat32) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void Multiply(uint32_t stage, const QueryTile<Traits>
     for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = Traits::KeyOf(first + m, g + 8 * half);
+        const int row = Traits::KeyRow(Traits::KeyOf(first + m, g + 8 * half));
         keys[m][half] = LoadShared16(stage + row * Traits::kRowBytes +
                                      Traits::Swizzle(row, Traits::ChunkOf(t, j)) * 16);
       }
@@ -172,7 +172,7 @@ __device__ __forceinline__ void MultiplyKeys(uint32_t stage, const QueryTile<Tra
                                              float (&scores)[Traits::kGroup][Traits::kTiles][4]) {
   if constexpr (Traits::kBlockScales) {
     MultiplyBlocks<Traits>(stage, query, first, scores);
-  } else if constexpr (Traits::kNibbles) {
+  } else if constexpr (Traits::kKeyNibbles) {
     MultiplyNibbles<Traits>(stage, query, first, scores);
   } else {
     Multiply<Traits, kStage>(stage, query, first, scores);
@@ -349,7 +349,7 @@ template <typename Traits, int kStage = 0>
 __device__ __forceinline__ void Accumulate(uint32_t stage, int first,
                                            const uint32_t (&p)[Traits::kGroup][Traits::kTiles][2],
                                            TileState<Traits>* state) {
-  using Format = typename Traits::Format;
+  using Format = typename Traits::ValueFormat;
   constexpr DType kOperand = Format::kOperand;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   constexpr int kFirst = kStage * Traits::kStageDimTiles;
@@ -451,7 +451,7 @@ __device__ __forceinline__ bool IsFiniteValue(uint32_t stage, int key, int chann
                  : "r"(stage + key * Traits::kRowBytes + Traits::Swizzle(key, channel / 8) * 16 +
                        channel % 8 * 2));
   }
-  return Traits::Format::NonFinite(bits) == 0;
+  return Traits::ValueFormat::NonFinite(bits) == 0;
 }
 
 // A non-finite value makes its channel NaN in the packed rows that see its key, and in no other:
@@ -516,8 +516,10 @@ __device__ __forceinline__ void PropagateNonFinite(uint32_t stage, const KvTileM
 #pragma unroll 1
   for (int piece = threadIdx.x % 32; piece < kPieces; piece += 32) {
     const uint4 v = LoadShared16(stage + piece * 16), kept = KeptWords<Traits>(mask, piece);
-    bad |= Traits::Format::NonFinite(v.x & kept.x) | Traits::Format::NonFinite(v.y & kept.y) |
-           Traits::Format::NonFinite(v.z & kept.z) | Traits::Format::NonFinite(v.w & kept.w);
+    bad |= Traits::ValueFormat::NonFinite(v.x & kept.x) |
+           Traits::ValueFormat::NonFinite(v.y & kept.y) |
+           Traits::ValueFormat::NonFinite(v.z & kept.z) |
+           Traits::ValueFormat::NonFinite(v.w & kept.w);
   }
   if (__any_sync(0xFFFFFFFFu, bad != 0)) {
     uint32_t poisoned[Traits::kTiles][2];
@@ -540,8 +542,8 @@ __device__ __forceinline__ void ScrubValues(uint32_t stage, const KvTileMask& ma
     const uint4 kept = KeptWords<Traits>(mask, piece);
     v.x &= kept.x, v.y &= kept.y, v.z &= kept.z, v.w &= kept.w;
     if (mask.packed_rows_differ) {
-      v.x &= ~Traits::Format::NonFinite(v.x), v.y &= ~Traits::Format::NonFinite(v.y);
-      v.z &= ~Traits::Format::NonFinite(v.z), v.w &= ~Traits::Format::NonFinite(v.w);
+      v.x &= ~Traits::ValueFormat::NonFinite(v.x), v.y &= ~Traits::ValueFormat::NonFinite(v.y);
+      v.z &= ~Traits::ValueFormat::NonFinite(v.z), v.w &= ~Traits::ValueFormat::NonFinite(v.w);
     }
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(stage + piece * 16), "r"(v.x),
                  "r"(v.y), "r"(v.z), "r"(v.w)

@@ -1,11 +1,11 @@
 // The matrix products over 4-bit K and V.
 //
 // E2M1: operands of K are values, and scores of a block are summed apart; those of V are values
-// times a power of two of their block (mx_scales.cuh). int4: codes are stored as code + 8, and
-// operands are (code + 8) times a power of two (Format<kInt4>::Widen). What the 8 adds is a
-// multiple of a sum: of a query's channels, so that the accumulators of its scores begin with its
-// negative; of a packed row's probabilities, which a tile more of O^T counts as a product of its
-// own with a V of nothing but 8.
+// times a power of two of their block (mx_scales.cuh). int4 (which V may have alone): codes are
+// stored as code + 8, and operands are (code + 8) times a power of two
+// (Format<kInt4>::Widen). What the 8 adds is a multiple of a sum: of a query's channels, so that
+// the accumulators of its scores begin with its negative; of a packed row's probabilities, which a
+// tile more of O^T counts as a product of its own with a V of nothing but 8.
 #pragma once
 
 #include <cstdint>
@@ -172,7 +172,7 @@ template <typename Traits>
 __device__ __forceinline__ void AccumulateNibbles(
     uint32_t stage, int first, const uint32_t (&p)[Traits::kGroup][Traits::kTiles][2],
     float (&out)[Traits::kOutTiles][Traits::kTiles][4]) {
-  using Format = typename Traits::Format;
+  using Format = typename Traits::ValueFormat;
   constexpr DType kOperand = Format::kOperand;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   uint32_t factors[Traits::kGroup];  // of the tokens of a word, for a block of channels
@@ -201,7 +201,7 @@ __device__ __forceinline__ void AccumulateNibbles(
       }
     }
   }
-  if constexpr (Traits::kBiased) {
+  if constexpr (Traits::kValueBiased) {
 #pragma unroll
     for (int m = 0; m < Traits::kGroup; ++m) {
 #pragma unroll
@@ -217,7 +217,7 @@ __device__ __forceinline__ void AccumulateNibbles(
 // rows 8 .. 15 of a tile, lie higher in their bytes and count 2^4 as much.
 template <typename Traits>
 __device__ __forceinline__ void DropBias(float (&out)[Traits::kOutTiles][Traits::kTiles][4]) {
-  constexpr float kInverse = 1.0f / Traits::Format::kUnit;
+  constexpr float kInverse = 1.0f / Traits::ValueFormat::kUnit;
 #pragma unroll
   for (int i = 0; i < Traits::kDimTiles; ++i) {
 #pragma unroll

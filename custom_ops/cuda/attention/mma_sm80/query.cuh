@@ -71,8 +71,8 @@ template <typename Traits>
 struct QueryTile {
   static constexpr int kKept = Traits::kQueryInRegisters ? Traits::kTiles : 1;
   uint32_t words[kKept][Traits::kMmaSteps][2];
-  uint32_t shared;                                      // a lane's words of tile n and step s
-  float bias[Traits::kBiased ? Traits::kTiles : 1][2];  // FindQueryBias
+  uint32_t shared;                                         // a lane's words of tile n and step s
+  float bias[Traits::kKeyBiased ? Traits::kTiles : 1][2];  // FindQueryBias
 
   // From shared memory to registers, if they live there.
   __device__ __forceinline__ void Fetch() {
@@ -86,7 +86,7 @@ struct QueryTile {
         }
       }
     }
-    if constexpr (Traits::kBiased) {
+    if constexpr (Traits::kKeyBiased) {
 #pragma unroll
       for (int n = 0; n < Traits::kTiles; ++n) {
         FindQueryBias<Traits>([&](int s) { return At(n, s); }, bias[n]);
@@ -96,7 +96,7 @@ struct QueryTile {
 
   // What accumulator c of the scores of tile n begins with.
   __device__ __forceinline__ float Start(int n, int c) const {
-    if constexpr (Traits::kBiased) return bias[n][c % 2];
+    if constexpr (Traits::kKeyBiased) return bias[n][c % 2];
     return 0.0f;
   }
 
@@ -127,7 +127,7 @@ __device__ __forceinline__ void StoreNibbleQuery(const float (&x)[4], int c, int
       queries + ((c / 8 * Traits::kMmaSteps + 2 * word) * 32 + lane) * 8 + quad % 2 * 2;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const bool low = Traits::kBiased && i % 2 == 0;
+    const bool low = Traits::kKeyBiased && i % 2 == 0;
     const __half value = __float2half_rn(low ? x[i] * 16.0f : x[i]);
     *reinterpret_cast<__half*>(to + i / 2 * 256 + i % 2 * 4) = value;
   }
@@ -159,7 +159,7 @@ __device__ __forceinline__ PackedRowInfo InfoOf(const AttentionParams& p, const 
                                           packed_row.head, key_scale) *
                       kLog2E;
   // The unit of a product of a query and int4 codes.
-  if constexpr (Traits::kBiased) info.score_factor *= 0.0625f / Traits::Format::kUnit;
+  if constexpr (Traits::kKeyBiased) info.score_factor *= 0.0625f / Traits::Format::kUnit;
   info.keys = KeysOfQuery(p, segment.shape, packed_row.token - segment.shape.q_begin);
   if (p.mask_offsets != nullptr) {
     const int* offsets = p.mask_offsets + 2 * static_cast<int64_t>(packed_row.token);
@@ -307,7 +307,7 @@ __device__ __forceinline__ void StoreQueries(const AttentionParams& p, const Att
         infos[c].query_factor = 1.0f;
       }
       constexpr DType kOperand = Traits::Format::kOperand;
-      if constexpr (Traits::kNibbles) {
+      if constexpr (Traits::kKeyNibbles) {
 #pragma unroll
         for (int q = 0; q < kQuads; ++q) {
           StoreNibbleQuery<Traits>(x[q], c, quad + q * kLanes, shared + Traits::kQueryOffset);

@@ -41,11 +41,13 @@ constexpr int MergeDims(int most, int dim) {
   return dims;
 }
 
-// kWide: twice the warps in a CTA, for calls whose clusters have a multiprocessor for each CTA.
-// kChained: a result's bits follow from the keys alone (invariant_kernel.cuh).
+// kElement: of K, and kValue: of V. kWide: twice the warps in a CTA, for calls whose clusters have
+// a multiprocessor for each CTA.
 // kGeneral: packed rows may have holes in what they see, and heads block tables (row_holes.cuh).
+// kChained: a result's bits follow from the keys alone (invariant_kernel.cuh).
 template <DType kElement_, int kHeadDim_, bool kPaged_, Scales kScales_, int kTileRows_,
-          bool kWide_ = false, bool kGeneral_ = false, bool kChained_ = false>
+          bool kWide_ = false, bool kGeneral_ = false, DType kValue_ = kElement_,
+          bool kChained_ = false>
 struct AttentionTraits {
   static constexpr bool kWide = kWide_;
   static constexpr bool kGeneral = kGeneral_;
@@ -53,10 +55,14 @@ struct AttentionTraits {
   static constexpr int kThreads = kAttentionThreads * (kWide ? 2 : 1);
   static constexpr int kCtasPerSm = kWide ? 1 : kAttentionCtasPerSm;
   static constexpr DType kElement = kElement_;
+  static constexpr DType kValue = kValue_;
   using Format = fastattn::cuda::Format<kElement>;
+  using ValueFormat = fastattn::cuda::Format<kValue>;
+  static_assert(Format::kOperand == ValueFormat::kOperand && Format::kBytes == ValueFormat::kBytes);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kPaged = kPaged_;
-  using Side = SideFormat<kElement, kScales_>;             // how K and V are stored
+  using Side = SideFormat<kElement, kScales_>;             // how K is stored
+  using ValueSide = SideFormat<kValue, kScales_>;          // how V is
   static constexpr bool kStageScales = Side::kDynamic;     // a stage has the scales of its tokens
   static constexpr bool kPerTokenScales = Side::kDynamic;  // V's multiply probabilities
   static constexpr int kTileRows = kTileRows_;
@@ -67,11 +73,12 @@ struct AttentionTraits {
   // A KV tile's K, and its V, lie in several stages where a head is large, kStageDim channels in
   // each (4-bit codes of any head: in one). Channels of K past kHeadDim are 0, and so are a
   // query's.
-  static constexpr bool kNibbles = Side::kNibbles;
+  static constexpr bool kKeyNibbles = Side::kNibbles;
+  static constexpr bool kValueNibbles = ValueSide::kNibbles;
   static constexpr int kStageDim =
-      kNibbles ? (kHeadDim == 96 ? 128 : kHeadDim) : StageDim(kHeadDim);
+      kKeyNibbles ? (kHeadDim == 96 ? 128 : kHeadDim) : StageDim(kHeadDim);
   static constexpr int kKeyStages = (kHeadDim + kStageDim - 1) / kStageDim;
-  static constexpr int kValueStages = (kValueDim + kStageDim - 1) / kStageDim;
+  static constexpr int kValueStages = kValueNibbles ? 1 : (kValueDim + kStageDim - 1) / kStageDim;
   static constexpr int kTileStages = kKeyStages + kValueStages;
   static constexpr int kKeyDim = kKeyStages * kStageDim;
 
@@ -93,7 +100,8 @@ struct AttentionTraits {
   static constexpr int kValueBlocks = Side::TokenScales(kValueDim);
   static constexpr int kBlockTiles = Side::kGroup / 16;  // channel tiles of a block
   // Integers of 4 bits are operands with a bias.
-  static constexpr bool kBiased = kNibbles && InfoOf(kElement).kind == NumberKind::kInteger;
+  static constexpr bool kKeyBiased = kKeyNibbles && InfoOf(kElement).kind == NumberKind::kInteger;
+  static constexpr bool kValueBiased = kValueNibbles && InfoOf(kValue).kind == NumberKind::kInteger;
   static constexpr bool kTransposedV = kQuantized && kPaged;  // V [D, 64] in TokenSlot order
   static constexpr int kRowBytes =
       kStageDim * Format::kBytes / CodesPerByte(kElement);  // of a key in a stage
@@ -105,18 +113,21 @@ struct AttentionTraits {
   static constexpr int kDimTiles = kValueDim / 16;
   // int4: a last one, what the codes' bias of 8 adds to a packed row's output, the same in all
   // rows.
-  static constexpr int kOutTiles = kDimTiles + (kBiased ? 1 : 0);
-  static constexpr int kStageDimTiles = std::min(kStageDim, kValueDim) / 16;
+  static constexpr int kOutTiles = kDimTiles + (kValueBiased ? 1 : 0);
+  static constexpr int kStageDimTiles =  // of V
+      kValueNibbles ? kDimTiles : std::min(kStageDim, kValueDim) / 16;
   static constexpr int kMmaSteps = kKeyDim / 16;  // of the product over channels
   static constexpr int kStageSteps = kStageDim / 16;
   // A lane's scales of a KV tile are loaded together, V's before the softmax, where registers are
-  // left for them.
-  static constexpr bool kScalesAtOnce = kPerTokenScales && (kNibbles || kTiles == 1);
+  // left for them: not beside all outputs of a large head at a time (V of 4 bits) and K of 8 bits.
+  static constexpr bool kScalesAtOnce =
+      kPerTokenScales && (kKeyNibbles || (kTiles == 1 && !(kLarge && kValueNibbles)));
   static constexpr bool kQueryInRegisters = kTiles <= 2 && kTiles * kMmaSteps <= 24;
 
   // A stage is a KV tile's K or V, or some channels of them, and its per-token scales (of K in the
-  // last stage, of V in the first).
+  // last stage, of V in the first). V of 4 bits beside a K of 8 leaves a part of it free.
   static constexpr int kDataBytes = kKvTile * kRowBytes;
+  static_assert(!kValueNibbles || kValueDim / 2 * kBlockSize <= kDataBytes);
   // V's block scales become a bf16 scale a token and a byte for each block, beside the bytes that
   // they are in the cache.
   static constexpr int kBlockFactors = kKvTile * 2;  // offset of those bytes behind the data
@@ -185,12 +196,21 @@ struct AttentionTraits {
   static_assert(kMergeDims % 16 == 0);
   // Swizzles and chunks of KV tiles assume it; the last channels would be dropped.
   static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256 ||
-                (kNibbles && (kRowBytes == 32 || kRowBytes == 96)));
-  static_assert(!kNibbles || (kPaged && kStageScales));
+                (kKeyNibbles && (kRowBytes == 32 || kRowBytes == 96)));
+  static_assert(!kValueNibbles || (kPaged && kStageScales));
+  static_assert(!kKeyNibbles || kValueNibbles);
 
   // The 16-byte piece in which a row's piece `chunk` lies: no 8 lanes of a load meet in a bank.
   static __device__ __forceinline__ int Swizzle(int row, int chunk) {
     return kRowBytes / 16 >= 8 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
+  }
+
+  // Where a key of 8-bit codes or of 16 bits lies among those of its stage. Where V has 4-bit
+  // codes, the keys that neighbouring lanes read are 8 apart (KeyOf), which Swizzle does not tell
+  // apart: every second of those changes places with its neighbour.
+  static constexpr bool kOtherRows = kValueNibbles && !kKeyNibbles;
+  static __device__ __forceinline__ constexpr int KeyRow(int key) {
+    return kOtherRows ? key ^ (key >> 3 & 1) : key;
   }
 
   // Where a key of 4-bit codes lies among those of its stage. The keys that neighbouring lanes read
@@ -218,7 +238,7 @@ struct AttentionTraits {
   // Key of a KV tile that is row `r` (0..15) of key tile m in S^T. For V in TokenSlot order, the
   // tokens of a thread's 16-byte pieces of V are then the rows that it holds of S.
   static __device__ __forceinline__ constexpr int KeyOf(int m, int r) {
-    if constexpr (kNibbles) {
+    if constexpr (kValueNibbles) {
       // The tokens of Widen's pairs of V are those of bytes 0 and 2 of a word, and 1 and 3.
       return 16 * ((r & 7) >> 1) + 2 * m + 8 * (r & 1) + (r >> 3);
     } else if constexpr (kTransposedV) {
@@ -230,7 +250,7 @@ struct AttentionTraits {
 
   // Channel of row r (0..15) of channel tile i in O^T.
   static __device__ __forceinline__ int ChannelOf(int i, int r) {
-    if constexpr (kNibbles || (kQuantized && !kTransposedV)) {
+    if constexpr (kValueNibbles || (kQuantized && !kTransposedV)) {
       return 16 * i + 2 * (r & 7) + (r >> 3);
     } else {
       return 16 * i + r;
@@ -239,7 +259,7 @@ struct AttentionTraits {
 
   // Lane % 4 = t holds 4 neighbouring channels of step s of the product over channels, as operand
   // channels 2t, 2t + 1, 2t + 8, 2t + 9. A lane so reads K in whole 16-byte pieces, ChunkOf(t, j).
-  static constexpr int kMmaStepsPerChunk = kNibbles ? kMmaSteps : kQuantized ? 4 : 2;
+  static constexpr int kMmaStepsPerChunk = kKeyNibbles ? kMmaSteps : kQuantized ? 4 : 2;
   static constexpr int kChunks =
       kStageSteps / kMmaStepsPerChunk;  // 16-byte pieces of a lane and row
   // 4-bit codes: a lane reads a quarter of a key, 16 or 8 bytes, or of each half or third of a

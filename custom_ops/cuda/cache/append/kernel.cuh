@@ -1,8 +1,8 @@
 // Dequantises cached blocks into contiguous K and V.
 //
 // One CTA handles one block (64 tokens) of one KV head, K and V, or one of both where they have
-// other numbers of channels. Each thread loads 16-byte pieces of codes, all of them before it uses
-// the first.
+// other numbers of channels or other codes. Each thread loads 16-byte pieces of codes, all of them
+// before it uses the first.
 //
 // K: a piece is 16 channels of one token, which its thread converts and stores.
 // V: a piece is 16 tokens of one channel. A thread takes the pieces of 4 neighbouring channels,
@@ -40,7 +40,9 @@ namespace fastattn::cuda {
 // Threads of a CTA: a whole number of tokens' pieces.
 constexpr int AppendThreads(int head_dim) { return head_dim % 3 == 0 ? 96 : 128; }
 
-template <DType kOut_, DType kCode_, Scales kScales_, CacheLayout kLayout_, int kHeadDim_>
+// kCode: of K, and kValueCode: of V.
+template <DType kOut_, DType kCode_, Scales kScales_, CacheLayout kLayout_, int kHeadDim_,
+          DType kValueCode_ = kCode_>
 struct AppendTraits {
   static constexpr DType kOut = kOut_;
   static constexpr DType kCode = kCode_;
@@ -49,8 +51,8 @@ struct AppendTraits {
   static constexpr CacheLayout kLayout = kLayout_;
   static constexpr int kHeadDim = kHeadDim_;  // of K
   // The same for V.
-  static constexpr bool kOwnValueDim = ValueDim(kHeadDim) != kHeadDim;
-  using Value = AppendTraits<kOut, kCode, kScales_, kLayout, ValueDim(kHeadDim)>;
+  static constexpr bool kOwnValue = ValueDim(kHeadDim) != kHeadDim || kValueCode_ != kCode;
+  using Value = AppendTraits<kOut, kValueCode_, kScales_, kLayout, ValueDim(kHeadDim)>;
 
   // FastDeploy adds 128 to int8 codes: flip the top bit of each byte.
   static constexpr uint32_t kBias =
@@ -339,13 +341,13 @@ __device__ __forceinline__ void GatherTile(const AppendCacheParams& p, const App
 template <typename Traits>
 __global__ void __launch_bounds__(std::max(Traits::kThreads, Traits::Value::kThreads))
     AppendCacheKernel(const __grid_constant__ AppendCacheParams p) {
-  constexpr int kCtas = Traits::kOwnValueDim ? 2 : 1;  // of a block and head
+  constexpr int kCtas = Traits::kOwnValue ? 2 : 1;  // of a block and head
   const unsigned index = blockIdx.x / kCtas;
   const int64_t slot = index / p.cache.num_kv_heads;
   const int head = index % p.cache.num_kv_heads;
   const AppendTile tile = BeginAppendTile(p, slot);
   if (tile.block < 0) return;
-  if constexpr (!Traits::kOwnValueDim) {
+  if constexpr (!Traits::kOwnValue) {
     GatherTile<Traits, true, true>(p, tile, head);
   } else if (blockIdx.x % 2 == 0) {
     if (threadIdx.x < Traits::kThreads) GatherTile<Traits, true, false>(p, tile, head);
@@ -355,7 +357,7 @@ __global__ void __launch_bounds__(std::max(Traits::kThreads, Traits::Value::kThr
   }
 }
 
-template <DType kCode, Scales kScales, CacheLayout kLayout>
+template <DType kCode, DType kValueCode, Scales kScales, CacheLayout kLayout>
 cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t stream) {
   const int64_t ctas = NumTileSlots(p.num_out_tokens, p.batch) * p.cache.num_kv_heads;
   if (p.num_out_tokens == 0 || p.batch == 0 || p.max_blocks == 0 || p.cache.num_blocks == 0) {
@@ -364,12 +366,12 @@ cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t st
   cudaError_t status = cudaSuccess;
   dispatch<DType::kBFloat16, DType::kFloat16>(p.dtype, "key dtype", [&](auto out) {
     AttentionHeadDims::Dispatch(p.cache.head_dim, [&](auto head_dim) {
-      using Traits =
-          AppendTraits<decltype(out)::value, kCode, kScales, kLayout, decltype(head_dim)::value>;
+      using Traits = AppendTraits<decltype(out)::value, kCode, kScales, kLayout,
+                                  decltype(head_dim)::value, kValueCode>;
       constexpr int kThreads = std::max(Traits::kThreads, Traits::Value::kThreads);
-      status = LaunchPdl(AppendCacheKernel<Traits>,
-                         dim3(GridSize(Traits::kOwnValueDim ? 2 * ctas : ctas)), dim3(kThreads),
-                         stream, p);
+      status =
+          LaunchPdl(AppendCacheKernel<Traits>, dim3(GridSize(Traits::kOwnValue ? 2 * ctas : ctas)),
+                    dim3(kThreads), stream, p);
     });
   });
   return status;

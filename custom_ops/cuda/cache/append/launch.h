@@ -1,4 +1,4 @@
-// Launchers of append_cache_kv_c8: one per (code type, scales, layout), those of
+// Launchers of append_cache_kv_c8: one per (types of codes, scales, layout), those of
 // builder/instances.py; LaunchAppendCache picks one.
 #pragma once
 
@@ -18,7 +18,7 @@ cudaError_t LaunchAppendCache(const AppendCacheParams& p, cudaStream_t stream);
 cudaError_t LaunchRestoreKey(const AppendCacheParams& p, const KeyTransform& transform,
                              cudaStream_t stream);
 
-template <DType kCode, Scales kScales, CacheLayout kLayout>
+template <DType kCode, DType kValueCode, Scales kScales, CacheLayout kLayout>
 cudaError_t LaunchAppendCacheVariant(const AppendCacheParams& p, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

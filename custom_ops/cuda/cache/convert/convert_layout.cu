@@ -176,7 +176,7 @@ cudaError_t Launch(const ConvertLayoutParams& p, uint32_t flip, cudaStream_t str
     status = LaunchPdl(kernel, dim3(grid), dim3(ConvertThreads(kRow)), stream, p, flip);
   };
   if constexpr (kSrc != CacheLayout::kFastDeploy && kDst != CacheLayout::kFastDeploy) {
-    if (CodesPerByte(p.type) == 2) {
+    if (CodesPerByte(p.type, p.is_value) == 2) {
       dispatch<32, 48, 64, 96, 128>(p.row_elements, "bytes of a token", run);
       return status;
     }

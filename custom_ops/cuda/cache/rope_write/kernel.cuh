@@ -76,7 +76,7 @@ cudaError_t LaunchTiles(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   const SeqMeta& seqs = p.rope.seqs;
   const int kv_heads = p.rope.cache.num_kv_heads;
   const auto slots = static_cast<int>(NumTileSlots(seqs.num_tokens, seqs.batch, kBlockSize, 2));
-  const bool split = Traits::kOwnValueDim || slots <= kSmallGrid / kv_heads;
+  const bool split = Traits::kOwnValue || slots <= kSmallGrid / kv_heads;
   const dim3 grid(kv_heads, std::min(slots, kTileRun), CeilDiv(slots, kTileRun) * (split ? 2 : 1));
   const float seqs_per_tile = static_cast<float>(seqs.batch) / static_cast<float>(slots);
   return LaunchPdl(StepTileKernel<Traits>, grid, dim3(kStreamThreads), stream, p, seqs_per_tile,
@@ -95,7 +95,7 @@ cudaError_t LaunchStep(const StepParamsOf<Traits>& p, cudaStream_t stream) {
   }
 }
 
-template <DType kIn, Scales kScales, DType kCode, bool kTransformsKey>
+template <DType kIn, Scales kScales, DType kCode, DType kValueCode, bool kTransformsKey>
 cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream) {
   cudaError_t status = cudaErrorInvalidValue;
   AttentionHeadDims::Dispatch(p.rope.cache.head_dim, [&](auto head_dim) {
@@ -104,14 +104,14 @@ cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream)
     if constexpr (kIn != DType::kFloat32 && HeadDims::Has(kHeadDim)) {
       if (p.rope.num_heads > 0 && p.rope.seqs.head_tables) {
         using Traits = StepTraits<kIn, kScales, kCode, kHeadDim, RopeOptions<true, true, true>,
-                                  kTransformsKey>;
+                                  kTransformsKey, kValueCode>;
         status = LaunchHeadTables<Traits>(p, stream);
         return;
       }
       if (p.rope.num_heads > 0) {
         const auto launch = [&](auto options) {
-          using Traits =
-              StepTraits<kIn, kScales, kCode, kHeadDim, decltype(options), kTransformsKey>;
+          using Traits = StepTraits<kIn, kScales, kCode, kHeadDim, decltype(options),
+                                    kTransformsKey, kValueCode>;
           status = LaunchStep<Traits>(p, stream);
         };
         if constexpr (kTransformsKey) {
@@ -122,7 +122,7 @@ cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream)
         return;
       }
     }
-    using Traits = StepTraits<kIn, kScales, kCode, kHeadDim, NoRope, kTransformsKey>;
+    using Traits = StepTraits<kIn, kScales, kCode, kHeadDim, NoRope, kTransformsKey, kValueCode>;
     status = p.rope.seqs.head_tables ? LaunchHeadTables<Traits>(p, stream)
                                      : LaunchStep<Traits>(p, stream);
   });

@@ -14,7 +14,7 @@ cudaError_t Launch(const TransformStepParams& p, const char* dtype_name, cudaStr
   const auto wanted = [&](bool transforms) {
     return std::tuple{Wanted{dtype_name, p.rope.dtype},
                       Wanted{"scales of the cache", FormatOf(cache.type).scales},
-                      Wanted{"cache dtype", cache.dtype},
+                      Wanted{"cache dtype", cache.dtype}, Wanted{"dtype of V", cache.value_dtype},
                       Wanted{"k_rotation, k_center or k_feedback", transforms}};
   };
   // Keys of some types are mostly transformed: those that are not have no kernels of their own.

@@ -37,9 +37,9 @@ cudaError_t LaunchRopeWriteCache(const RopeWriteCacheParams& p, const KeyTransfo
 cudaError_t LaunchWriteCache(const WriteCacheParams& p, const KeyTransform& transform,
                              cudaStream_t stream);
 
-// The variants of builder/instances.py. kCode is the cache's element type (bf16 / fp16 of a
-// cache without codes).
-template <DType kIn, Scales kScales, DType kCode, bool kTransformsKey>
+// The variants of builder/instances.py. kCode is K's element type (bf16 / fp16 of a cache without
+// codes), kValueCode is V's.
+template <DType kIn, Scales kScales, DType kCode, DType kValueCode, bool kTransformsKey>
 cudaError_t LaunchStepVariant(const TransformStepParams& p, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

@@ -29,7 +29,7 @@ using StreamRing = StepRing<StreamLane<Traits>, kBiasAhead<typename Traits::Opti
 // Shared memory of a streaming or a V CTA.
 template <typename Traits>
 inline constexpr int kStreamBytes =
-    std::max<int>(sizeof(ValueTile<Traits::kCodeBytes>), StreamRing<Traits>::kBytes);
+    std::max<int>(sizeof(ValueTile<Traits::Value::kCodeBytes>), StreamRing<Traits>::kBytes);
 
 // Waits for a lane's angles, by an operation that leaves their bits (the CTA has one dimension).
 // Loads are waited for in groups: a first use in the loop would wait for the next step's values,
@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamCtas<Traits>)
   } else {
     const unsigned index = blockIdx.x - grid.stream_ctas;
     const int kv_heads = p.rope.cache.num_kv_heads;
-    WriteTile<Traits, kStreamBytes<Traits>>(p, index % kv_heads, index / kv_heads,
-                                            grid.seqs_per_tile, TileOutput::kValues);
+    WriteTile<typename Traits::Value, kStreamBytes<Traits>>(
+        p, index % kv_heads, index / kv_heads, grid.seqs_per_tile, TileOutput::kValues);
   }
 }
 

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kStreamThreads, kTileCtas<Traits>)
   PdlWait();
   const int run = split ? blockIdx.z / 2 : blockIdx.z;
   const int tile_slot = run * kTileRun + blockIdx.y;
-  if constexpr (Traits::kOwnValueDim) {  // always split
+  if constexpr (Traits::kOwnValue) {  // always split
     if (blockIdx.z % 2 == 0) {
       WriteTile<typename Traits::Value>(p, blockIdx.x, tile_slot, seqs_per_tile,
                                         TileOutput::kValues);

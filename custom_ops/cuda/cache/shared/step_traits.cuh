@@ -111,22 +111,23 @@ void DispatchTransformRope(const RopeWriteCacheParams& p, F&& f) {
 }
 
 // kTransformsKey: K is transformed before it is quantised, as the kernel's parameters say
-// (params/key_transform.h).
+// (params/key_transform.h). kCode: of K, and kValueCode: of V.
 template <DType kIn_, Scales kScales_, DType kCode_, int kHeadDim_, typename Options_,
-          bool kTransformsKey_ = false>
+          bool kTransformsKey_ = false, DType kValueCode_ = kCode_>
 struct StepTraits {
   using Options = Options_;
   static constexpr DType kIn = kIn_;
-  using Side = SideFormat<kCode_, kScales_>;  // how K and V are stored
-  static constexpr DType kCode = kCode_;      // of the cache: codes, or 16-bit values
+  using Side = SideFormat<kCode_, kScales_>;  // how K is stored
+  static constexpr DType kCode = kCode_;      // of its cache: codes, or 16-bit values
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kRope = Options::kRope;
   static constexpr bool kQuantized = Side::kQuantized;
   static constexpr bool kNibbles = Side::kNibbles;
   static constexpr int kCodeBytes = kHeadDim / CodesPerByte(kCode);  // of a token
-  // The same for heads of V, which may have fewer channels.
-  static constexpr bool kOwnValueDim = ValueDim(kHeadDim) != kHeadDim;
-  using Value = StepTraits<kIn, kScales_, kCode, ValueDim(kHeadDim), Options, kTransformsKey_>;
+  // The same for heads of V, which may have fewer channels, or other codes.
+  static constexpr bool kOwnValue = ValueDim(kHeadDim) != kHeadDim || kValueCode_ != kCode;
+  using Value =
+      StepTraits<kIn, kScales_, kValueCode_, ValueDim(kHeadDim), Options, kTransformsKey_>;
   // Dynamic scales of a token and KV head.
   static constexpr int kTokenScales = Side::TokenScales(kHeadDim);
   static constexpr bool kTransformsKey = kTransformsKey_;

@@ -365,7 +365,7 @@ cudaError_t LaunchGqaTokens(const GqaRopeWriteCacheParams& p, cudaStream_t strea
   dispatch<CacheType::kNone, CacheType::kInt8, CacheType::kFp8, CacheType::kBlockWiseFp8>(
       p.rope.cache.type, "cache_quant_type", [&](auto type) {
         constexpr CacheType kType = decltype(type)::value;
-        constexpr DType kCode = IsQuantized(kType) ? CodeOf(kType) : kIn;
+        constexpr DType kCode = IsQuantized(kType) ? CodeOf(kType, false) : kIn;
         status = LaunchGqaFormat<kIn, FormatOf(kType).scales, kCode>(p, stream);
       });
   return status;

@@ -36,7 +36,7 @@ class Attention(paddle.nn.Layer):
         )
         self.quant_max_bound = 127.0 if kind == "int8" else 448.0
         self.quant_min_bound = -self.quant_max_bound
-        if kind == "block_wise_fp8":
+        if kind.startswith("block_wise"):
             return
         count = self.kv_num_heads * self.head_dim if kind == "int8" else model.num_key_value_heads
         for name, s in zip("kv", scales):
