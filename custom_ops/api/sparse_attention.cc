@@ -1,5 +1,6 @@
 #include "cpu/sparse_attention.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -15,8 +16,10 @@
 #include "cpu/query_transform.h"
 #if defined(FASTATTN_WITH_CUDA)
 #include "api/device.h"
+#include "cuda/attention/launch.h"
 #include "cuda/attention/query_transform/launch.h"
 #include "cuda/sparse_attention/launch.h"
+#include "plan/attention.h"
 #endif
 
 namespace fastattn::api {
@@ -69,6 +72,55 @@ KeyLists ParseLists(const Tensor& selected, const Tensor* lengths, int64_t granu
 
 #if defined(FASTATTN_WITH_CUDA)
 
+// Bytes that block tables of lists may take; beyond, lists are read as they are.
+constexpr int64_t kMostTableBytes = int64_t{256} << 20;
+
+// Whether lists become block tables: of whole blocks, which are all that a query sees.
+bool TakesTables(const SparseAttentionParams& p, int64_t slots) {
+  const AttentionParams& a = p.attention;
+  const int64_t bytes = 4 * int64_t{a.seqs.num_tokens} * a.num_kv_heads * (slots + 1);
+  // A scale of a query's sequence would be that of the token.
+  const bool own_scale = a.q_descale.data == nullptr || a.q_descale.batch_stride == 0;
+  return p.lists.granularity % kBlockSize == 0 && p.window == 0 && p.sink_tokens == 0 &&
+         slots > 0 && bytes <= kMostTableBytes && own_scale &&
+         (slots + 1) * kBlockSize < int64_t{1} << 30;
+}
+
+// The call over block tables of the lists: the kernel that every GPU has (docs/kernels).
+cudaError_t RunTables(const SparseAttentionParams& p, const phi::Place& place, int64_t slots,
+                      cudaStream_t stream) {
+  AttentionParams a = p.attention;
+  const int64_t tokens = a.seqs.num_tokens, table = tokens * a.num_kv_heads * (slots + 1);
+  Tensor ints = paddle::empty({table + 3 * tokens + 1}, phi::DataType::INT32, place);
+  ListTables tables;
+  tables.block_tables = MutableData<int>(ints);
+  tables.cu_seqlens_q = tables.block_tables + table;
+  tables.seq_lens_decoder = tables.cu_seqlens_q + tokens + 1;
+  tables.seq_lens_this_time = tables.seq_lens_decoder + tokens;
+  tables.slots = static_cast<int>(slots);
+  a.seqs.block_tables = tables.block_tables;
+  a.seqs.cu_seqlens_q = tables.cu_seqlens_q;
+  a.seqs.seq_lens_decoder = tables.seq_lens_decoder;
+  a.seqs.seq_lens_this_time = tables.seq_lens_this_time;
+  a.seqs.batch_id_per_token = nullptr;
+  a.seqs.batch = a.seqs.num_tokens;
+  a.seqs.max_blocks = tables.slots + 1;
+  a.seqs.head_tables = true;
+  a.max_seqlen_q = 1;
+  a.max_seqlen_k = (tables.slots + 1) * kBlockSize;
+  cuda::DeviceFacts facts;
+  cudaError_t status = cuda::GetDeviceFacts(place.GetDeviceId(), &facts);
+  if (status != cudaSuccess) return status;
+  const AttentionDecision decision = DecideAttention(a, {facts.major, facts.processors, 0, {}});
+  Tensor workspace;
+  if (decision.workspace > 0) {
+    workspace = paddle::empty({decision.workspace}, phi::DataType::FLOAT32, place);
+    a.workspace = MutableData<float>(workspace);
+  }
+  status = cuda::LaunchListTables(p, tables, stream);
+  return status == cudaSuccess ? cuda::LaunchAttention(a, decision, {}, stream) : status;
+}
+
 void RunOnGpu(const Tensor& out, const QueryTransform& transform, const SparseAttentionParams& p) {
   const AttentionParams& a = p.attention;
   if (a.out == nullptr) return;
@@ -79,7 +131,11 @@ void RunOnGpu(const Tensor& out, const QueryTransform& transform, const SparseAt
   RequireAlignedCache(kOp, a.cache);
   LaunchOnGpu(kOp, out, [&](cudaStream_t stream) {
     cudaError_t status = cuda::LaunchTransformQuery(transform.before, stream);
-    if (status == cudaSuccess) status = cuda::LaunchSparseAttention(p, stream);
+    const int64_t slots = int64_t{p.lists.width} * std::max(p.lists.granularity / kBlockSize, 1);
+    if (status == cudaSuccess) {
+      status = TakesTables(p, slots) ? RunTables(p, out.place(), slots, stream)
+                                     : cuda::LaunchSparseAttention(p, stream);
+    }
     if (status == cudaSuccess) status = cuda::LaunchShiftScores(transform.after, stream);
     return status;
   });

@@ -25,6 +25,17 @@ struct KeyLists {
   }
 };
 
+// Block tables of lists of whole blocks: each query is a sequence of its own, whose keys are the
+// blocks that its list names and, last, the block with the query itself. A table has -1 for what
+// the list does not name, or what lies after the query.
+struct ListTables {
+  int* block_tables = nullptr;        // [num_tokens, KV, slots + 1]
+  int* cu_seqlens_q = nullptr;        // [num_tokens + 1]
+  int* seq_lens_decoder = nullptr;    // [num_tokens]
+  int* seq_lens_this_time = nullptr;  // [num_tokens] 1; 0 of a token of no sequence
+  int slots = 0;                      // blocks of a list
+};
+
 // Query i of a sequence with q queries and k keys has key position i + k - q and sees no later key.
 // A query that sees no key gets 0 and an LSE of -inf.
 struct SparseAttentionParams {
