@@ -98,7 +98,7 @@ struct TileBuffers {
   // Of these a row does not see the ones in its gap, nor new keys, from `tree_begin` on, whose
   // entry in its row of the tree is 0. `holes`: some row has a gap or a tree; else the rest is not
   // set.
-  bool holes;
+  bool holes = false;
   int64_t tree_begin;
   int64_t gap_begin[kMaxTileRows];
   int64_t gap_end[kMaxTileRows];

@@ -108,7 +108,7 @@ def sparse_paged_attention(
     if k_rotation != "none":
         q = round_to(rotate_keys(q, k_rotation), q.dtype).astype(q.dtype)
     queries = _descaled_query(q, q_descale, cu_seqlens_q, kv_heads)
-    out = np.zeros((tokens, heads, _head_dim(value_cache, cache_quant_type)))
+    out = np.zeros((tokens, heads, _head_dim(value_cache, cache_quant_type, "v")))
     lse = np.full((heads, tokens), -np.inf)
     lists = _Lists(selected, selected_lens, granularity, window, sink_tokens)
     for b in range(len(cu_seqlens_q) - 1):

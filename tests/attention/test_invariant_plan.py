@@ -61,10 +61,19 @@ def test_splits_follow_from_positions():
     assert (split, begin, keys) == (0, 0, 1024)
     while begin + keys < 2**31 - 2**28:
         following, first, more = host.invariant_split(begin + keys)
-        assert (following, first) == (split + 1, begin + keys) and more in (keys, 2 * keys, 4 * keys)
+        assert (following, first) == (split + 1, begin + keys) and more in (
+            keys,
+            2 * keys,
+            4 * keys,
+        )
         assert host.invariant_split(begin + keys - 1) == (split, begin, keys)
         split, begin, keys = following, first, more
-    assert [host.invariant_split(k - 1)[0] + 1 for k in (8192, 2**15, 2**17, 2**20)] == [8, 20, 32, 47]
+    assert [host.invariant_split(k - 1)[0] + 1 for k in (8192, 2**15, 2**17, 2**20)] == [
+        8,
+        20,
+        32,
+        47,
+    ]
 
 
 def test_a_sequence_alone_has_many_ctas():
