@@ -1,4 +1,4 @@
-"""What `batch_invariant` and `split_invariant` cost: attention beside the same call without them."""
+"""What `batch_invariant` and `split_invariant` cost: calls beside the same ones without them."""
 
 from __future__ import annotations
 

@@ -212,11 +212,12 @@ RoleReasons AttentionReasonsOf(const std::string& q_dtype, const std::string& k_
                                int num_heads, int num_kv_heads, int head_dim, int max_seqlen_q,
                                int max_seqlen_k, int compute_major, int num_sms, int window_left,
                                bool batch_invariant, int64_t memory, double operations,
-                               bool general) {
+                               bool general, bool split_invariant) {
   AttentionParams p = CallOf(q_dtype, k_dtype, cache_type, num_tokens, batch, num_heads,
                              num_kv_heads, head_dim, max_seqlen_q, max_seqlen_k);
   p.window_left = window_left;
   p.batch_invariant = batch_invariant;
+  p.split_invariant = split_invariant;
   p.seqs.head_tables = general;
   return AttentionReasons(p, {compute_major, num_sms, 0, {memory, operations}});
 }
@@ -261,7 +262,7 @@ PYBIND11_MODULE(_host, m) {
         arg("head_dim"), arg("max_seqlen_q"), arg("max_seqlen_k"), arg("compute_major") = 9,
         arg("num_sms") = 132, arg("window_left") = -1, arg("batch_invariant") = false,
         arg("memory") = kDequantizedBytes, arg("operations") = kDequantizedOperations,
-        arg("general") = false,
+        arg("general") = false, arg("split_invariant") = false,
         "Kernels of an attention call: name, what it does, and why it does not take the call.");
   m.def("all_kernels", &api::AllKernels,
         "Rows of the tables of kernels: operators, kernel, first and last compute capability.");

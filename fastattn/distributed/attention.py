@@ -58,6 +58,7 @@ def paged_attention_dcp(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    split_invariant: bool = False,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
     tree_mask: Tensor | None = None,
@@ -108,6 +109,8 @@ def paged_attention_dcp(
         As for :func:`paged_attention`, for the same ranks. The ranks that hold a sequence's blocks
         must follow from the sequence alone, as with :func:`dcp_local_block_tables`. Partial results
         are merged for each token separately.
+    split_invariant : bool
+        As for :func:`paged_attention`, with one rank only.
     tree_mask, head_windows : Tensor, optional
         As for :func:`paged_attention`, with one rank only. Several ranks take neither of them, nor
         a table for each KV head: a rank counts its own keys.
@@ -188,6 +191,7 @@ def paged_attention_dcp(
         "cache_v_zp": cache_v_zp,
         "quantize_q": quantize_q,
         "batch_invariant": batch_invariant,
+        "split_invariant": split_invariant,
         "k_rotation": k_rotation,
         "k_center": k_center,
     }
@@ -205,6 +209,10 @@ def paged_attention_dcp(
             out_dtype=out_dtype,
         )
     if world_size > 1:
+        if split_invariant:
+            raise NotImplementedError(
+                f"{_OP}: split_invariant is not supported with several ranks: each has other splits"
+            )
         _refuse_holes(masks, block_tables)
     dtype = value_dtype(_OP, q, out, out_scale, out_dtype)
     check_results(_OP, q, out, out_scale, dtype)

@@ -242,6 +242,7 @@ def cascade_attention(
     cache_v_zp: Tensor | None = None,
     quantize_q: bool = False,
     batch_invariant: bool = False,
+    split_invariant: bool = False,
     k_rotation: str = "none",
     k_center: Tensor | None = None,
     k_feedback: Tensor | None = None,
@@ -306,7 +307,7 @@ def cascade_attention(
         Zero points. Every supported type is symmetric and takes none.
     quantize_q : bool
         As for :func:`paged_attention`.
-    batch_invariant : bool
+    batch_invariant, split_invariant : bool
         Only False is supported, because all sequences attend to the prefix together.
     k_rotation : {"none", "hadamard"}
     k_center : Tensor, shape [KV, D], float32, optional
@@ -326,8 +327,8 @@ def cascade_attention(
         As :func:`paged_attention`. Also if `plan` is not a CascadePlan, or `q_descale` has shape
         [B, KV].
     NotImplementedError
-        As :func:`paged_attention`. Also for a window, for `batch_invariant`, and in a static
-        program.
+        As :func:`paged_attention`. Also for a window, for `batch_invariant` or
+        `split_invariant`, and in a static program.
 
     See Also
     --------
@@ -357,9 +358,10 @@ def cascade_attention(
     [5.0, 5.0]
     """
     _check(plan, max_seqlen_k, q, q_descale, window_size)
-    if batch_invariant:
+    if batch_invariant or split_invariant:
+        option = "batch_invariant" if batch_invariant else "split_invariant"
         raise NotImplementedError(
-            f"{_OP}: batch_invariant: True is not supported: all sequences attend to the prefix as "
+            f"{_OP}: {option}: True is not supported: all sequences attend to the prefix as "
             "one, so that a sequence's bits depend on the others; use paged_attention"
         )
     check_no_zero_points(_OP, cache_quant_type, cache_k_zp=cache_k_zp, cache_v_zp=cache_v_zp)

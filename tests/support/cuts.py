@@ -68,7 +68,10 @@ class Sequence:
     options: dict[str, Any]
 
     def serve(self, steps: list[Step], place: str = "cpu", seed: int = 0) -> Served:
-        """Serve it, on a GPU with `split_invariant`, in steps, beside other sequences, in blocks that `seed` draws."""
+        """Serve it in steps, beside other sequences, in blocks that `seed` draws.
+
+        On a GPU with `split_invariant`.
+        """
         rng = np.random.default_rng(seed)
         tokens = sum(step.accepted for step in steps)
         assert tokens == len(self.q)

@@ -122,7 +122,11 @@ CALLS = {
         )
     },
     "rope_write_cache_kv": _rotate_and_write,
-    **{f"sparse_paged_attention-{kind}": lambda kind=kind: _sparse(kind) for kind in KINDS},
+    **{
+        f"sparse_paged_attention-{kind}": lambda kind=kind: _sparse(kind)
+        for kind in KINDS
+        if kind.code_of("k") == kind.code_of("v")
+    },
     "mla_attention": _mla,
     "mla_sparse_attention": _mla_sparse,
     "mqa_logits-fp8": lambda: _logits("fp8"),
