@@ -70,7 +70,11 @@ _ROTATED_BY_DEFAULT = (*NIBBLE_TYPES, *MIXED_TYPES, "block_wise_int8")
 
 
 def default_rotation(cache_quant_type: str) -> str:
-    """The `k_rotation` of a type if none is given."""
+    """The `k_rotation` of a type if :func:`make_cache`, a layer or a file gives none.
+
+    Types of FastDeploy's own keep K as FastDeploy writes it. Servers exchange blocks by this rule:
+    a change of it for a type changes ``fastattn.backends.peers.LAYOUT``.
+    """
     return "hadamard" if cache_quant_type in _ROTATED_BY_DEFAULT else "none"
 
 
