@@ -71,10 +71,11 @@ FASTATTN_OPERATOR(void, kOp, AppendCacheKvC8, NoResults,
   const Tensor& anchor = key_cache.initialized() ? key_cache : key;  // empty ones have no place
   const phi::Place place = anchor.place();
   AppendCacheParams p;
-  p.cache = ParsePagedCache(kOp,
-                            {key_cache, value_cache, &cache_k_scales, &cache_v_scales,
-                             cache_quant_type, fp8_format, CheckLayout(cache_layout)},
-                            place);
+  p.cache =
+      ParsePagedCache(kOp,
+                      {key_cache, value_cache, &cache_k_scales, &cache_v_scales, cache_quant_type,
+                       fp8_format, CheckLayout(cache_layout), nullptr, HeadDimOf(key)},
+                      place);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);
   const KeyTransform transform = ParseKeyTransform(kOp, Get(k_center), k_rotation, p.cache, place);

@@ -82,10 +82,11 @@ FASTATTN_OPERATOR(
   ParseQuery(kPaged, q, &p);
   const auto place = q.numel() > 0 ? q.place() : block_tables.place();
   p.paged = true;
-  p.cache = ParsePagedCache(kPaged,
-                            {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
-                             cache_quant_type, fp8_format, CacheLayout::kFastattn, &block_tables},
-                            place);
+  p.cache = ParsePagedCache(
+      kPaged,
+      {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales), cache_quant_type,
+       fp8_format, CacheLayout::kFastattn, &block_tables, HeadDimOf(q)},
+      place);
   CheckHeads(kPaged, "key_cache", p.cache.num_kv_heads, p.cache.head_dim, &p);
   if (p.cache.type == CacheType::kNone && p.q_dtype != p.cache.dtype) {
     Fail("TypeError", kPaged, "q", "expected dtype ", NameOf(p.cache.dtype),

@@ -8,6 +8,7 @@
 #include "api/attention_run.h"
 #include "api/operator.h"
 #include "api/paged_cache.h"
+#include "api/rope_args.h"
 #include "api/rope_write_arguments.h"
 
 namespace fastattn::api {
@@ -121,7 +122,8 @@ FASTATTN_OPERATOR(
      const std::string& out_dtype, bool batch_invariant, bool split_invariant)) {
   const phi::Place place = PlaceOfStep(kStep, qkv, key_cache);
   RopeWriteArgs write{{key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
-                       cache_quant_type, fp8_format, CacheLayout::kFastattn, &block_tables}};
+                       cache_quant_type, fp8_format, CacheLayout::kFastattn, &block_tables,
+                       FusedHeadDim(qkv, num_heads, num_kv_heads)}};
   write.qkv = &qkv;
   write.rotary_embs = Get(rotary_embs);
   write.block_tables = &block_tables;

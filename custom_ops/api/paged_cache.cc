@@ -156,6 +156,11 @@ PagedCache ParsePagedCache(const char* op, const CacheArgs& args, const phi::Pla
     Fail("NotImplementedError", op, "cache_layout", "'fastdeploy' has no order for ",
          NameOf(cache.type), "; supported: fastattn");
   }
+  // Without this check the error would name the tensors that have the right size.
+  if (row != head_dim && row == args.head_dim && AttentionHeadDims::Has(row)) {
+    Fail("ValueError", op, "key_cache", "expected D / 2 = ", row / 2, " channels: a byte of ",
+         NameOf(cache.type), " holds two of the ", row, " of a head, got ", ShapeText(shape));
+  }
   if (!AttentionHeadDims::Has(head_dim)) {
     Fail("NotImplementedError", op, "key_cache", "head_dim ", head_dim,
          " is not supported; supported: ", AttentionHeadDims::Text());

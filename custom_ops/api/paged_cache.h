@@ -42,7 +42,15 @@ struct CacheArgs {
   // block_tables where they may be [B, KV, max_blocks]: a cache of one head is then a pool of
   // blocks that all of these KV heads share.
   const Tensor* head_tables = nullptr;
+  // Head dimension of the operator's K or Q, if it has one: 0 if not known.
+  int64_t head_dim = 0;
 };
+
+// Head dimension of a tensor [tokens, heads, D] that may not have been checked yet; 0 if it has no
+// such shape.
+inline int64_t HeadDimOf(const Tensor& tensor) {
+  return tensor.dims().size() == 3 ? tensor.dims()[2] : 0;
+}
 
 // Strides of a cache [num_blocks, KV, rows, columns] or of dynamic scales [num_blocks, KV,
 // columns]. The last dimension must be contiguous; the others may have any positive strides, in any

@@ -43,6 +43,12 @@ void RequireEqualDims(const char* op, const PagedCache& cache) {
        " is not supported here; supported: ", HeadDims::Text(), "; write_cache_kv takes it");
 }
 
+int64_t FusedHeadDim(const Tensor& qkv, int num_heads, int num_kv_heads) {
+  const int64_t heads = num_heads + 2LL * num_kv_heads;
+  if (qkv.dims().size() != 2 || heads <= 0 || qkv.dims()[1] % heads != 0) return 0;
+  return qkv.dims()[1] / heads;
+}
+
 void ParseQkv(const char* op, const Tensor& qkv, int num_heads, int num_kv_heads,
               RopeWriteCacheParams& p) {
   const Arg arg(op, "qkv", qkv);

@@ -9,6 +9,10 @@ namespace fastattn::api {
 // Refuses a cache of which V has fewer channels than K: a fused projection has heads of one size.
 void RequireEqualDims(const char* op, const PagedCache& cache);
 
+// Head dimension of a projection [tokens, (H + 2 KV) * D] that has not been checked yet; 0 if it
+// has no such shape.
+int64_t FusedHeadDim(const Tensor& qkv, int num_heads, int num_kv_heads);
+
 // Fills qkv, its type and strides and num_heads; p.cache is parsed already.
 void ParseQkv(const char* op, const Tensor& qkv, int num_heads, int num_kv_heads,
               RopeWriteCacheParams& p);

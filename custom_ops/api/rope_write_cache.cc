@@ -6,6 +6,7 @@
 #include "api/key_transform.h"
 #include "api/operator.h"
 #include "api/paged_cache.h"
+#include "api/rope_args.h"
 #include "api/rope_write_arguments.h"
 #include "cpu/rope_write_cache.h"
 
@@ -61,7 +62,8 @@ FASTATTN_OPERATOR(Outputs, kOp, RopeWriteCacheKv, RopeResults,
                    const std::string& k_rotation, const std::string& q_rotation)) {
   const phi::Place place = PlaceOfStep(kOp, qkv, key_cache);
   RopeWriteArgs args{{key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
-                      cache_quant_type, fp8_format, CacheLayout::kFastattn, &block_tables}};
+                      cache_quant_type, fp8_format, CacheLayout::kFastattn, &block_tables,
+                      FusedHeadDim(qkv, num_heads, num_kv_heads)}};
   args.qkv = &qkv;
   args.rotary_embs = Get(rotary_embs);
   args.block_tables = &block_tables;

@@ -197,10 +197,11 @@ FASTATTN_OPERATOR(
   ParseQuery(kOp, q, &a);
   const auto place = q.numel() > 0 ? q.place() : block_tables.place();
   a.paged = true;
-  a.cache = ParsePagedCache(kOp,
-                            {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
-                             cache_quant_type, fp8_format},
-                            place);
+  a.cache =
+      ParsePagedCache(kOp,
+                      {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
+                       cache_quant_type, fp8_format, CacheLayout::kFastattn, nullptr, HeadDimOf(q)},
+                      place);
   if (HasTwoCodes(a.cache.type)) {
     Fail("NotImplementedError", kOp, "cache_quant_type", "'", cache_quant_type,
          "', with keys and values of different codes, is not supported");

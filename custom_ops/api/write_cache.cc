@@ -47,7 +47,8 @@ FASTATTN_OPERATOR(void, kOp, WriteCacheKv, NoResults,
   const phi::Place place = anchor.place();
   WriteCacheParams p;
   const CacheArgs cache{key_cache,        value_cache, Get(cache_k_scales),    Get(cache_v_scales),
-                        cache_quant_type, fp8_format,  CacheLayout::kFastattn, &block_tables};
+                        cache_quant_type, fp8_format,  CacheLayout::kFastattn, &block_tables,
+                        HeadDimOf(key)};
   p.cache = ParsePagedCache(kOp, cache, place);
   RequireAligned(kOp, "key_cache", key_cache, kVectorBytes);
   RequireAligned(kOp, "value_cache", value_cache, kVectorBytes);

@@ -15,6 +15,7 @@ from fastattn.functional._cache_types import (
     cache_type_name,
     check_cache_type,
     check_no_zero_points,
+    unsupported,
     value_dim,
 )
 
@@ -31,7 +32,7 @@ def cache_type_of(kv_cache_quant_type: str | None) -> str:
     if name not in CACHE_QUANT_TYPES:
         theirs = {ours: name for name, ours in CONFIG_TYPES.items()}
         raise NotImplementedError(
-            f"kv_cache_quant_type = {kv_cache_quant_type!r} is not supported; supported: "
+            f"kv_cache_quant_type = {unsupported(kv_cache_quant_type)}"
             + ", ".join(theirs.get(ours, ours) for ours in CACHE_QUANT_TYPES)
         )
     return name

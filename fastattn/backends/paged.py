@@ -35,7 +35,7 @@ from fastattn.functional._attributes import ANY_LENGTH
 from fastattn.functional._cache_types import (
     DYNAMIC_TYPES,
     cache_shapes,
-    codes_per_byte,
+    default_rotation,
     token_scales,
 )
 from fastattn.functional.step import run_step
@@ -448,8 +448,8 @@ class PagedAttentionBackend(AttentionBackend):
             center = local_heads("cache_k_center", center, [heads, dim], shard)
         if feedback is not None:
             feedback = local_heads("cache_k_feedback", feedback, [heads, dim, dim], shard)
-        default = "hadamard" if 2 in codes_per_byte(cache.quant_type) else "none"
-        return {"k_rotation": rotation or default, "k_center": center, "k_feedback": feedback}
+        rotation = rotation or default_rotation(cache.quant_type)
+        return {"k_rotation": rotation, "k_center": center, "k_feedback": feedback}
 
     def _projection_arguments(self, layer: Any) -> dict[str, Any]:
         """Arguments that describe how Q, K and V come out of the fused projection."""

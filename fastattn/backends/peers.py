@@ -21,8 +21,10 @@ from fastattn.backends.config import cache_kind, fastdeploy_flag, read
 
 _LOG = logging.getLogger(__name__)
 
-#: Byte order of the quantised caches. A change of docs/formats.md changes this name.
-LAYOUT = "fastattn-1"
+#: Byte order of the quantised caches, and the rotation of K that each type has if nothing else is
+#: told. A change of docs/formats.md or of `default_rotation` changes this name: 2 rotates K of
+#: ``block_wise_int8``.
+LAYOUT = "fastattn-2"
 
 #: Field with the byte order in FastDeploy's messages between servers.
 FIELD = "kv_cache_layout"

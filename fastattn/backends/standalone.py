@@ -105,9 +105,9 @@ class AttentionLayer:
     cache_k_out_scale, cache_v_out_scale : Tensor, optional
         Dequantisation multipliers of the static cache types.
     cache_k_rotation : {"none", "hadamard"}, optional
-        Rotation of K before it is quantised; not for e5m2. None means ``"hadamard"`` for
-        ``block_wise_int4``, ``block_wise_mxfp4``, ``block_wise_k8v4`` and ``block_wise_kfp8v4``,
-        and ``"none"`` for every other type.
+        Rotation of K before it is quantised; not for e5m2. None means what `make_cache` does:
+        ``"hadamard"`` for ``block_wise_int8``, ``block_wise_int4``, ``block_wise_mxfp4``,
+        ``block_wise_k8v4`` and ``block_wise_kfp8v4``, and ``"none"`` for every other type.
     cache_k_center : Tensor, shape [KV, D], float32, optional
         The constant that is subtracted from K before it is stored.
     cache_k_feedback : Tensor, shape [KV, D, D], float32, optional

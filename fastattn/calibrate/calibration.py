@@ -19,6 +19,9 @@ from fastattn.reference.numerics import Array
 #: Format name at the start of a file. Version 1 had no checksum.
 FORMAT = "fastattn-calibration-2"
 
+#: Name of the fact whether a file is for rotated values. A file need not have it.
+_ROTATED = "rotated_values"
+
 #: Attributes of a layer that are stored besides its tensors.
 _ABOUT = ("cache_quant_type", "cache_k_rotation", "error", "errors")
 
@@ -109,9 +112,42 @@ class LayerCalibration:
 
 @dataclass
 class Calibration:
-    """Calibrations of layers, by layer number."""
+    """Calibrations of layers, by layer number.
+
+    Attributes
+    ----------
+    layers : dict of LayerCalibration
+    rotated_values : bool or None
+        Whether it is for a model whose weights rotate V
+        (:meth:`fastattn.models.LanguageModel.with_rotated_values`). None means that nobody knows:
+        samples do not tell, and older files do not either.
+    """
 
     layers: dict[int, LayerCalibration]
+    rotated_values: bool | None = None
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model whose V is rotated where this is for one whose V is not, and vice versa.
+
+        Scales, and what a type costs, belong to V as it is stored.
+
+        Parameters
+        ----------
+        model : fastattn.models.LanguageModel
+
+        Raises
+        ------
+        CalibrationError
+            If they differ. A calibration that does not know is for any model.
+        """
+        if self.rotated_values is None or self.rotated_values == model.rotated_values:
+            return
+        words = {True: "rotated by the weights", False: "as they are"}
+        raise CalibrationError(
+            f"the calibration is for values {words[self.rotated_values]}, the model "
+            f"{model.name} has values {words[model.rotated_values]}: --rotate-values, or "
+            "with_rotated_values() of the model, must be the same for both"
+        )
 
     def write(self, path: str | Path, *, fastdeploy_prefix: str = "ernie.layers") -> None:
         """Write ``.safetensors``, ``.npz`` or, for FastDeploy, ``.json``.
@@ -143,7 +179,10 @@ class Calibration:
                 tensor = getattr(layer, name)
                 if tensor is not None:
                     tensors[f"layers.{number}.{name}"] = tensor
-        write_tensors(path, tensors, {"format": FORMAT, "layers": about})
+        facts: dict[str, Any] = {"format": FORMAT, "layers": about}
+        if self.rotated_values is not None:
+            facts[_ROTATED] = self.rotated_values
+        write_tensors(path, tensors, facts)
 
     def _static_scales(self, path: Path) -> dict[int, tuple[str, Array, Array]]:
         found = {}
@@ -179,6 +218,7 @@ class Calibration:
             If the file is of another kind or damaged, or has settings that no layer can use.
         """
         path = Path(path)
+        rotated = None
         if path.suffix == ".json":
             if cache_quant_type not in STATIC_TYPES:
                 raise CalibrationError(
@@ -189,9 +229,10 @@ class Calibration:
             layers = {n: LayerCalibration(cache_quant_type, k, v) for n, (k, v) in scales.items()}
         else:
             tensors, about = read_tensors(path)
+            rotated = _rotated_values(path, about)
             layers = _layers_of(path, tensors, about)
         _check(path, layers)
-        return cls(layers)
+        return cls(layers, rotated)
 
     def apply(self, layer: Any, *, place: Any = None) -> None:
         """Set a layer's type, its scales and the transforms of K.
@@ -237,11 +278,18 @@ def _check(path: Path, layers: dict[int, LayerCalibration]) -> None:
         raise CalibrationError(f"{path}: {error}") from None
 
 
+def _rotated_values(path: Path, about: Mapping[str, Any]) -> bool | None:
+    rotated = about.get(_ROTATED)
+    if _ROTATED in about and not isinstance(rotated, bool):
+        raise CalibrationError(f"{path}: {_ROTATED}: expected true or false, got {rotated!r:.40}")
+    return rotated
+
+
 def _layers_of(
     path: Path, tensors: Mapping[str, Array], about: Mapping[str, Any]
 ) -> dict[int, LayerCalibration]:
     """Layers from a file's arrays and attributes; every array and attribute must belong to one."""
-    if set(about) != {"format", "layers"} or about["format"] != FORMAT:
+    if set(about) - {_ROTATED} != {"format", "layers"} or about["format"] != FORMAT:
         raise CalibrationError(
             f"{path}: expected format {FORMAT!r}, got {about.get('format', 'none')!r:.40}"
         )

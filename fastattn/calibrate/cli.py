@@ -367,6 +367,7 @@ def calibrate_model(
         calibration = _choose(arguments, samples)
     else:
         calibration, costs = with_model.choose(arguments, console, model, samples)
+    calibration.rotated_values = model.rotated_values
     if arguments.check_tokens:
         with_model.check(arguments, console, model, calibration)
     return calibration, samples, costs

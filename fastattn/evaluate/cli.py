@@ -231,15 +231,12 @@ def _measure(
 ) -> Any:
     import paddle
 
-    from fastattn.calibrate import Calibration
-    from fastattn.evaluate import variants
     from fastattn.evaluate.measure import GENERATED, Measurement, Row
 
+    own = [Row(path.name, _plans_of(path, model)) for path in arguments.calibration]
     samples = collect_samples(console, model) if any(v.calibrated for v in variants_) else {}
     rows = [Row(v.name, v.plans(model.config, samples), v.quantize_q, v.default) for v in variants_]
-    for path in arguments.calibration:
-        plans = variants.plans_of(Calibration.read(path), model.config)
-        rows.append(Row(path.name, plans))
+    rows += own
     if arguments.exact:
         rows.insert(1, Row("fp32, no cache", None))
     tokens = sum(len(window.tokens) for window in windows)
@@ -280,6 +277,20 @@ def _measure(
     if note:
         console.line(f"{note}{len(rows[0].windows)} of {len(windows)} windows")
     return measurement
+
+
+def _plans_of(path: Path, model: Any) -> Any:
+    """Plans of a calibration's file; its errors name the file."""
+    from fastattn.calibrate import Calibration
+    from fastattn.calibrate.errors import CalibrationError
+    from fastattn.evaluate import variants
+
+    found = Calibration.read(path)
+    try:
+        found.check_model(model)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from None
+    return variants.plans_of(found, model.config)
 
 
 def _find_needles(measurement: Any, length: int) -> None:

@@ -70,7 +70,11 @@ _ROTATED_BY_DEFAULT = (*NIBBLE_TYPES, *MIXED_TYPES, "block_wise_int8")
 
 
 def default_rotation(cache_quant_type: str) -> str:
-    """The `k_rotation` of a type if none is given."""
+    """The `k_rotation` of a type if :func:`make_cache`, a layer or a file gives none.
+
+    Types of FastDeploy's own keep K as FastDeploy writes it. Servers exchange blocks by this rule:
+    a change of it for a type changes ``fastattn.backends.peers.LAYOUT``.
+    """
     return "hadamard" if cache_quant_type in _ROTATED_BY_DEFAULT else "none"
 
 
@@ -96,9 +100,44 @@ def check_cache_type(op: str, cache_quant_type: str) -> str:
     name = cache_type_name(cache_quant_type)
     if name not in CACHE_QUANT_TYPES:
         raise NotImplementedError(
-            f"{op}: cache_quant_type: {cache_quant_type!r} is not supported; supported: "
+            f"{op}: cache_quant_type: {unsupported(cache_quant_type)}"
             + ", ".join(CACHE_QUANT_TYPES)
         )
+    return name
+
+
+def unsupported(cache_quant_type: Any) -> str:
+    """Text of an error about a type's name, to be followed by the list of the supported names."""
+    meant = _meant(cache_quant_type)
+    if not meant:
+        return f"{cache_quant_type!r} is not supported; supported: "
+    hint = " or ".join(meant)
+    return f"{cache_quant_type!r} is not supported, did you mean {hint}? supported: "
+
+
+def _meant(name: Any) -> list[str]:
+    """Types that a name may mean: the last word of theirs, or all words joined in another way."""
+    if not isinstance(name, str):
+        return []
+    plain = name.lower().replace("-", "_")
+
+    def joined(text: str) -> str:
+        return text.replace("_", "")
+
+    return [t for t in TYPES if t.endswith("_" + plain) or joined(t) == joined(plain)]
+
+
+def operator_cache_type(op: str, cache_quant_type: str) -> str:
+    """The cache type of a name, for an operator that checks it after other arguments.
+
+    Raises
+    ------
+    NotImplementedError
+        For the short name of a type. The operator refuses any other name.
+    """
+    name = cache_type_name(cache_quant_type)
+    if isinstance(name, str) and name not in TYPES and _meant(name):
+        check_cache_type(op, name)
     return name
 
 

@@ -9,7 +9,7 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float, scale_of
-from fastattn.functional._cache_types import cache_type_name, check_no_zero_points
+from fastattn.functional._cache_types import check_no_zero_points, operator_cache_type
 from fastattn.functional._marker import unified
 
 
@@ -426,7 +426,7 @@ def paged_attention(
         as_float("paged_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
-        cache_type_name(cache_quant_type),
+        operator_cache_type("paged_attention", cache_quant_type),
         fp8_format,
         quantize_q,
         batch_invariant,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paddle import Tensor
 
 from fastattn import _ops
-from fastattn.functional._cache_types import cache_type_name, check_no_zero_points
+from fastattn.functional._cache_types import check_no_zero_points, operator_cache_type
 from fastattn.functional._marker import unified
 
 # Stands for the number of blocks, which a traced program may not know.
@@ -97,8 +97,9 @@ def write_cache_kv(
     k_rotation : {"none", "hadamard"}
         Rotate K before it is quantised. Not supported for ``"none"`` and e5m2. If D is not a power
         of two, H has a block for each ``D & -D`` channels.
-        4-bit types lose much without it (docs/quality.md). :func:`make_cache` gives each type's
-        rotation, the same for the writer and for the attention.
+        4-bit types lose much without it (docs/quality.md). The attention needs the same
+        `k_rotation` and `k_center`: the ``**cache.arguments`` of :func:`make_cache` give both to
+        both calls.
     k_center : Tensor, shape [KV, D], float32, optional
         The constant that is subtracted from K before the rotation. Supported for the same types.
     k_feedback : Tensor, shape [KV, D, D], float32, optional
@@ -167,7 +168,7 @@ def write_cache_kv(
             k_center,
             k_feedback,
         ),
-        (cache_type_name(cache_quant_type), fp8_format, k_rotation),
+        (operator_cache_type("write_cache_kv", cache_quant_type), fp8_format, k_rotation),
     )
     return outputs[0], outputs[1]
 
@@ -296,7 +297,13 @@ def append_cache_kv_c8(
             cache_v_scales,
             k_center,
         ),
-        (dynamic_quant, cache_type_name(cache_quant_type), cache_layout, fp8_format, k_rotation),
+        (
+            dynamic_quant,
+            operator_cache_type("append_cache_kv_c8", cache_quant_type),
+            cache_layout,
+            fp8_format,
+            k_rotation,
+        ),
     )
     return outputs[0], outputs[1]
 
@@ -355,7 +362,7 @@ def convert_cache_layout(
     >>> moved.numpy()[0, 0, 5, :4].tolist()  # channel 5 of tokens 0, 1, 8, 9
     [5, 69, 5, 69]
     """
-    name = cache_type_name(cache_quant_type)
+    name = operator_cache_type("convert_cache_layout", cache_quant_type)
     outputs = _ops.call("convert_cache_layout", (cache,), (kind, name, src, dst))
     return outputs[0]
 
@@ -427,6 +434,6 @@ def convert_cache_blocks(
     [129, 1, 129]
     """
     last = _ALL_BLOCKS if end is None else end
-    name = cache_type_name(cache_quant_type)
+    name = operator_cache_type("convert_cache_blocks", cache_quant_type)
     outputs = _ops.call("convert_cache_blocks", (cache,), (kind, name, src, dst, begin, last))
     return outputs[0]

@@ -6,7 +6,7 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float
-from fastattn.functional._cache_types import cache_type_name, check_no_zero_points
+from fastattn.functional._cache_types import check_no_zero_points, operator_cache_type
 from fastattn.functional._marker import unified
 
 
@@ -199,7 +199,7 @@ def rope_write_cache_kv(
             -1 if rotary_dim is None else rotary_dim,
             qk_norm_before_rope,
             q_quant,
-            cache_type_name(cache_quant_type),
+            operator_cache_type("rope_write_cache_kv", cache_quant_type),
             fp8_format,
             k_rotation,
             q_rotation,

@@ -8,7 +8,7 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float, scale_of
-from fastattn.functional._cache_types import cache_type_name
+from fastattn.functional._cache_types import operator_cache_type
 from fastattn.functional._marker import unified
 
 
@@ -198,7 +198,7 @@ def sparse_paged_attention(
         as_float("sparse_paged_attention", "softcap", softcap),
         return_softmax_lse,
         out_dtype,
-        cache_type_name(cache_quant_type),
+        operator_cache_type("sparse_paged_attention", cache_quant_type),
         fp8_format,
         k_rotation,
     )

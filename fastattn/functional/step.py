@@ -9,7 +9,7 @@ from paddle import Tensor
 
 from fastattn import _ops
 from fastattn.functional._attributes import as_float, scale_of
-from fastattn.functional._cache_types import cache_type_name
+from fastattn.functional._cache_types import operator_cache_type
 from fastattn.functional._marker import unified
 from fastattn.functional.attention import as_window
 
@@ -103,7 +103,7 @@ def step_options(
             -1 if rotary_dim is None else rotary_dim,
             qk_norm_before_rope,
             q_quant,
-            cache_type_name(cache_quant_type),
+            operator_cache_type(_OP, cache_quant_type),
             fp8_format,
             k_rotation,
             scale_of(_OP, softmax_scale),

@@ -35,6 +35,8 @@ class LanguageModel:
     tokenizer : Tokenizer
     dense : Dense
         All but the attention, by NumPy.
+    rotated_values : bool
+        Whether the weights rotate V.
     """
 
     name: str
@@ -42,14 +44,17 @@ class LanguageModel:
     config: ModelConfig
     weights: Weights
     tokenizer: Tokenizer
+    rotated_values: bool = False
 
     def __post_init__(self) -> None:
         self.dense = Dense(self.config, self.weights)
 
     def with_rotated_values(self) -> LanguageModel:
         """The same model, whose V is rotated (:mod:`fastattn.models.rotate_values`)."""
+        if self.rotated_values:  # a second rotation would be the way back
+            return self
         weights = rotate_values(self.weights, self.config)
-        return LanguageModel(self.name, self.path, self.config, weights, self.tokenizer)
+        return LanguageModel(self.name, self.path, self.config, weights, self.tokenizer, True)
 
     def on(self, place: Any) -> Dense:
         """The model's dense layers in Paddle, on a place."""

@@ -140,6 +140,68 @@ def test_what_is_refused(quant_type, changes, error, text):
         write_with(quant_type, **{name: to_paddle(value) for name, value in changes.items()})
 
 
+def caches_of_whole_rows(quant_type, dim):
+    """Caches of one byte a channel, as someone makes them who forgets that a byte holds two."""
+    value_dim = 128 if dim == 192 else dim
+    key, value = np.zeros((3, 2, 64, dim), np.uint8), np.zeros((3, 2, value_dim, 64), np.uint8)
+    shape, dtype = (3, 2, 64), np.float32
+    if quant_type == MXFP4:
+        shape, dtype = (3, 2, 64, dim // 32), np.uint8
+    scales = [to_paddle(np.zeros(shape, dtype)) for _ in "kv"]
+    return [to_paddle(key), to_paddle(value)], scales
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("quant_type", KINDS)
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("write_cache_kv", "append_cache_kv_c8", "rope_write_cache_kv", "attention_step"),
+        *("paged_attention", "sparse_paged_attention"),
+    ],
+)
+def test_a_cache_of_whole_rows_is_named(quant_type, dim, op):
+    """The error names the cache of the wrong width, not tensors of the right one."""
+    caches, (k_scales, v_scales) = caches_of_whole_rows(quant_type, dim)
+    seqs = int32([[0]]), int32([0, 5]), int32([0]), int32([5])
+    options = {"cache_quant_type": quant_type, "k_rotation": "hadamard"}
+    options["k_center"] = to_paddle(np.zeros((2, dim), np.float32))
+    scales = {"cache_k_scales": k_scales, "cache_v_scales": v_scales}
+    key = to_paddle(np.zeros((5, 2, dim), np.float32))
+    q = to_paddle(np.zeros((5, 4, dim), BF16))
+    qkv = to_paddle(np.zeros((5, 8 * dim), BF16))
+    heads = {"num_heads": 4, "num_kv_heads": 2}
+    calls = {
+        "write_cache_kv": lambda: F.write_cache_kv(key, key, *caches, *seqs, **scales, **options),
+        "append_cache_kv_c8": lambda: F.append_cache_kv_c8(
+            *caches, key, key, seqs[0], int32([5]), seqs[1], **scales, dynamic_quant=True, **options
+        ),
+        "rope_write_cache_kv": lambda: F.rope_write_cache_kv(
+            qkv, *caches, None, *seqs, **heads, **scales, **options
+        ),
+        "attention_step": lambda: F.attention_step(
+            qkv, *caches, None, *seqs, 5, 5, **heads, **scales, **options
+        ),
+        "paged_attention": lambda: F.paged_attention(q, *caches, *seqs, 5, 5, **scales, **options),
+        "sparse_paged_attention": lambda: F.sparse_paged_attention(
+            q, *caches, *seqs, 5, 5, int32(np.zeros((5, 2, 1))), granularity=1, **scales, **options
+        ),
+    }
+    text = rf"{op}: key_cache: expected D / 2 = {dim // 2} channels: a byte of {quant_type} holds"
+    with pytest.raises(ValueError, match=text):
+        calls[op]()
+
+
+def test_other_widths_of_the_key_are_still_named():
+    """A key of a wrong width is not taken for a head whose cache has whole rows."""
+    cache = make_cache(INT4, 3, 2, 256)
+    both = {"key_cache": to_paddle(cache.key), "value_cache": to_paddle(cache.value)}
+    scales = {"cache_k_scales": to_paddle(cache.k_scales)}
+    scales["cache_v_scales"] = to_paddle(cache.v_scales)
+    with pytest.raises(ValueError, match=r"key: expected shape \[\?, 2, 256\], got \[5, 2, 64\]"):
+        write_with(INT4, **both, **scales)
+
+
 def test_other_types_take_no_bytes_as_scales():
     scales = to_paddle(np.zeros(make_cache(INT4, 3, 2, 64).k_scales.shape, np.uint8))
     with pytest.raises(TypeError, match="cache_k_scales: expected dtype float32 or bfloat16"):

@@ -8,7 +8,8 @@ import pytest
 
 import fastattn.functional as F
 from fastattn import backends
-from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES
+from fastattn.backends.layer_cache import cache_type_of
+from fastattn.functional._cache_types import CACHE_QUANT_TYPES, DYNAMIC_TYPES, check_cache_type
 from fastattn.reference.attention import dense_attention
 from tests.support.tensors import to_numpy, to_paddle
 
@@ -124,6 +125,46 @@ def test_config_names_and_centres():
 def test_what_is_refused(arguments, options, error, text):
     with pytest.raises(error, match=text):
         F.make_cache(*arguments, **options)
+
+
+SHORT_NAMES = [
+    ("int4", "block_wise_int4"),
+    ("fp8", "cache_fp8 or block_wise_fp8"),
+    ("mxfp4", "block_wise_mxfp4"),
+    ("k8v4", "block_wise_k8v4"),
+    ("kfp8v4", "block_wise_kfp8v4"),
+    ("INT4", "block_wise_int4"),
+    ("blockwise-int8", "block_wise_int8"),
+]
+
+
+@pytest.mark.parametrize(("name", "meant"), SHORT_NAMES)
+def test_short_names_are_explained(name, meant):
+    text = rf"cache_quant_type: '{name}' is not supported, did you mean {meant}\? supported: none, "
+    with pytest.raises(NotImplementedError, match="make_cache: " + text):
+        F.make_cache(1, 1, 64, name)
+    cache = F.make_cache(2, 2, 64, "block_wise_int8")
+    both = cache.key_cache, cache.value_cache
+    seqs = [paddle.to_tensor(np.array(x, np.int32)) for x in ([[1, 0]], [0, 1], [0], [1])]
+    key = paddle.zeros([1, 2, 64])
+    with pytest.raises(NotImplementedError, match="write_cache_kv: " + text):
+        F.write_cache_kv(key, key, *both, *seqs, cache_quant_type=name)
+    with pytest.raises(NotImplementedError, match="paged_attention: " + text):
+        F.paged_attention(key.astype("bfloat16"), *both, *seqs, 1, 1, cache_quant_type=name)
+    with pytest.raises(NotImplementedError, match=f"did you mean {meant}"):
+        cache_type_of(name)
+
+
+@pytest.mark.parametrize("name", ["int3", "4", "", "wise_int4_zp", 4, None, ["int4"]])
+def test_other_names_are_not_guessed(name):
+    with pytest.raises((NotImplementedError, TypeError)) as raised:
+        F.make_cache(1, 1, 64, name)
+    assert "did you mean" not in str(raised.value)
+
+
+def test_short_names_that_are_names():
+    assert check_cache_type("test", "int8") == "cache_int8"
+    assert check_cache_type("test", "float8_e4m3fn") == "cache_fp8"
 
 
 def test_rotary_styles():

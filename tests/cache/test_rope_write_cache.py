@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -240,6 +241,19 @@ def test_all_padding_step_changes_nothing(place):
     q, _, cache = check(case, place)
     assert not q.any()
     assert_same_cache(cache, case.cache)
+
+
+@pytest.mark.parametrize("neox", [False, True])
+def test_a_table_has_the_angles_of_its_theta(neox):
+    """docs/backends.md: pair i at position p turns by p * theta^(-2 i / R)."""
+    table = model.make_rotary_embs(5, 6, theta=500.0, neox=neox)
+    assert table.shape == (2, 1, 5, 1, 6 if neox else 3)
+    for p in range(5):
+        for i in range(3):
+            angle = p * 500.0 ** (-2 * i / 6)
+            for column in (i, i + 3) if neox else (i,):
+                found = table[:, 0, p, 0, column]
+                np.testing.assert_allclose(found, [math.cos(angle), math.sin(angle)], atol=1e-7)
 
 
 def test_positions_past_the_table_use_its_last(place):

@@ -151,6 +151,7 @@ def test_best_transform_of_each_type(model):
         ["--max-bits", "7"],
         ["--max-bits", "6.6", "--types", "block_wise_k8v4,block_wise_kfp8v4"],
         ["--bound", "0.5"],
+        ["--bound", "0.5", "--rotate-values"],
     ],
 )
 def test_command(folder, tmp_path, capsys, arguments):
@@ -163,6 +164,7 @@ def test_command(folder, tmp_path, capsys, arguments):
     shown = capsys.readouterr().out
     assert "as chosen" in shown and "+-" not in shown.split("as chosen")[0].split("none")[0]
     found = Calibration.read(output)
+    assert found.rotated_values is ("--rotate-values" in arguments)
     assert sorted(found.layers) == list(range(tiny.LAYERS))
     kinds = {layer.cache_quant_type for layer in found.layers.values()}
     given = arguments[3].split(",") if "--types" in arguments else TYPES

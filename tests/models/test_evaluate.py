@@ -273,6 +273,30 @@ def test_command(folder, tmp_path, capsys):
     assert all(name in shown for name in names) and "+-" in shown
 
 
+@pytest.mark.parametrize("rotated_model", [False, True])
+@pytest.mark.parametrize("rotated_file", [None, False, True])
+def test_a_file_is_for_rotated_values_or_for_others(
+    folder, tmp_path, capsys, rotated_file, rotated_model
+):
+    path = tmp_path / "found.npz"
+    layers = {n: LayerCalibration("block_wise_int4") for n in range(tiny.LAYERS)}
+    Calibration(layers, rotated_file).write(path)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i) % 26) for i in range(300)))
+    options = ["--types", "none", "--window", 50, "--tokens", 50, "--greedy", 0, "--text", text]
+    options += ["--calibration", path] + ["--rotate-values"] * rotated_model
+    status = main(["evaluate", "--model", str(folder), *map(str, options)])
+    shown = capsys.readouterr()
+    if rotated_file in (None, rotated_model):
+        assert status == 0 and "found.npz" in shown.out
+        return
+    assert status == 1 and f"{path}: the calibration is for values" in shown.err
+    theirs, its = "rotated by the weights", "as they are"
+    if rotated_model:
+        theirs, its = its, theirs
+    assert f"for values {theirs}, the model" in shown.err and f"has values {its}" in shown.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -112,6 +112,8 @@ def test_rotated_values(files, expected, kind):
     """V is another one, and what the model says is the same."""
     plain = models.load(str(files[kind][0]))
     rotated = plain.with_rotated_values()
+    assert rotated.rotated_values and not plain.rotated_values
+    assert rotated.with_rotated_values() is rotated
     tokens, logits = expected[kind]
     values = {}
 

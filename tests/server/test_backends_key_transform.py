@@ -9,15 +9,47 @@ import numpy as np
 import paddle
 import pytest
 
+import fastattn.functional as F
 from fastattn import backends
 from fastattn.backends import AppendAttentionBackend, AttentionLayer, FlashAttentionBackend
 from fastattn.backends.peers import LAYOUT, layout
 from fastattn.calibrate import Calibration, LayerCalibration
-from tests.support.serving import Model, Server, taken  # noqa: F401
+from fastattn.functional._cache_types import CACHE_QUANT_TYPES
+from tests.support.serving import ROTATED, Model, Server, taken  # noqa: F401
 from tests.support.tensors import to_paddle
 
 TYPES = ("cache_int8", "block_wise_int8", "cache_fp8", "block_wise_fp8")
 TRANSFORMS = [("hadamard", False), ("none", True), ("hadamard", True)]
+
+
+@pytest.mark.parametrize("kind", CACHE_QUANT_TYPES)
+def test_a_layer_has_the_rotation_of_make_cache(kind):
+    """FastDeploy's own types keep K as FastDeploy has it; the others do as `make_cache` does."""
+    backend = FlashAttentionBackend(backends.make_config(max_model_len=512), 2, 4, 64)
+    scales = {}
+    if kind == "cache_int8":
+        scales = dict.fromkeys(("cache_k_scales", "cache_v_scales"), paddle.ones([2]))
+    made = F.make_cache(1, 2, 64, kind, **scales)
+    cache = SimpleNamespace(quant_type=kind, key=made.key_cache)
+    layer = AttentionLayer(0, kind)
+    shard = backend.config.shard_of(2, 0)
+    found = backend._key_transform(layer, cache, shard)["k_rotation"]
+    assert found == made.k_rotation == ("hadamard" if kind in ROTATED else "none")
+    for named in ("none", "hadamard"):
+        layer.cache_k_rotation = named
+        assert backend._key_transform(layer, cache, shard)["k_rotation"] == named
+
+
+@pytest.mark.parametrize(("rotation", "other"), [(None, "none"), ("hadamard", None)])
+def test_the_default_of_int8_in_the_cache(rotation, other):
+    """Codes of K that a layer without a word writes are those of a rotation, and not of none."""
+    stored = []
+    for named in (rotation, other):
+        server = Server(FlashAttentionBackend, Model("block_wise_int8", k_rotation=named), [60])
+        server.run([50])
+        stored.append(server.caches[0].numpy())
+    assert stored[0].any()
+    assert (stored[0] == stored[1]).all() == ({rotation, other} == {None, "hadamard"})
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -179,7 +211,7 @@ def test_files_that_are_missing(tmp_path, monkeypatch):
 
 def test_caches_of_other_files_are_other_bytes(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTATTN_CALIBRATION", raising=False)
-    assert layout() == LAYOUT
+    assert layout() == LAYOUT == "fastattn-2"  # 1 had K of block_wise_int8 as it is
     names = set()
     for rotation in ("none", "hadamard"):
         path = calibration_of(tmp_path, "block_wise_int8", Model(), cache_k_rotation=rotation)

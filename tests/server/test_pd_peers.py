@@ -126,10 +126,11 @@ def test_a_refusal_keeps_its_reason_and_other_messages_their_content(engine):
     both = [request(), SimpleNamespace(request_id="s", disaggregate_info=None)]
     kind, left = ours._deserialize_message(plain._serialize_message("prefill", both))
     assert kind == "prefill" and [task["request_id"] for task in left] == ["s"]
-    other = request()
-    other.disaggregate_info[FIELD] = "fastattn-0"
-    ours._deserialize_message(plain._serialize_message("prefill", [other]))
-    assert "has 'fastattn-0', this one has" in ours.sent[-1][1]
+    for theirs_is in ("fastattn-0", "fastattn-1"):  # 1 does not rotate K of block_wise_int8
+        other = request()
+        other.disaggregate_info[FIELD] = theirs_is
+        ours._deserialize_message(plain._serialize_message("prefill", [other]))
+        assert f"has {theirs_is!r}, this one has" in ours.sent[-1][1]
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -146,7 +147,7 @@ def test_caches_without_quantisation_go_anywhere(engine, role, dtype):
     ("options", "text"),
     [
         ({"pool": "s3"}, "kvcache_storage_backend = 's3'.*supported: mooncake, file"),
-        ({"pool": "attention_store"}, "AS_MODEL_VERSION contains 'fastattn-1'"),
+        ({"pool": "attention_store"}, "AS_MODEL_VERSION contains 'fastattn-2'"),
     ],
 )
 def test_what_cannot_be_marked_is_refused(engine, options, text):

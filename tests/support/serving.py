@@ -45,6 +45,13 @@ def taken(monkeypatch):
     return results
 
 
+#: Types whose K is rotated if a layer does not say how.
+ROTATED = (
+    *("block_wise_int8", "block_wise_int4", "block_wise_mxfp4"),
+    *("block_wise_k8v4", "block_wise_kfp8v4"),
+)
+
+
 @dataclasses.dataclass
 class Model:
     """Shape and parameters of an attention layer; every layer of a server has the same ones."""
@@ -117,7 +124,7 @@ class Model:
 
     @property
     def rotation(self) -> str:
-        return self.k_rotation or ("hadamard" if self.code_of("v") in NIBBLES else "none")
+        return self.k_rotation or ("hadamard" if self.cache_quant_type in ROTATED else "none")
 
     @property
     def dynamic(self) -> bool:

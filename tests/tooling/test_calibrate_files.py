@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -476,6 +477,35 @@ def test_allowed_pickles_of_other_things(tmp_path, capsys, value):
     path.write_bytes(pickle.dumps({"layers.0.key": value}, protocol=2))
     assert main(["calibrate", str(path), "--allow-pickle"]) == 1
     assert f"{path}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("rotated", [None, False, True])
+def test_a_file_tells_whether_values_are_rotated(tmp_path, suffix, rotated):
+    path = tmp_path / f"found{suffix}"
+    found = calibration()
+    found.rotated_values = rotated
+    found.write(path)
+    assert Calibration.read(path).rotated_values is rotated
+    facts = read_tensors(path)[1]
+    assert facts.get("rotated_values") is rotated
+    assert ("rotated_values" in facts) is (rotated is not None)  # as older versions wrote it
+    for has in (False, True):
+        model = SimpleNamespace(name="tiny", rotated_values=has)
+        if rotated in (None, has):
+            found.check_model(model)
+            continue
+        with pytest.raises(CalibrationError, match=r"tiny has values .*--rotate-values"):
+            found.check_model(model)
+
+
+@pytest.mark.parametrize("wrong", [None, 1, "yes", []])
+def test_what_is_no_answer_about_values(tmp_path, wrong):
+    path = tmp_path / "found.npz"
+    facts = {"format": FORMAT, "layers": {"0": about()}, "rotated_values": wrong}
+    write_tensors(path, {}, facts)
+    with pytest.raises(CalibrationError, match="rotated_values: expected true or false"):
+        Calibration.read(path)
 
 
 def test_a_layer_of_a_file_allocates_its_cache(tmp_path):
