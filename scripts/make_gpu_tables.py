@@ -55,6 +55,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "prefill": attention.prefill,
     "mixed": attention.mixed,
     "batch invariant": attention.batch_invariant,
+    "split invariant": attention.split_invariant,
+    "chosen keys": attention.chosen_keys,
     "step": attention.step,
     "step ranges": attention.step_ranges,
     "head_dims": attention.head_dims,

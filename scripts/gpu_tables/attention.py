@@ -290,6 +290,64 @@ def batch_invariant(results: Results) -> str:
     return grid(head, lines or [[NONE] * len(head)]) + more + "\n" + links(used)
 
 
+_SPLIT = "paged_attention, split_invariant"
+_SPLIT_TYPES = ("none", "cache_fp8", "block_wise_int8", "block_wise_int4")
+#: Label and shape of each row.
+_SPLIT_LINES = (
+    ("decode, 64 sequences of 1k", "B 64 ctx 1024 new 1"),
+    *((f"decode, {b} sequences of 8k", f"B {b} ctx 8192 new 1") for b in (1, 16, 64, 128)),
+    ("decode, 1 sequence of 32k", "B 1 ctx 32768 new 1"),
+    ("decode, 1 sequence of 128k", "B 1 ctx 131072 new 1"),
+    ("16 sequences of 8k, 4 new tokens", "B 16 ctx 8192 new 4"),
+    ("4 sequences of 8k, 16 new tokens", "B 4 ctx 8192 new 16"),
+    ("a chunk of 256 to 8k", "B 1 ctx 8192 new 256"),
+    ("a chunk of 2048 to 8k", "B 1 ctx 8192 new 2048"),
+    ("4 prompts of 4k", "B 4 ctx 4096 new 4096"),
+    ("a prompt of 16k", "B 1 ctx 16384 new 16384"),
+)
+
+
+def split_invariant(results: Results) -> str:
+    """Times of a call with `split_invariant` over those without it, from one run."""
+    lines, used = [], []
+    for label, shape in _SPLIT_LINES:
+        rows = [results.get(_SPLIT, f"{q} {shape} H 32/8 D 128") for q in _SPLIT_TYPES]
+        cells = [f"{row.us / row.peer_us('default'):.2f}" if row else NONE for row in rows]
+        lines.append([label, *cells])
+        used += rows
+    head = ["time with `split_invariant` over that without", *(f"`{q}`" for q in _SPLIT_TYPES)]
+    return grid(head, lines) + "\n" + links(used)
+
+
+_SPARSE = "sparse_paged_attention"
+
+
+def chosen_keys(results: Results) -> str:
+    """Decode over 2048 of 32k keys, beside reading them and beside attention to all keys."""
+    lines, used = [], []
+    for quant in ("none", "cache_fp8", "block_wise_int4"):
+        for batch, keys in ((16, "blocks of 64"), (64, "blocks of 64"), (64, "single tokens")):
+            shape = f"decode {quant} B {batch} ctx 32768 H 32/8 D 128, 2048 keys in {keys}"
+            row = results.get(_SPARSE, shape)
+            if row is None:
+                continue
+            read, dense = (
+                row.peer_us("reading as many bytes"),
+                row.peer_us("paged_attention, all keys"),
+            )
+            shares = [f"{100 * read / row.us:.0f} %" if read else NONE]
+            shares.append(f"{dense / row.us:.1f}" if dense else NONE)
+            lines.append([f"`{quant}`, {batch} sequences, {keys}", digits(row.us), *shares])
+            used.append(row)
+    head = [
+        "decode, 2048 of 32k keys",
+        "us",
+        "of the speed of reading them",
+        "times as fast as all keys",
+    ]
+    return grid(head, lines or [[NONE] * len(head)]) + "\n" + links(used)
+
+
 _LARGE = [(64, "64/8"), (96, "32/32"), (192, "16/16"), (256, "16/16"), (256, "32/2"), (256, "16/4")]
 _LARGE_PAGED = ("none", *QUANTS[:-1], "block_wise_int4", "block_wise_mxfp4")
 
