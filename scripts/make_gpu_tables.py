@@ -40,9 +40,19 @@ from gpu_tables import (
 from gpu_tables.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/gpu.md", "docs/measurements.md", "docs/host.md",
-         "docs/benchmarks.md", "docs/cache_types.md", "docs/backends.md", "docs/dcp.md",
-         "docs/kernels/invariant.md", "docs/kernels/sparse_attention.md", "docs/quality.md")  # fmt: skip
+PAGES = (
+    "README.md",
+    "docs/gpu.md",
+    "docs/measurements.md",
+    "docs/host.md",
+    "docs/benchmarks.md",
+    "docs/cache_types.md",
+    "docs/backends.md",
+    "docs/dcp.md",
+    "docs/kernels/invariant.md",
+    "docs/kernels/sparse_attention.md",
+    "docs/quality.md",
+)
 #: Name of a table -> function from the results to its text.
 TABLES: dict[str, Callable[[Results], str]] = {
     "runs": pages.runs,
