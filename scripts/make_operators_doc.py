@@ -23,7 +23,7 @@ INTRODUCTION = """# Operators
 This page lists signatures, shapes and errors in alphabetical order. The
 [README](../README.md#operators) lists the operators by subject. [cache_types.md](cache_types.md)
 describes the cache types, and [glossary.md](glossary.md) the terms. `help(function)` also shows
-notes and examples. `scripts/make_operators_doc.py` writes this page from the docstrings.
+notes and examples.
 
 - T is the number of new tokens of a step, and B the number of sequences. H and KV are the numbers
   of query heads and KV heads, and D is the head dimension.
@@ -33,7 +33,9 @@ notes and examples. `scripts/make_operators_doc.py` writes this page from the do
 For all operators:
 
 - A wrong argument raises before any kernel starts. The message reads
-  `operator: argument: expected ..., got ...`.
+  `operator: argument: expected ..., got ...`. A wrong type or dtype raises `TypeError`, a wrong
+  shape, place or value `ValueError`, and what is not supported `NotImplementedError`.
+  `help(function)` has every condition of the first two.
 - Wrong lengths, positions and block ids on the device are clamped, or their tokens are skipped. No
   access leaves a tensor. A block id outside `[0, num_blocks)` means an unassigned block.
 - The operators work in dygraph, in `paddle.jit.to_static`, after `paddle.jit.save` and `load`, and
@@ -44,12 +46,13 @@ For all operators:
 
 """
 
+#: Errors that the introduction explains for all operators.
+USUAL_ERRORS = ("TypeError", "ValueError")
 
 def _sections(docstring: str) -> dict[str, str]:
     """Sections of a numpydoc docstring by name; the text before the first section is ``""``."""
     head, *rest = re.split(r"^(\w[\w ]+)\n-{3,}\n", docstring, flags=re.M)
     return {"": head, **dict(zip(rest[::2], rest[1::2]))}
-
 
 def _markdown(text: str) -> str:
     """Inline markup of a docstring as markdown, in one line."""
@@ -58,7 +61,6 @@ def _markdown(text: str) -> str:
     text = re.sub(r"``([^`]*)``", r"`\1`", text)
     text = re.sub(r"\[(\d+)\]_", r"[\1]", text)
     return " ".join(text.split()).replace("|", "\\|")
-
 
 def _entries(section: str) -> list[tuple[str, str, str]]:
     """(name, type, description) of Parameters, Returns or Raises."""
@@ -71,12 +73,10 @@ def _entries(section: str) -> list[tuple[str, str, str]]:
             found[-1][2].append(line.strip())
     return [(name, _markdown(kind), _markdown(" ".join(lines))) for name, kind, lines in found]
 
-
 def _references(section: str) -> list[str]:
     """Entries of References, ``.. [1] ...``, as paragraphs."""
     entries = re.split(r"^\.\. (?=\[\d+\])", section, flags=re.M)[1:]
     return [re.sub(r"(https?://\S+)", r"<\1>", _markdown(entry)) for entry in entries]
-
 
 def _signature(function: Callable[..., Any]) -> str:
     signature = inspect.signature(function)
@@ -96,14 +96,12 @@ def _signature(function: Callable[..., Any]) -> str:
         line += text
     return "\n".join([*lines, line])
 
-
 def _math(formula: str) -> str:
     """A display formula; aligned if the docstring has alignment marks."""
     lines = " ".join(formula.split())
     if "&" in lines:
         lines = rf"\begin{{aligned}} {lines} \end{{aligned}}"
     return f"$$\n{lines}\n$$"
-
 
 def _description(text: str) -> list[str]:
     """Paragraphs, lists and formulas before a docstring's first section."""
@@ -117,7 +115,6 @@ def _description(text: str) -> list[str]:
             items = re.split(r"^(?=- |\d+\. )", paragraph.strip(), flags=re.M)
             blocks.append("\n".join(_markdown(item) for item in items if item))
     return blocks
-
 
 def _operator(function: Callable[..., Any]) -> str:
     sections = _sections(inspect.getdoc(function) or "")
@@ -138,12 +135,14 @@ def _operator(function: Callable[..., Any]) -> str:
     for name, kind, text in _entries(sections["Returns"]):
         label = f"**returns** `{name}`" if kind else "**returns**"
         lines.append(f"| {label} | {(kind or _markdown(name)).removeprefix('Tensor, ')} | {text} |")
-    lines += ["", "| raises | |", "|---|---|"]
-    lines += [f"| {name} | {text} |" for name, _, text in _entries(sections["Raises"])]
+    lines += [
+        f"| **raises** {name} | | {text} |"
+        for name, _, text in _entries(sections["Raises"])
+        if name not in USUAL_ERRORS
+    ]
     for reference in _references(sections.get("References", "")):
         lines += ["", reference]
     return "\n".join([*lines, "", ""])
-
 
 def text() -> str:
     """Text of the whole file."""
@@ -162,7 +161,6 @@ def text() -> str:
         chapters += [_operator(getattr(module, name)) for name in module.__all__]
     return "".join(chapters).rstrip() + "\n"
 
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
@@ -176,7 +174,6 @@ def main() -> int:
     TARGET.write_text(wanted, encoding="utf-8")
     print(f"wrote {TARGET}")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
