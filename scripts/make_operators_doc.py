@@ -49,10 +49,12 @@ For all operators:
 #: Errors that the introduction explains for all operators.
 USUAL_ERRORS = ("TypeError", "ValueError")
 
+
 def _sections(docstring: str) -> dict[str, str]:
     """Sections of a numpydoc docstring by name; the text before the first section is ``""``."""
     head, *rest = re.split(r"^(\w[\w ]+)\n-{3,}\n", docstring, flags=re.M)
     return {"": head, **dict(zip(rest[::2], rest[1::2]))}
+
 
 def _markdown(text: str) -> str:
     """Inline markup of a docstring as markdown, in one line."""
@@ -61,6 +63,7 @@ def _markdown(text: str) -> str:
     text = re.sub(r"``([^`]*)``", r"`\1`", text)
     text = re.sub(r"\[(\d+)\]_", r"[\1]", text)
     return " ".join(text.split()).replace("|", "\\|")
+
 
 def _entries(section: str) -> list[tuple[str, str, str]]:
     """(name, type, description) of Parameters, Returns or Raises."""
@@ -73,10 +76,12 @@ def _entries(section: str) -> list[tuple[str, str, str]]:
             found[-1][2].append(line.strip())
     return [(name, _markdown(kind), _markdown(" ".join(lines))) for name, kind, lines in found]
 
+
 def _references(section: str) -> list[str]:
     """Entries of References, ``.. [1] ...``, as paragraphs."""
     entries = re.split(r"^\.\. (?=\[\d+\])", section, flags=re.M)[1:]
     return [re.sub(r"(https?://\S+)", r"<\1>", _markdown(entry)) for entry in entries]
+
 
 def _signature(function: Callable[..., Any]) -> str:
     signature = inspect.signature(function)
@@ -96,12 +101,14 @@ def _signature(function: Callable[..., Any]) -> str:
         line += text
     return "\n".join([*lines, line])
 
+
 def _math(formula: str) -> str:
     """A display formula; aligned if the docstring has alignment marks."""
     lines = " ".join(formula.split())
     if "&" in lines:
         lines = rf"\begin{{aligned}} {lines} \end{{aligned}}"
     return f"$$\n{lines}\n$$"
+
 
 def _description(text: str) -> list[str]:
     """Paragraphs, lists and formulas before a docstring's first section."""
@@ -115,6 +122,7 @@ def _description(text: str) -> list[str]:
             items = re.split(r"^(?=- |\d+\. )", paragraph.strip(), flags=re.M)
             blocks.append("\n".join(_markdown(item) for item in items if item))
     return blocks
+
 
 def _operator(function: Callable[..., Any]) -> str:
     sections = _sections(inspect.getdoc(function) or "")
@@ -144,6 +152,7 @@ def _operator(function: Callable[..., Any]) -> str:
         lines += ["", reference]
     return "\n".join([*lines, "", ""])
 
+
 def text() -> str:
     """Text of the whole file."""
     import fastattn.functional as functional
@@ -161,6 +170,7 @@ def text() -> str:
         chapters += [_operator(getattr(module, name)) for name in module.__all__]
     return "".join(chapters).rstrip() + "\n"
 
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
@@ -174,6 +184,7 @@ def main() -> int:
     TARGET.write_text(wanted, encoding="utf-8")
     print(f"wrote {TARGET}")
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())
