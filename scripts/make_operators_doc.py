@@ -23,7 +23,7 @@ INTRODUCTION = """# Operators
 This page lists signatures, shapes and errors in alphabetical order. The
 [README](../README.md#operators) lists the operators by subject. [cache_types.md](cache_types.md)
 describes the cache types, and [glossary.md](glossary.md) the terms. `help(function)` also shows
-notes and examples. `scripts/make_operators_doc.py` writes this page from the docstrings.
+notes and examples.
 
 - T is the number of new tokens of a step, and B the number of sequences. H and KV are the numbers
   of query heads and KV heads, and D is the head dimension.
@@ -33,7 +33,9 @@ notes and examples. `scripts/make_operators_doc.py` writes this page from the do
 For all operators:
 
 - A wrong argument raises before any kernel starts. The message reads
-  `operator: argument: expected ..., got ...`.
+  `operator: argument: expected ..., got ...`. A wrong type or dtype raises `TypeError`, a wrong
+  shape, place or value `ValueError`, and what is not supported `NotImplementedError`.
+  `help(function)` has every condition of the first two.
 - Wrong lengths, positions and block ids on the device are clamped, or their tokens are skipped. No
   access leaves a tensor. A block id outside `[0, num_blocks)` means an unassigned block.
 - The operators work in dygraph, in `paddle.jit.to_static`, after `paddle.jit.save` and `load`, and
@@ -43,6 +45,9 @@ For all operators:
   operators also accept these for 8-bit codes.
 
 """
+
+#: Errors that the introduction explains for all operators.
+USUAL_ERRORS = ("TypeError", "ValueError")
 
 
 def _sections(docstring: str) -> dict[str, str]:
@@ -138,8 +143,11 @@ def _operator(function: Callable[..., Any]) -> str:
     for name, kind, text in _entries(sections["Returns"]):
         label = f"**returns** `{name}`" if kind else "**returns**"
         lines.append(f"| {label} | {(kind or _markdown(name)).removeprefix('Tensor, ')} | {text} |")
-    lines += ["", "| raises | |", "|---|---|"]
-    lines += [f"| {name} | {text} |" for name, _, text in _entries(sections["Raises"])]
+    lines += [
+        f"| **raises** {name} | | {text} |"
+        for name, _, text in _entries(sections["Raises"])
+        if name not in USUAL_ERRORS
+    ]
     for reference in _references(sections.get("References", "")):
         lines += ["", reference]
     return "\n".join([*lines, "", ""])
