@@ -35,6 +35,7 @@ from gpu_tables import (
     memory,
     pages,
     quality,
+    sparse_quality,
     targets,
 )
 from gpu_tables.results import Results
@@ -81,6 +82,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quality smollm gpu": quality.smollm2_gpu,
     "quality needles": quality.needles,
     "quality both": quality.both,
+    "sparse quality": sparse_quality.short,
+    "sparse quality long": sparse_quality.long,
+    "sparse quality operators": sparse_quality.operators,
     "targets": targets.targets,
     "operators": memory.operators,
     "rope options": memory.rope_options,

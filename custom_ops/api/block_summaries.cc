@@ -1,5 +1,6 @@
 #include "params/block_summaries.h"
 
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <vector>
@@ -11,6 +12,11 @@
 #include "api/ranges.h"
 #include "cpu/block_summaries.h"
 #include "params/topk.h"
+#if defined(FASTATTN_WITH_CUDA)
+#include "api/device.h"
+#include "cuda/block_summaries/launch.h"
+#include "cuda/topk/launch.h"
+#endif
 
 namespace fastattn::api {
 
@@ -75,6 +81,51 @@ ScoreReduction ParseReduction(const std::string& reduction) {
   Fail("ValueError", kSelect, "reduction", "expected max or sum, got '", reduction, "'");
 }
 
+#if defined(FASTATTN_WITH_CUDA)
+
+// Bytes of scores that are in memory at a time.
+constexpr int64_t kScoreBytes = int64_t{64} << 20;
+
+// Scores, top-k and lists of as many tokens at a time as have room.
+void SelectOnGpu(const SelectBlocksParams& p, const Tensor& selected, const phi::Place& place) {
+  const AttentionParams& a = p.attention;
+  const int64_t tokens = a.seqs.num_tokens, heads = a.num_kv_heads, scored = p.Scored();
+  const int64_t keys = std::max<int64_t>(int64_t{a.seqs.max_blocks} * kBlockSize, tokens);
+  SelectBlocksWork work;
+  work.columns = (keys / p.summaries.granularity + 4) / 4 * 4;  // rows of 16 bytes
+  RequireFits(kSelect, "block_tables", work.columns);
+  const int64_t room = kScoreBytes / (work.columns * SizeOf(DType::kFloat32) * heads);
+  const int64_t count = std::clamp<int64_t>(room, 1, tokens), rows = count * heads;
+  Tensor scores = paddle::empty({rows, work.columns}, phi::DataType::FLOAT32, place);
+  Tensor ints = paddle::empty({rows * (3 + scored)}, phi::DataType::INT32, place);
+  work.scores = MutableData<float>(scores);
+  work.ends = MutableData<int>(ints);
+  work.starts = work.ends + rows;
+  work.lengths = work.starts + rows;
+  work.chosen = work.lengths + rows;
+  TopkParams topk;
+  topk.logits = work.scores;
+  topk.lengths = work.lengths;
+  topk.starts = work.starts;
+  topk.indices = work.chosen;
+  topk.columns = topk.row_stride = work.columns;
+  topk.k = scored;
+  LaunchOnGpu(kSelect, selected, [&](cudaStream_t stream) {
+    cudaError_t status = cudaSuccess;
+    for (int64_t begin = 0; begin < tokens && status == cudaSuccess; begin += count) {
+      work.begin = static_cast<int>(begin);
+      work.count = static_cast<int>(std::min(count, tokens - begin));
+      topk.rows = work.count * heads;
+      status = cuda::LaunchBlockScores(p, work, stream);
+      if (status == cudaSuccess && scored > 0) status = cuda::LaunchTopk(topk, stream);
+      if (status == cudaSuccess) status = cuda::LaunchBlockLists(p, work, stream);
+    }
+    return status;
+  });
+}
+
+#endif
+
 Results SelectedResults(const Known& in) {
   return {{"selected",
            {in["q"].size(0), in["summaries"].size(1), in.Integer("k")},
@@ -118,6 +169,13 @@ FASTATTN_OPERATOR(void, kUpdate, UpdateBlockSummaries, NoResults,
                 {"seq_lens_this_time", &seq_lens_this_time},
                 {"pool_weights", Get(pool_weights)},
                 {"k_center", Get(k_center)}});
+#if defined(FASTATTN_WITH_CUDA)
+  if (IsGpu(place)) {
+    LaunchOnGpu(kUpdate, summaries,
+                [&](cudaStream_t stream) { return cuda::LaunchUpdateSummaries(p, stream); });
+    return;
+  }
+#endif
   RequireCpu(kUpdate, place);
   Guarded(kUpdate, [&] { cpu::UpdateBlockSummaries(p); });
 }
@@ -154,6 +212,12 @@ FASTATTN_OPERATOR(Outputs, kSelect, SelectKeyBlocks, SelectedResults,
   CheckedProduct(kSelect, "k", {tokens, a.num_kv_heads, k, SizeOf(DType::kFloat32)});
   Tensor selected = paddle::empty({tokens, a.num_kv_heads, k}, phi::DataType::INT32, place);
   p.selected = MutableData<int>(selected);
+#if defined(FASTATTN_WITH_CUDA)
+  if (IsGpu(place)) {
+    if (p.selected != nullptr) SelectOnGpu(p, selected, place);
+    return {selected};
+  }
+#endif
   RequireCpu(kSelect, place);
   Guarded(kSelect, [&] { cpu::SelectKeyBlocks(p); });
   return {selected};

@@ -41,11 +41,11 @@ class Selector {
         part_(static_cast<size_t>(rows_) * dim_) {}
 
   void Select(int64_t token, int batch_idx, int64_t position, int kv_head) {
-    const SeenBlocks seen = SeenBlocksOf(p_, position);
+    const SeenBlocks seen = SeenBlocksOf(p_, position / p_.summaries.granularity + 1);
     int32_t* out = p_.selected + (token * p_.summaries.num_kv_heads + kv_head) * p_.k;
     int32_t* const end = out + p_.k;
     out = Range(0, seen.first, out);
-    const int64_t scored = p_.k - p_.first_blocks - p_.last_blocks;
+    const int scored = p_.Scored();
     if (seen.Between() <= scored) {
       out = Range(seen.first, seen.end - seen.last, out);
     } else if (scored > 0) {
@@ -55,7 +55,7 @@ class Selector {
         scores_[i] = Score(batch_idx, kv_head, seen.first + i);
       }
       topk_.Select(scores_.data(), seen.Between(), scored, out);
-      for (int64_t i = 0; i < scored; ++i) *out++ += static_cast<int32_t>(seen.first);
+      for (int i = 0; i < scored; ++i) *out++ += static_cast<int32_t>(seen.first);
     }
     out = Range(seen.end - seen.last, seen.end, out);
     std::fill(out, end, -1);

@@ -69,6 +69,9 @@ struct SelectBlocksParams {
   int first_blocks = 0;     // taken in any case
   int last_blocks = 1;      // the same, the query's own block included; at least 1
   int* selected = nullptr;  // [num_tokens, KV, k] ascending, then -1
+
+  // Entries that scores decide.
+  FASTATTN_HD int Scored() const { return k - first_blocks - last_blocks; }
 };
 
 // Key blocks [0, end) up to a query. [0, first) and [end - last, end) are taken, and those between
@@ -81,13 +84,27 @@ struct SeenBlocks {
   FASTATTN_HD int64_t Between() const { return end - first - last; }
 };
 
-FASTATTN_HD SeenBlocks SeenBlocksOf(const SelectBlocksParams& p, int64_t position) {
+// Of a query with `end` key blocks up to its own.
+FASTATTN_HD SeenBlocks SeenBlocksOf(const SelectBlocksParams& p, int64_t end) {
   SeenBlocks seen;
-  seen.end = position / p.summaries.granularity + 1;
+  seen.end = end;
   seen.first = seen.end < p.first_blocks ? seen.end : p.first_blocks;
   const int64_t rest = seen.end - seen.first;
   seen.last = rest < p.last_blocks ? rest : p.last_blocks;
   return seen;
 }
+
+// What a GPU's kernels hand each other, of query tokens [begin, begin + count). A row is a token
+// and a KV head.
+struct SelectBlocksWork {
+  float* scores = nullptr;  // [rows, columns], of the key block with the column's number
+  int* ends = nullptr;      // [rows] key blocks up to the query; 0 for a token of no sequence
+  int* starts = nullptr;    // [rows] first key block that has a score
+  int* lengths = nullptr;   // [rows] those with scores
+  int* chosen = nullptr;    // [rows, Scored()] of these, less `starts`
+  int64_t columns = 0;
+  int begin = 0;
+  int count = 0;
+};
 
 }  // namespace fastattn

@@ -96,8 +96,8 @@ def update_block_summaries(
         If shapes or places do not match, scales or weights are missing or superfluous, or an option
         is out of range.
     NotImplementedError
-        If `cache_quant_type` or the head dimension is not supported, or the tensors are on a GPU:
-        the operator has a CPU kernel only.
+        If `cache_quant_type` or the head dimension is not supported, or another argument does not
+        go with `k_rotation` or `k_center`. Supported head dimensions are 64, 96, 128, 192 and 256.
 
     Notes
     -----
@@ -222,15 +222,15 @@ def select_key_blocks(
     ValueError
         If shapes or places do not match, or an option is out of range.
     NotImplementedError
-        If the head dimension is not supported, or the tensors are on a GPU: the operator has a CPU
-        kernel only.
+        If the head dimension is not supported. Supported are 64, 96, 128, 192 and 256.
 
     Notes
     -----
     Of equal scores the smaller index is taken, as in :func:`topk_indices`. Scores are sums in fp32
     in a fixed order, so a query's list depends on the query and on the summaries that it sees, and
-    on nothing else. A score that is NaN, and a block that is not assigned, come after all others.
-    A block of 128 tokens is scored by its two summaries together.
+    on nothing else. It is the same on a CPU and on a GPU. A score that is NaN, and a block that is
+    not assigned, come after all others. A block of 128 tokens is scored by its two summaries
+    together.
 
     See Also
     --------

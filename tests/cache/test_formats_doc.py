@@ -567,26 +567,24 @@ def page_token(key, quant):
 @pytest.mark.parametrize("granularity", [16, 32, 64, 128])
 @pytest.mark.parametrize("kind", ["mean", "minmax", "pooled"])
 def test_summaries_of_key_blocks(granularity, kind, place):
-    if place != "cpu":
-        pytest.skip("the operator has a CPU kernel only")
     rng, tokens, kv, dim = RNG(3), 150, 2, 64
     key = rng.normal(0.5, 1, (tokens, kv, dim)).astype(BF16)
     table, step = [3, 0, 1], [[0, tokens], [0], [tokens]]
-    tables = int32([table])
-    caches = [to_paddle(np.zeros((4, kv, 64, dim), BF16)) for _ in range(2)]
-    k = to_paddle(key)
-    F.write_cache_kv(k, k, *caches, tables, *map(int32, step))
+    seqs = [int32(x, place) for x in ([table], *step)]
+    caches = [to_paddle(np.zeros((4, kv, 64, dim), BF16), place) for _ in range(2)]
+    k = to_paddle(key, place)
+    F.write_cache_kv(k, k, *caches, *seqs)
     weights = rng.normal(size=(kv, granularity, dim)).astype(np.float32)
     count = DOC["summary_bytes"](kv, dim, granularity, kind) // 4
     rows = 2 if kind == "minmax" else 1
     shape = (4, kv, max(64 // granularity, 1), rows, dim)
     assert count == int(np.prod(shape[1:]))
-    summaries = to_paddle(np.zeros(shape, np.float32))
+    summaries = to_paddle(np.zeros(shape, np.float32), place)
     F.update_block_summaries(
-        *(summaries, *caches, tables, *map(int32, step)),
+        *(summaries, *caches, *seqs),
         granularity=granularity,
         kind=kind,
-        pool_weights=to_paddle(weights) if kind == "pooled" else None,
+        pool_weights=to_paddle(weights, place) if kind == "pooled" else None,
     )
     found = to_numpy(summaries).reshape(-1)
     size = min(granularity, 64)
