@@ -50,6 +50,7 @@ PAGES = (
     "docs/cache_types.md",
     "docs/backends.md",
     "docs/dcp.md",
+    "docs/kernels/block_selection.md",
     "docs/kernels/invariant.md",
     "docs/kernels/sparse_attention.md",
     "docs/quality.md",

@@ -83,18 +83,20 @@ ScoreReduction ParseReduction(const std::string& reduction) {
 
 #if defined(FASTATTN_WITH_CUDA)
 
-// Bytes of scores that are in memory at a time.
-constexpr int64_t kScoreBytes = int64_t{64} << 20;
+// Bytes of scores and of what is chosen by them that are in memory at a time.
+constexpr int64_t kWorkBytes = int64_t{64} << 20;
 
 // Scores, top-k and lists of as many tokens at a time as have room.
 void SelectOnGpu(const SelectBlocksParams& p, const Tensor& selected, const phi::Place& place) {
   const AttentionParams& a = p.attention;
-  const int64_t tokens = a.seqs.num_tokens, heads = a.num_kv_heads, scored = p.Scored();
+  const int64_t tokens = a.seqs.num_tokens, heads = a.num_kv_heads;
   const int64_t keys = std::max<int64_t>(int64_t{a.seqs.max_blocks} * kBlockSize, tokens);
   SelectBlocksWork work;
   work.columns = (keys / p.summaries.granularity + 4) / 4 * 4;  // rows of 16 bytes
   RequireFits(kSelect, "block_tables", work.columns);
-  const int64_t room = kScoreBytes / (work.columns * SizeOf(DType::kFloat32) * heads);
+  // A list with room for all blocks has them all.
+  const int64_t scored = p.Scored() < work.columns ? p.Scored() : 0;
+  const int64_t room = kWorkBytes / (4 * (work.columns + scored) * heads);
   const int64_t count = std::clamp<int64_t>(room, 1, tokens), rows = count * heads;
   Tensor scores = paddle::empty({rows, work.columns}, phi::DataType::FLOAT32, place);
   Tensor ints = paddle::empty({rows * (3 + scored)}, phi::DataType::INT32, place);

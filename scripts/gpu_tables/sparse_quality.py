@@ -69,8 +69,8 @@ def short(results: Results) -> str:
 
 
 def long(results: Results) -> str:
-    """Contexts of 8192 tokens."""
-    return _table(results, "smollm2-sparse-8192", "recall_percent", "weight of the keys, %")
+    """Contexts of 4096 tokens."""
+    return _table(results, "smollm2-sparse-4096", "recall_percent", "weight of the keys, %")
 
 
 def operators(results: Results) -> str:
