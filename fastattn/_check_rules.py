@@ -203,6 +203,20 @@ def _write_into_pool(args: Arguments, seqs: Sequences, blocks: int) -> None:
     check_writers(where, tables, begin, end, _BLOCK)
 
 
+def _update_summaries(args: Arguments) -> None:
+    seqs = sequences(args, 2**31 - 1)  # no tensor tells the number of tokens
+    size = min(max(args.number("granularity"), 1), _BLOCK)
+    begin = np.where(seqs.new > 0, seqs.cached // size * size, seqs.end)
+    _needed(args, seqs.tables, begin, seqs.end, _BLOCK, args.shape("key_cache", 4)[0])
+    check_dynamic(args, seqs.tables, begin, seqs.end, _BLOCK)
+
+
+def _select_blocks(args: Arguments) -> None:
+    seqs = sequences(args, args.shape("q", 3)[0])
+    begin = np.where(seqs.new > 0, 0, seqs.end)
+    _needed(args, seqs.tables, begin, seqs.end, _BLOCK, args.shape("summaries", 5)[0])
+
+
 def _write(args: Arguments) -> None:
     tokens = args.shape("qkv" if args.has("qkv") else "key", 2)[0]
     seqs = sequences(args, tokens, head_tables=True)
@@ -511,10 +525,12 @@ _RULES: dict[str, Callable[[Arguments], None]] = {
     "paged_mqa_logits": _context,
     "rope_write_cache_kv": _write,
     "save_partial_states": _partial_states,
+    "select_key_blocks": _select_blocks,
     "sparse_paged_attention": _sparse_paged_attention,
     "token_maps": _token_maps,
     "topk_indices": _topk_indices,
     "topk_to_slots": _topk_to_slots,
+    "update_block_summaries": _update_summaries,
     "window_indices": _window,
     "write_cache_kv": _write,
 }

@@ -35,6 +35,7 @@ from gpu_tables import (
     memory,
     pages,
     quality,
+    sparse_quality,
     targets,
 )
 from gpu_tables.results import Results
@@ -49,6 +50,7 @@ PAGES = (
     "docs/cache_types.md",
     "docs/backends.md",
     "docs/dcp.md",
+    "docs/kernels/block_selection.md",
     "docs/kernels/invariant.md",
     "docs/kernels/sparse_attention.md",
     "docs/quality.md",
@@ -83,6 +85,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quality smollm gpu": quality.smollm2_gpu,
     "quality needles": quality.needles,
     "quality both": quality.both,
+    "sparse quality": sparse_quality.short,
+    "sparse quality long": sparse_quality.long,
+    "sparse quality operators": sparse_quality.operators,
     "targets": targets.targets,
     "operators": memory.operators,
     "rope options": memory.rope_options,

@@ -14,7 +14,8 @@ cd "$(dirname "$0")/.."
 codes='e2m1|int4|int8_int4|e4m3|bf16'
 attention="attention/(launch|query_transform)|split_kv|mma_sm80/($codes)_64_paged"
 writers='rope_write/(launch|bf16_(bf16|e4m3|token_int4|token_int8_int4|group32ue8m0))|host_calls'
-KERNELS=${KERNELS:-"$attention|$writers|cuda/(common|cache/append|topk|mxfp4|merge_many)"}
+others="cuda/(common|cache/append|topk|block_summaries|mxfp4|merge_many)"
+KERNELS=${KERNELS:-"$attention|$writers|$others"}
 export FASTATTN_HEAD_DIMS=${FASTATTN_HEAD_DIMS:-64}
 
 for needed in avx2 fma f16c; do
@@ -30,6 +31,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 .venv/bin/python -m pytest -p no:cacheprovider -q tests/virtual_gpu
 # A test whose kernel is not in the build is skipped. At least 5 of each file must run.
-for file in cache/test_append_cache attention/test_paged_attention indexer/test_topk; do
+tested="cache/test_append_cache indexer/test_topk"
+tested="$tested attention/test_paged_attention attention/test_block_selection"
+for file in $tested; do
   VIRTUAL_GPU_LEAST=5 .venv/bin/python -m pytest -p no:cacheprovider -q "tests/$file.py" -k gpu
 done

@@ -19,12 +19,12 @@
 #include "common/normaliser.h"
 #include "common/numeric.h"
 #include "common/selected_keys.h"
-#include "common/seq_lengths.h"
 #include "common/static_scales.h"
 #include "cpu/attention_tile.h"
 #include "cpu/cache_codec.h"
 #include "cpu/parallel.h"
 #include "cpu/partial_row.h"
+#include "cpu/token_seqs.h"
 
 namespace fastattn::cpu {
 
@@ -42,26 +42,6 @@ struct Kernels {
   TileFunction rows;
   TileFunction blocks;
 };
-
-// A query token.
-struct Query {
-  int batch_idx = -1;    // -1: of no sequence
-  int64_t position = 0;  // in its sequence
-};
-
-// Where every token belongs. Of two sequences that claim a token the first has it.
-std::vector<Query> FindQueries(const SeqMeta& seqs) {
-  constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
-  std::vector<Query> queries(seqs.num_tokens);
-  for (int b = seqs.batch - 1; b >= 0; --b) {
-    const int* cu = seqs.cu_seqlens_q + b;
-    const auto tokens = RaggedTokens<int64_t>(cu[0], cu[1], seqs.num_tokens);
-    const int64_t count = NewTokens(int64_t{seqs.seq_lens_this_time[b]}, tokens.count);
-    const int64_t keys = PagedKeys(int64_t{seqs.seq_lens_decoder[b]}, count, kUnlimited);
-    for (int64_t i = 0; i < count; ++i) queries[tokens.begin + i] = {b, keys - count + i};
-  }
-  return queries;
-}
 
 // Gathers and attends the keys of one query token and KV head after the other. One for each thread.
 template <typename Kv>
@@ -98,7 +78,7 @@ class Attender {
   }
 
   // Attends for up to kMaxTileRows heads of a KV head, of which `first` is the first.
-  void Attend(int64_t token, const Query& query, int kv_head, int first) {
+  void Attend(int64_t token, const QueryPlace& query, int kv_head, int first) {
     query_ = query;
     task_.kv_head = kv_head;
     task_.packed_begin = first;
@@ -245,7 +225,7 @@ class Attender {
   float states_[2 * kMaxTileRows];
   std::vector<typename Reader::KeyStorage> key_codes_;
   std::vector<typename Reader::ValueStorage> value_codes_;
-  Query query_;
+  QueryPlace query_;
   AttentionSeq seq_;
   AttentionTask task_;
   int count_ = 0;            // rows that are gathered
@@ -258,7 +238,7 @@ class Attender {
 template <typename Kv, DType kOut>
 void Run(const SparseAttentionParams& p, const Kernels& kernels) {
   const AttentionParams& a = p.attention;
-  const std::vector<Query> queries = FindQueries(a.seqs);
+  const std::vector<QueryPlace> queries = FindQueries(a.seqs);
   const int group = a.num_heads / a.num_kv_heads;
   const int64_t most = int64_t{a.seqs.max_blocks} * kBlockSize;
   const int64_t named =

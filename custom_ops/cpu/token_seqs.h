@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "common/seq_lengths.h"
@@ -30,6 +31,27 @@ inline std::vector<int> SeqOfTokens(const SeqMeta& seqs) {
 // Position of a new token in its sequence.
 inline int64_t PositionOf(const SeqMeta& seqs, int batch_idx, int64_t token) {
   return NewTokenPosition(seqs.seq_lens_decoder[batch_idx], token - seqs.cu_seqlens_q[batch_idx]);
+}
+
+// A query token of attention.
+struct QueryPlace {
+  int batch_idx = -1;    // -1: of no sequence
+  int64_t position = 0;  // in its sequence
+};
+
+// Where every query token belongs. Of two sequences that claim a token the first has it. Sequences
+// have at most `max_keys` keys.
+inline std::vector<QueryPlace> FindQueries(const SeqMeta& seqs,
+                                           int64_t max_keys = std::numeric_limits<int64_t>::max()) {
+  std::vector<QueryPlace> queries(seqs.num_tokens);
+  for (int b = seqs.batch - 1; b >= 0; --b) {
+    const int* cu = seqs.cu_seqlens_q + b;
+    const auto tokens = RaggedTokens<int64_t>(cu[0], cu[1], seqs.num_tokens);
+    const int64_t count = NewTokens(int64_t{seqs.seq_lens_this_time[b]}, tokens.count);
+    const int64_t keys = PagedKeys(int64_t{seqs.seq_lens_decoder[b]}, count, max_keys);
+    for (int64_t i = 0; i < count; ++i) queries[tokens.begin + i] = {b, keys - count + i};
+  }
+  return queries;
 }
 
 }  // namespace fastattn::cpu

@@ -323,6 +323,8 @@ MODELS: dict[str, Callable[[Given, Results, bool], Verdicts]] = {
     "flash_attention": _attention("flash_attention"),
     "paged_attention": _attention("paged_attention"),
     "sparse_paged_attention": _attention("sparse_paged_attention"),
+    "select_key_blocks": _tuple_of("select_key_blocks", "selected"),
+    "update_block_summaries": _tuple_of("update_block_summaries", "summaries_out"),
     "compact_block_tables": _tuple_of("compact_block_tables", "tables", "seq_lens", "masks"),
     "convert_cache_layout": _tuple_of("convert_cache_layout", "out"),
     "convert_cache_blocks": _convert_blocks,

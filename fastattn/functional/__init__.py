@@ -2,6 +2,7 @@
 
 from fastattn import _ops, _programs
 from fastattn.functional.attention import flash_attention, paged_attention
+from fastattn.functional.block_selection import select_key_blocks, update_block_summaries
 from fastattn.functional.cache import (
     append_cache_kv_c8,
     convert_cache_blocks,
@@ -76,11 +77,13 @@ __all__ = [
     "query_rows",
     "rope_write_cache_kv",
     "save_partial_states",
+    "select_key_blocks",
     "short_context_indices",
     "sparse_paged_attention",
     "token_maps",
     "topk_indices",
     "topk_to_slots",
+    "update_block_summaries",
     "use_neox_rotary_style",
     "window_indices",
     "write_cache_kv",

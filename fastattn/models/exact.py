@@ -16,6 +16,9 @@ Watch = Callable[[int, Array, Array, Array], None]
 #: Gets a layer's number, its K and its V; gives others in their place.
 Change = Callable[[int, Array, Array], "tuple[Array, Array]"]
 
+#: Gets what :data:`Watch` does; gives the attention's outputs [T, H, D].
+Attention = Callable[[int, Array, Array, Array], Array]
+
 _QUERIES = 256  # whose scores are in memory at a time
 
 
@@ -67,6 +70,7 @@ def forward(
     watch: Watch | None = None,
     *,
     change: Change | None = None,
+    attention: Attention | None = None,
     entering: list[Array] | None = None,
     start: tuple[int, Array] | None = None,
 ) -> Array:
@@ -81,6 +85,8 @@ def forward(
         Sees what each layer's cache and attention get.
     change : callable, optional
         Gives what the attention sees in place of K and V.
+    attention : callable, optional
+        In place of the causal attention over all keys.
     entering : list, optional
         Gets the residual stream ahead of each layer.
     start : (int, array), optional
@@ -109,7 +115,10 @@ def forward(
             watch(n, q, k, v)
         if change is not None:
             k, v = change(n, k, v)
-        out = attend(q, k, v, config.softmax_scale, config.window_of(n))
+        if attention is None:
+            out = attend(q, k, v, config.softmax_scale, config.window_of(n))
+        else:
+            out = attention(n, q, k, v)
         x = dense.finish(n, x, out.reshape(count, -1))
     result: Array = dense.last(x)
     return result

@@ -1,6 +1,7 @@
 """A readable NumPy model of every operator. It imports no Paddle and favours clarity over speed."""
 
 from fastattn.reference.attention import attention_mask, flash_attention, paged_attention
+from fastattn.reference.block_selection import select_key_blocks, update_block_summaries
 from fastattn.reference.cache import append_cache_kv_c8, convert_cache_layout, write_cache_kv
 from fastattn.reference.compact_tables import compact_block_tables
 from fastattn.reference.hadamard import hadamard, restore_key, transform_key
@@ -69,12 +70,14 @@ __all__ = [
     "restore_key",
     "rope_write_cache_kv",
     "save_partial_states",
+    "select_key_blocks",
     "short_context_indices",
     "sparse_paged_attention",
     "token_maps",
     "topk_indices",
     "topk_to_slots",
     "transform_key",
+    "update_block_summaries",
     "window_indices",
     "write_cache_kv",
 ]

@@ -559,3 +559,50 @@ def page_token(key, quant):
         scales += bytes([exponent + 127])
     codes += np.array(key[448:], BF16).tobytes()
     return codes, scales + b"\0"
+
+
+# ---- summaries of key blocks ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", [16, 32, 64, 128])
+@pytest.mark.parametrize("kind", ["mean", "minmax", "pooled"])
+def test_summaries_of_key_blocks(granularity, kind, place):
+    rng, tokens, kv, dim = RNG(3), 150, 2, 64
+    key = rng.normal(0.5, 1, (tokens, kv, dim)).astype(BF16)
+    table, step = [3, 0, 1], [[0, tokens], [0], [tokens]]
+    seqs = [int32(x, place) for x in ([table], *step)]
+    caches = [to_paddle(np.zeros((4, kv, 64, dim), BF16), place) for _ in range(2)]
+    k = to_paddle(key, place)
+    F.write_cache_kv(k, k, *caches, *seqs)
+    weights = rng.normal(size=(kv, granularity, dim)).astype(np.float32)
+    count = DOC["summary_bytes"](kv, dim, granularity, kind) // 4
+    rows = 2 if kind == "minmax" else 1
+    shape = (4, kv, max(64 // granularity, 1), rows, dim)
+    assert count == int(np.prod(shape[1:]))
+    summaries = to_paddle(np.zeros(shape, np.float32), place)
+    F.update_block_summaries(
+        *(summaries, *caches, *seqs),
+        granularity=granularity,
+        kind=kind,
+        pool_weights=to_paddle(weights, place) if kind == "pooled" else None,
+    )
+    found = to_numpy(summaries).reshape(-1)
+    size = min(granularity, 64)
+    values = key.astype(np.float64)
+    for begin in range(0, tokens, size):
+        own = values[begin : begin + size]
+        place_of = np.arange(begin, begin + len(own)) % granularity
+        for head in range(kv):
+            x = own[:, head]
+            wanted = {
+                "mean": [x.mean(0)],
+                "minmax": [x.min(0), x.max(0)],
+                "pooled": [(x * weights[head, place_of]).sum(0)],
+            }[kind]
+            for row, channels in enumerate(wanted):
+                at = DOC["summary_index"](
+                    *(table[begin // 64], head, begin % 64 // size, row, 0, kv, dim),
+                    granularity,
+                    kind,
+                )
+                np.testing.assert_allclose(found[at : at + dim], channels, atol=2e-5)

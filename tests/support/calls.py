@@ -87,6 +87,19 @@ def _sparse_paged(t: _Inputs) -> Call:
     return _with_cache(F.sparse_paged_attention, t.cache(), q, **t.seqs(), **lengths, **options)
 
 
+def _update_summaries(t: _Inputs) -> Call:
+    summaries = t.floats(BLOCKS, KV, 4, 2, DIM, dtype=np.float32)
+    options = {"granularity": 16, "kind": "minmax"}
+    return _with_cache(F.update_block_summaries, t.cache(), summaries, **t.seqs(), **options)
+
+
+def _select_blocks(t: _Inputs) -> Call:
+    q, seqs = t.floats(TOKENS, HEADS, DIM), t.seqs()
+    summaries = t.floats(BLOCKS, KV, 4, 2, DIM, dtype=np.float32)
+    options = {"granularity": 16, "kind": "minmax", "first_blocks": 1}
+    return lambda: [F.select_key_blocks(q, summaries, k=4, **seqs, **options)]
+
+
 def _flash(t: _Inputs) -> Call:
     q, k, v = t.floats(TOKENS, HEADS, DIM), t.floats(TOKENS, KV, DIM), t.floats(TOKENS, KV, DIM)
     cu = t.int32([0, 130, TOKENS])
@@ -432,7 +445,9 @@ _MAKERS = {
     "quantize_fp8": _quantize,
     "rope_write_cache_kv": _rope,
     "save_partial_states": _save_states,
+    "select_key_blocks": _select_blocks,
     "sparse_paged_attention": _sparse_paged,
+    "update_block_summaries": _update_summaries,
     "send_kv_signal": _send_signal,
     "query_rows": _query_rows,
     "radix_topk_ragged_transform": _radix_topk,

@@ -201,6 +201,25 @@ def calls(place: str = "cpu") -> dict[str, OpCall]:
                 "k_rotation": "none",
             },
         ),
+        "update_block_summaries": OpCall(
+            {"summaries": make(3, 2, 4, 1, 64), **cache(), **seqs()},
+            {**plain, "granularity": 16, "kind": "mean", "k_rotation": "none"},
+        ),
+        "select_key_blocks": OpCall(
+            {
+                "q": make(2, 4, 64, dtype="float16"),
+                "summaries": make(3, 2, 4, 1, 64),
+                **seqs(),
+            },
+            {
+                "k": 3,
+                "granularity": 16,
+                "kind": "mean",
+                "reduction": "max",
+                "first_blocks": 0,
+                "last_blocks": 1,
+            },
+        ),
         "compact_block_tables": OpCall(
             seqs(),
             {

@@ -24,6 +24,7 @@ CUDA = {
     "cuda/cache/append": CACHE,
     "cuda/cache/convert": CACHE,
     "cuda/cache/rope_write": CACHE,
+    "cuda/block_summaries": ("cuda/common",),
     "cuda/compact_tables": ("cuda/common",),
     "cuda/compat/gqa_rope": (*CACHE, "cuda/cache/append/launch.h"),
     "cuda/compat/merge_decode": CACHE,
