@@ -17,6 +17,8 @@ variable                   meaning
                            (docs/backends.md). Every call waits. Read at import.
 ``FASTATTN_CALIBRATION``   file of ``python -m fastattn calibrate`` whose rotations and centres
                            backends use (docs/calibrate.md). Read when a backend is made.
+``FASTATTN_SAMPLES``       ``DIR[,texts=N][,tokens=N]``: backends write samples of prompts for
+                           ``calibrate`` (docs/calibrate.md). Read when a backend is made.
 ``FASTATTN_IGNORED``       names, separated by commas, of FastDeploy's options and fields that
                            backends accept without knowing them, and of functions that the plug-in
                            replaces without knowing their source (docs/backends.md)
@@ -124,6 +126,35 @@ def dump() -> DumpSettings | None:
         warnings.warn(
             "FASTATTN_DUMP: expected DIR[,every=N][,max=N][,mib=N][,op=NAME][,nan][,seed], got "
             f"{text!r}: no call is dumped",
+            stacklevel=2,
+        )
+        return None
+    return settings
+
+
+class SampleSettings(NamedTuple):
+    """What ``FASTATTN_SAMPLES`` asks for."""
+
+    folder: Path
+    texts: int = 8  # that a process writes
+    tokens: int = 512  # of a text, at most
+
+
+def samples() -> SampleSettings | None:
+    """Which samples backends write, or None. Another text warns and counts as None."""
+    text = os.environ.get("FASTATTN_SAMPLES")
+    if not text:
+        return None
+    folder, *options = text.split(",")
+    try:
+        given = dict(option.split("=") for option in options)
+        settings = SampleSettings(Path(folder), **{k: int(v) for k, v in given.items()})
+        if not folder or settings.texts < 1 or settings.tokens < 64:
+            raise ValueError
+    except (TypeError, ValueError):
+        warnings.warn(
+            f"FASTATTN_SAMPLES: expected DIR[,texts=N][,tokens=N], at least 64 tokens, got {text!r}"
+            ": no samples are written",
             stacklevel=2,
         )
         return None

@@ -154,10 +154,10 @@ def append_cache_kv_c8(device: Device) -> Iterator[Row]:
             cache = Cache(device, quant, tokens // BLOCK_SIZE)
             moved = tokens * (2 * KV * DIM * BF16 + token_bytes(quant))
             options = {**cache.options, "dynamic_quant": is_dynamic(quant)}
-            deployed = cache.value.reshape(cache.key.shape)  # as FastDeploy shapes V
-            for layout, values in (("fastattn", cache.value), ("fastdeploy", deployed)):
-                if layout == "fastdeploy" and 2 in codes_per_byte(quant):
-                    continue
+            layouts = {"fastattn": cache.value}
+            if 2 not in codes_per_byte(quant):
+                layouts["fastdeploy"] = cache.value.reshape(cache.key.shape)  # its shape of V
+            for layout, values in layouts.items():
                 tensors = (cache.key, values, key, value, *meta)
                 call = bind(F.append_cache_kv_c8, *tensors, cache_layout=layout, **options)
                 shape = f"{tokens // 1024}k tokens, KV {KV}, D {DIM}, {quant}, {layout}"

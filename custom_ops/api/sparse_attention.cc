@@ -202,10 +202,6 @@ FASTATTN_OPERATOR(
                       {key_cache, value_cache, Get(cache_k_scales), Get(cache_v_scales),
                        cache_quant_type, fp8_format, CacheLayout::kFastattn, nullptr, HeadDimOf(q)},
                       place);
-  if (HasTwoCodes(a.cache.type)) {
-    Fail("NotImplementedError", kOp, "cache_quant_type", "'", cache_quant_type,
-         "', with keys and values of different codes, is not supported");
-  }
   CheckHeads(kOp, "key_cache", a.cache.num_kv_heads, a.cache.head_dim, &a);
   if (a.cache.type == CacheType::kNone && a.q_dtype != a.cache.dtype) {
     Fail("TypeError", kOp, "q", "expected dtype ", NameOf(a.cache.dtype), " as the cache has, got ",

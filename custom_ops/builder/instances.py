@@ -330,10 +330,12 @@ FAMILIES = (
         takes="const SparseAttentionParams&, cudaStream_t",
         declared="launch.h",
         defined="kernel.cuh",
-        columns={"code": "DType", "scales": "Scales"},  # kStatic: or scales of tokens
+        # kStatic: or scales of tokens
+        columns={"code": "DType", "value": "DType", "scales": "Scales"},
         rows=(
-            ((*HALF, *FP8, "kInt8", "kInt4"), "kStatic"),
-            ("kE2M1", "kGroup32UE8M0"),
+            ((*HALF, *FP8, "kInt8", "kInt4"), SAME, "kStatic"),
+            (WIDER, "kInt4", "kStatic"),
+            ("kE2M1", SAME, "kGroup32UE8M0"),
         ),
     ),
     Family(

@@ -44,9 +44,14 @@ FASTATTN_HD constexpr int KeySplitOf(uint32_t key) {
   return first + static_cast<int>((key - all) / (all / 4));
 }
 
+// Cost of a work tile beside its keys, in quarters of a KV tile, and the costs of a launch that its
+// CTAs share by splits. The device adds costs up in 32 bits.
+inline constexpr int64_t kWorkTileQuarters = 24;
+inline constexpr int64_t kMostSharedCost = int64_t{1} << 29;
+
 // Floats of the workspace: of each of `grid` CTAs the total of the work tile that it is at, and of
-// its current split; of each of `shares` CTAs a header, and a result for every split of the work
-// tile that it found begun.
+// its current split; of each of `shares` CTAs a header, and a result for each of the `most_splits`
+// splits of a work tile that it may find begun.
 inline int64_t InvariantFloats(int64_t grid, int64_t shares, int64_t most_splits, int64_t tile_rows,
                                int64_t head_dim) {
   return shares * kPartialHeader + (2 * grid + shares * most_splits) * tile_rows * (head_dim + 2);
@@ -72,11 +77,14 @@ inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int tile_rows,
                CeilDiv(s.num_tokens * group, int64_t{tile_rows}) + s.batch) *
       s.num_kv_heads;
   const int64_t ctas = s.num_sms * s.tile->ctas_per_sm;
+  const int64_t kv_tiles = CeilDiv(most_keys, keys);
   // A call of few keys whose work tiles fill most of the GPU: a second kernel would take longer
   // than half of a tile's keys.
-  launch.whole_tiles = tile_rows < 64 && s.batch <= kMaxPlanSeqs && 4 * tiles >= 3 * s.num_sms &&
-                       tiles <= ctas &&
-                       tiles * CeilDiv(most_keys, keys) <= kClusterKvTilesPerSm * s.num_sms;
+  const bool few_keys = tile_rows < 64 && s.batch <= kMaxPlanSeqs && 4 * tiles >= 3 * s.num_sms &&
+                        tiles <= ctas && tiles * kv_tiles <= kClusterKvTilesPerSm * s.num_sms;
+  // So many work tiles need no splits, and the device could not count their keys.
+  const bool many = tiles >= kMostSharedCost / (4 * kv_tiles + kWorkTileQuarters);
+  launch.whole_tiles = few_keys || many;
   launch.grid = std::max<int64_t>(
       1, std::min(tiles * (launch.whole_tiles ? 1 : launch.invariant_splits), ctas));
   launch.shares = launch.grid;
@@ -91,7 +99,8 @@ inline AttentionLaunch InvariantLaunch(const AttentionSizes& s, int tile_rows,
       s.head_dim <= 128 && (tile_rows == 8 || (tile_rows == 16 && launch.invariant_splits == 1));
   if (!small || (launch.invariant_splits > 1 && !launch.whole_tiles)) {
     launch.workspace =
-        InvariantFloats(launch.grid, launch.shares, launch.invariant_splits, tile_rows, head_dim);
+        InvariantFloats(launch.grid, launch.shares,
+                        launch.whole_tiles ? 0 : launch.invariant_splits, tile_rows, head_dim);
   }
   return launch;
 }

@@ -9,6 +9,7 @@ from typing import Any
 import paddle
 
 from fastattn import env
+from fastattn.backends import samples
 from fastattn.backends.apart import StepTensors
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
 from fastattn.backends.calibrated import Calibrated
@@ -164,6 +165,7 @@ class PagedAttentionBackend(AttentionBackend):
         self.split_invariant = batch_invariant if split_invariant is None else split_invariant
         self.batch_invariant = batch_invariant or self.split_invariant
         self._calibrated = Calibrated.from_env()
+        self._samples = samples.writer(self.config.ranks[1])
         self._known_layers = KnownLayers()
         guard(fd_config, name)
         self._signals = KvSignals.of(fd_config)
@@ -280,7 +282,7 @@ class PagedAttentionBackend(AttentionBackend):
             )
         if qkv is None:
             raise ValueError(f"{type(self).__name__}: qkv: expected a fused tensor, got None")
-        metadata = self._metadata()
+        metadata, step = self._metadata(), forward_meta
         if self._has_own_table(layer, forward_meta):
             forward_meta = OwnTable(forward_meta, field(forward_meta, "swa_rotary_embs"))
         tokens = _size(qkv, 0)
@@ -295,6 +297,8 @@ class PagedAttentionBackend(AttentionBackend):
         seqs = sequences(forward_meta)
         rotated = optional(forward_meta, "rope_already_applied")
         table = None if rotated else field(forward_meta, "rotary_embs")
+        if self._samples is not None:
+            self._samples.take(qkv, table, facts.options, layer, step)
         batch_ids = optional(forward_meta, "batch_id_per_token")
         lengths = metadata.host_lengths or self._guess_lengths(tokens, seqs, forward_meta, metadata)
         mask = mask_offsets(forward_meta, metadata)

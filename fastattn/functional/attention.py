@@ -318,8 +318,8 @@ def paged_attention(
     split_invariant : bool
         Also, a token's output and LSE have the same bits however its sequence was cut into steps:
         a whole prompt, chunks of any sizes, a cached prefix, single tokens and drafts. All lengths
-        then run on one kernel, so long prompts take about twice as long (docs/numerics.md). On the
-        CPU this always holds.
+        then run on one kernel, so long prompts take five to six times as long (docs/numerics.md).
+        On the CPU this always holds.
     k_rotation : {"none", "hadamard"}
         Rotation of K at the time of writing. `q` is rotated alike, in fp32, and rounded to its
         dtype again. Use ``"none"`` if the writer has already rotated the queries (`q_rotation` of

@@ -21,7 +21,7 @@ _OWN = (
     COPY, READ, EMPTY, "exact lengths", "host", "vLLM, host", "its parts alone", "default",
     "budget", "rotation alone", "K as it is", "one rank", "no signal", "e4m3 queries", "bf16 keys",
     "merge, then quantize_fp8", "logits, then top-k", "itself, nothing registered",
-    "Paddle's registry", "host, exact lengths", "two operators",
+    "Paddle's registry", "host, exact lengths", "two operators", "paged_attention, all keys",
 )  # fmt: skip
 _OWN_STARTS = ("mla_gather_cache, then", "writing bf16 keys")
 #: What a page says of times in brackets.

@@ -320,6 +320,37 @@ def test_more_keys_than_the_host_was_told(place):
     problem.check(place, results=run(positional, keywords))
 
 
+#: Intervals without a key, ahead of the keys, among them and after them.
+EMPTY = [(4096, 4096), (0, -100), (20000, 20000), (1024, 1024), (0, 0), (5120, 5119), (-9, -8)]
+
+
+@pytest.mark.parametrize("option", ["batch_invariant", "split_invariant"])
+@pytest.mark.parametrize("new", [1, 7, 40])
+def test_queries_that_see_no_key(place, new, option):
+    """No CTA waits for a result that no other leaves. Each sequence has queries of one interval."""
+    seqs = [(6000 - new, new)] * len(EMPTY) + [(6000, new)]
+    offsets = np.repeat(np.array([*EMPTY, (17, 5990)], np.int32), new, axis=0)
+    problem = paged_problem(seqs, kind=FP8, causal=False, mask_offsets=offsets, heads=(4, 2))
+    _, lse = problem.check(place, results=problem.run(place, **{option: True}))
+    assert np.isneginf(lse[:, :-new]).all() and np.isfinite(lse[:, -new:]).all()
+    for seq in range(len(seqs)):
+        alone = batch_of(problem, [seq])
+        alone.check(place, f"alone {seq}", results=alone.run(place, **{option: True}))
+
+
+@pytest.mark.parametrize("option", ["batch_invariant", "split_invariant"])
+def test_more_work_than_can_be_shared(place, option):
+    """Each work tile is one CTA's then, and has the same bits."""
+    seqs = [(3000 + 64 * i, new) for i, new in enumerate((1, 3, 40, 130))]
+    problem = paged_problem(seqs, kind=FP8, heads=(8, 4), seed=9)
+    wanted = bits_of(problem, problem.run(place, **{option: True}))
+    positional, keywords = problem.arguments(place)
+    positional[-1] = 1 << 30
+    results = F.paged_attention(*positional, return_softmax_lse=True, **{option: True}, **keywords)
+    found = tuple(to_numpy(x) for x in results)
+    assert_seqs(problem, found, wanted, range(len(seqs)), "other bounds")
+
+
 def test_a_nan_stays_in_its_sequence(place):
     problem = paged_problem([(3000, 1), (3000, 1), (900, 20)], kind=BLOCK_WISE_FP8, seed=6)
     wanted = bits_of(problem, invariant(problem).run(place))

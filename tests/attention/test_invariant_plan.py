@@ -125,3 +125,31 @@ def test_a_call_of_few_keys_is_not_cut(batch, whole):
     (launch,) = decide("bf16 over fp8", batch, 1, 1024)[2]
     assert bool(launch["whole_tiles"]) == whole
     assert (launch["workspace"] == 0) == (whole or launch["invariant_splits"] == 1)
+
+
+@pytest.mark.parametrize(
+    "new, max_k, heads, whole",
+    [
+        (131072, 131072, (64, 8), True),
+        (32768, 131072, (64, 8), True),
+        (32000, 131072, (64, 8), False),
+        (8192, 131072, (64, 8), False),
+        (1 << 20, 1 << 20, (64, 8), True),
+        (16, 1 << 30, (64, 8), True),
+        (5, 1 << 20, (16, 1), False),
+    ],
+)
+def test_costs_that_the_device_adds_up_fit(new, max_k, heads, whole):
+    """A launch whose splits cost 2^29 or more has whole tiles, whose cost is 1 each.
+
+    The device adds up in 32 bits. It leaves a sequence out whose cost is 2^30 or more.
+    """
+    sizes = dict(num_tokens=new, batch=1, num_heads=heads[0], num_kv_heads=heads[1], head_dim=128)
+    sizes |= dict(max_seqlen_q=new, max_seqlen_k=max_k, num_sms=132)
+    _, workspace, launches = host.decide_attention(*CALLS["bf16"], **sizes, split_invariant=True)
+    launch = launches[-1]
+    tile_rows, kv_tile = launch["tile_rows"], 32
+    tiles = -(-new * (heads[0] // heads[1]) // tile_rows) * heads[1]
+    cost = tiles * (4 * -(-max_k // kv_tile) + 24)
+    assert bool(launch["whole_tiles"]) == whole == (cost >= 2**29)
+    assert launch["grid"] <= 264 and workspace * 4 < 2**28

@@ -26,11 +26,6 @@ from tests.support.compare import assert_same_bits
 from tests.support.sparse import sparse_problem
 from tests.support.tensors import EMPTY_OUTPUTS, int32, skip_slices_on, to_numpy, to_paddle
 
-#: Cache types that it takes.
-KINDS, FEW = (
-    [kind for kind in kinds if kind.code_of("k") == kind.code_of("v")]
-    for kinds in (CACHE_KINDS, FEW_KINDS)
-)
 #: (cached, new) tokens: prefill, chunks, decoding, drafts and a resting sequence in one step.
 MIXED = [(0, 5), (1023, 1), (320, 3), (0, 0), (64, 1), (1, 9), (0, 1), (70, 4)]
 SHORT = [(70, 3), (0, 4), (129, 1), (0, 0)]
@@ -39,7 +34,7 @@ SHORT = [(70, 3), (0, 4), (129, 1), (0, 0)]
 # --- the model ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", FEW, ids=str)
+@pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_model_of_a_full_list_is_that_of_all_keys(kind, granularity):
     paged = paged_problem(SHORT, kind=kind, sinks=np.array([0.4, -3.0, 1.5, 0.0], np.float32))
@@ -70,13 +65,13 @@ def test_the_mask_of_a_query():
 # --- the operator ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
 @pytest.mark.parametrize("granularity", [1, 16, 64])
 def test_every_cache_type(place, kind, granularity):
     sparse_problem(MIXED, kind=kind, granularity=granularity, width=12, seed=1).check(place)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", CACHE_KINDS, ids=str)
 @pytest.mark.parametrize("granularity", [64, 128])
 @pytest.mark.parametrize("dim", [64, 128, 192, 256])
 def test_lists_of_whole_blocks(place, kind, granularity, dim):
@@ -101,14 +96,7 @@ def test_whole_blocks_of_more_tokens_than_a_launch_has(place):
     sparse_problem([(300, 900), (70, 1)], granularity=64, width=5).check(place)
 
 
-@pytest.mark.parametrize("kind", ["block_wise_k8v4", "block_wise_kfp8v4"])
-def test_keys_and_values_of_different_codes(place, kind):
-    problem = sparse_problem(SHORT, kind=CacheKind(kind), granularity=64)
-    with pytest.raises(NotImplementedError, match=f"'{kind}', with keys and values of different"):
-        problem.run(place)
-
-
-@pytest.mark.parametrize("kind", FEW, ids=str)
+@pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 def test_head_dimensions(place, kind, dim):
     for granularity in (4, 32):
@@ -131,7 +119,7 @@ def test_granularities_windows_and_groups(place, kind, granularity, groups, wind
     ).check(place)
 
 
-@pytest.mark.parametrize("kind", FEW, ids=str)
+@pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
 @pytest.mark.parametrize(
     "heads", [(1, 1), (3, 3), (5, 5), (6, 2), (10, 5), (8, 2), (32, 2), (33, 3), (71, 1)], ids=str
 )
@@ -143,7 +131,7 @@ def test_query_head_groups(place, heads, kind):
         problem.check(place)
 
 
-@pytest.mark.parametrize("kind", FEW, ids=str)
+@pytest.mark.parametrize("kind", FEW_KINDS, ids=str)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_what_nobody_sees_may_be_nan(place, kind, granularity):
     seqs = [(400, 1), (129, 2), (0, 3)]
@@ -188,7 +176,7 @@ def test_logit_and_output_options(place, kind, options):
 
 
 @pytest.mark.parametrize("q_type", ["float16", "float32", "e4m3:tensor", "e4m3:token_head"])
-@pytest.mark.parametrize("kind", [kind for kind in FEW if kind != PLAIN], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind in FEW_KINDS if kind != PLAIN], ids=str)
 def test_query_types(place, kind, q_type):
     sparse_problem(SHORT, kind=kind, q_type=q_type, granularity=16).check(place)
 

@@ -209,6 +209,39 @@ def test_wrong_scales_of_a_layer_are_seen(name):
             sim.step()
 
 
+def episode_with(name, wanted) -> Simulation:
+    """The first episode of a kind whose layer has something."""
+    return next(sim for i in range(300) if wanted((sim := Simulation(name, SEED, i)).kind))
+
+
+def assert_some_step_fails(sim):
+    sim.check_all_always = True
+    with pytest.raises(AssertionError, match=SAYS):
+        for _ in range(400):
+            sim.step()
+
+
+@pytest.mark.parametrize("name", [KINDS[0], DYNAMIC[0], DYNAMIC[-1]])
+def test_steps_without_their_trees_are_seen(name):
+    sim = episode_with(name, lambda kind: kind.tree_size > 2)
+    sim.kind.mask = lambda step: {}
+    assert_some_step_fails(sim)
+
+
+@pytest.mark.parametrize("name", [KINDS[0], DYNAMIC[0], DYNAMIC[-1]])
+def test_other_first_tokens_beside_a_window_are_seen(name):
+    sim = episode_with(name, lambda kind: kind.apart and kind.windows[-1][1] == 5)
+    sim.kind.windows[-1] = (sim.kind.windows[-1][0], 4)
+    assert_some_step_fails(sim)
+
+
+@pytest.mark.parametrize("name", ["block_wise_int4-e4m3", "cache_fp8-e4m3"])
+def test_keys_without_their_feedback_are_seen(name):
+    sim = episode_with(name, lambda kind: kind.model.fed_back)
+    sim.kind.model.k_feedback = None
+    assert_some_step_fails(sim)
+
+
 def test_a_shared_block_that_is_not_copied_is_seen():
     """In some episode: the two requests must write other tokens at the same positions."""
     with pytest.raises(SEEN, match=SAYS):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from tests.support.holes import tree_masks
 from tests.support.simulation_kind import Kind, Step
 from tests.support.simulation_kinds import KINDS, make_kind
 
@@ -371,12 +372,30 @@ class Simulation:
         rows.append(self.kind.tokens(rng, padding))
         shared = 0 if captured else self._shared_prefix(works)
         tells = bool(shared) or rng.random() < 0.8
+        trees = None if captured else self._draw_trees(slots, new)
         step = Step(
-            cached, new, prefill, tables, np.concatenate(rows), padding, shared, tells, captured
+            cached,
+            new,
+            prefill,
+            tables,
+            np.concatenate(rows),
+            padding,
+            shared,
+            tells,
+            captured,
+            trees,
         )
         self.counts["cascades"] += shared > 0
         self.counts["replayed"] += captured
         return step
+
+    def _draw_trees(self, slots: int, new: np.ndarray) -> np.ndarray | None:
+        """What the new tokens of each slot see of each other, sometimes."""
+        size = self.kind.tree_size
+        if not size or self.rng.random() < 0.2:
+            return None
+        self.counts["trees"] += 1
+        return tree_masks(self.rng, new[:slots], size)
 
     def _shared_prefix(self, works: list[Work]) -> int:
         """Tokens that all sequences of a step have in the same blocks, sometimes."""
@@ -426,7 +445,9 @@ class Simulation:
             own = slice(int(ends[i]) - work.new, int(ends[i]))
             try:
                 self.kind.check_choice(own, request.blocks, *parts[:2])
-                self.kind.check(out[own], *parts)
+                prompt = step.trees is None or step.prefill[i]
+                tree = None if prompt else step.trees[i]  # type: ignore[index]
+                self.kind.check(out[own], *parts, **({} if tree is None else {"tree": tree}))
             except AssertionError as error:
                 raise AssertionError(
                     f"sequence {i} of {len(works)}: {work.new} new tokens after {request.done} "
@@ -454,6 +475,7 @@ COUNTED = (
     "swapped in",
     "rejected",
     "cascades",
+    "trees",
     "replayed",
     "ended",
     "idle",

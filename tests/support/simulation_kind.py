@@ -37,6 +37,7 @@ class Step:
     shared_prefix: int = 0  # tokens that all sequences read in the same blocks
     tells_lengths: bool = True  # the host's lengths
     captured: bool = False  # of the shape that a graph has
+    trees: np.ndarray | None = None  # [slots, N, N]: the new tokens that each of them sees
 
 
 #: Numbers that tokens are cut from: drawing each anew takes longer than attending to them.
@@ -56,6 +57,7 @@ class Kind:
     most_tokens = 230  # of a request
     most_chunk = 80
     has_cascade = False
+    tree_size = 0  # of the trees of drafts that a step has; 0: none
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -82,9 +84,20 @@ class Kind:
     def forward(self, meta: Any, rows: Any) -> Any:
         raise NotImplementedError
 
-    def check(self, out: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    def check(
+        self,
+        out: np.ndarray,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        tree: np.ndarray | None = None,
+    ) -> None:
         """Hold outputs of a sequence's last tokens to attention over its keys."""
         raise NotImplementedError
+
+    def mask(self, step: Step) -> dict[str, Any]:
+        """Fields of ForwardMeta for the step's trees of drafts."""
+        return {}
 
     def check_choice(self, rows: slice, blocks: list[int], q: np.ndarray, k: np.ndarray) -> None:
         """Hold what an indexer chose for these rows of the step, if there is one."""
@@ -123,6 +136,7 @@ class Kind:
             place=paddle.CPUPlace() if self.place == "cpu" else paddle.CUDAPlace(0),
             attn_backend=self.backend,
             step_use_cudagraph=step.captured,
+            **self.mask(step),
         )
         made._bounds = self._bounds(step)
         if not step.tells_lengths:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from fastattn import backends
-from fastattn.functional._cache_types import DYNAMIC_TYPES, TYPES
+from fastattn.functional._cache_types import DYNAMIC_TYPES, FEEDBACK_TYPES, TYPES
 from tests.support.serving import Model
 from tests.support.simulation_kind import Kind
 from tests.support.simulation_latent import Latent, Sparse
 from tests.support.simulation_paged import Paged
-from tests.support.tensors import BF16
+from tests.support.tensors import BF16, ONLY_COPIES_ON_GPU
 
 #: GQA caches: type and format of FP8 codes.
 PAGED = (
@@ -48,13 +48,33 @@ def make_kind(name: str, rng: np.random.Generator, place: str) -> tuple[Kind, st
     serving = {
         # A score that lacks a constant has another tanh.
         "softcap": 0.0 if options.get("centred") else float(rng.choice([0.0, 0.0, 5.0])),
-        "batch_invariant": bool(rng.random() < 0.3),
         "backend_class": backends.FlashAttentionBackend
         if rng.random() < 0.5
         else backends.AppendAttentionBackend,
     }
+    serving |= _invariant_or_holes(options, bool(serving["softcap"]), place, rng)
     model = Model(family, rest, **options)
     return Paged(model, place, **serving), f"{options}, {serving}"
+
+
+def _invariant_or_holes(
+    options: dict[str, Any], operators: bool, place: str, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Fixed bits, or masks with holes, which do not go together; or neither."""
+    way = int(rng.integers(4))
+    if way == 0:
+        return {"batch_invariant": True, "split_invariant": bool(rng.random() < 0.5)}
+    if way == 1:
+        serving: dict[str, Any] = {}
+        if options["window"]:
+            parts = [0.0, 0.5, 1.0] if options["kv_heads"] == 2 else [0.0, 1.0]
+            serving["part"] = float(rng.choice(parts))
+            serving["first"] = int(rng.choice([0, 1, 5, 70]))
+        # Backends refuse trees in a layer with a window, and invert the mask by Paddle's kernels.
+        if operators or not (options["window"] or (place == "gpu" and ONLY_COPIES_ON_GPU)):
+            serving["tree_size"] = int(rng.choice([0, 2, 4, 6]))
+        return serving
+    return {}
 
 
 def _draw(quant_type: str, fp8_format: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -88,6 +108,8 @@ def _draw(quant_type: str, fp8_format: str, rng: np.random.Generator) -> dict[st
     if fp8_format != "e5m2":  # such keys are neither rotated nor centred
         options["centred"] = one_in(4)
         options["k_rotation"] = "hadamard" if one_in(3) else None
+        if quant_type in FEEDBACK_TYPES and not options.get("per_channel"):
+            options["fed_back"] = one_in(2)
     if not (options.get("centred") and options["sinks"]) and one_in(4):
         options["q_quant"] = str(rng.choice(["per_tensor", "per_token_head"]))
     return options

@@ -11,12 +11,13 @@ import fastattn.functional as F
 from fastattn import backends
 from fastattn.reference import attention
 from fastattn.reference.cache import dynamic_scales, static_scales, written_scales
+from fastattn.reference.feedback import codes_with_feedback
 from fastattn.reference.hadamard import hadamard, hadamard_matrix, transform_key
 from fastattn.reference.numerics import from_codes, quantize
 from fastattn.reference.rope import quantize_q, rope_qkv
 from tests.support.bounds import assert_error_ratio
 from tests.support.serving import MAX_MODEL_LEN, Model
-from tests.support.simulation_kind import Kind, noise
+from tests.support.simulation_kind import Kind, Step, noise
 from tests.support.tensors import to_numpy
 
 
@@ -34,7 +35,13 @@ class Paged(Kind):
     place : str
     softcap : float
         Only the operators have it, so that a value above 0 means them.
-    batch_invariant : bool
+    batch_invariant, split_invariant : bool
+    part : float
+        ``head_wise_swa_ratio``, the part of the heads that have the model's window; 0 means all.
+    first : int
+        ``sink_size``, the first tokens that stay visible beside the window.
+    tree_size : int
+        Tokens of the trees that drafts are; 0 means that there are none.
     backend_class : type
     """
 
@@ -45,26 +52,37 @@ class Paged(Kind):
         *,
         softcap: float = 0.0,
         batch_invariant: bool = False,
+        split_invariant: bool = False,
+        part: float = 0.0,
+        first: int = 0,
+        tree_size: int = 0,
         backend_class: type = backends.FlashAttentionBackend,
     ) -> None:
         super().__init__(place)
         self.model, self.dtype, self.softcap = model, model.dtype, softcap
-        self.batch_invariant = batch_invariant
+        self.invariant = {"batch_invariant": batch_invariant, "split_invariant": split_invariant}
+        self.tree_size = tree_size
         self.rotary = self.on(model.table)
-        self.has_cascade = not (softcap or batch_invariant or model.window)
+        self.has_cascade = not (softcap or batch_invariant or model.window or tree_size)
+        # Of each KV head: the keys before a query that it sees, and the first ones.
+        whole = round((1 - part) * model.kv_heads) if part else 0
+        self.windows = [(-1, 0)] * whole
+        self.windows += [(model.window - 1, first)] * (model.kv_heads - whole)
+        self.apart = bool(model.window and (part or first))
         config = backends.make_config(
             max_model_len=MAX_MODEL_LEN,
             num_key_value_heads=model.kv_heads,
             window_size=model.window,
             partial_rotary_factor=(model.rotary_dim or model.head_dim) / model.head_dim,
         )
+        config.model_config.head_wise_swa_ratio, config.model_config.sink_size = part, first
         self._shapes = backend_class(
             config,
             model.kv_heads,
             model.heads,
             model.head_dim,
             q_quant=model.q_quant,
-            batch_invariant=batch_invariant,
+            **self.invariant,
         )
         self.backend = None if softcap else self._shapes
         self.tensors = {
@@ -78,8 +96,10 @@ class Paged(Kind):
                 "k_norm_weight",
                 "sink_logits",
                 "q_scale",
+                "k_feedback",
             )
         }
+        self.tensors["windows"] = self.on(np.array(self.windows, np.int32)) if self.apart else None
         self.layer = self._make_layer()
 
     def _make_layer(self) -> backends.AttentionLayer:
@@ -92,6 +112,7 @@ class Paged(Kind):
             cache_v_out_scale=tensors["v_scales"],
             cache_k_rotation=model.k_rotation,
             cache_k_center=tensors["k_center"],
+            cache_k_feedback=tensors["k_feedback"],
             use_neox_rotary_style=model.neox,
             qkv_bias=tensors["qkv_bias"],
             q_norm_weight=tensors["q_norm_weight"],
@@ -131,7 +152,7 @@ class Paged(Kind):
             qkv_bias=model.qkv_bias,
         )
         written = transform_key(k, model.rotation, model.k_center)
-        keys = self._stored("k", written, model.k_scales)
+        keys = self._stored("k", written, model.k_scales, model.k_feedback)
         center = model.k_center
         if model.rotation != "none":  # scores are those of rotated queries and keys
             q = hadamard(q).astype(self.dtype)
@@ -145,7 +166,13 @@ class Paged(Kind):
             q = q * (descale if descale.ndim == 1 else descale[..., None]).astype(np.float64)
         return q, keys, self._stored("v", v, model.v_scales)
 
-    def _stored(self, kind: str, x: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    def _stored(
+        self,
+        kind: str,
+        x: np.ndarray,
+        scales: np.ndarray | None,
+        feedback: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Values of K ("k") or V ("v") [n, KV, D] as the cache gives them back."""
         model = self.model
         if model.cache_quant_type == "none":
@@ -157,8 +184,22 @@ class Paged(Kind):
             own = written_scales(x, model.cache_quant_type, model.scale_dtype, kind)
             multiplier = dynamic_scales(own, model.cache_quant_type)
         code = model.code_of(kind)
-        codes = quantize(x, multiplier, code)
+        if feedback is None:
+            codes = quantize(x, multiplier, code)
+        else:
+            codes = codes_with_feedback(x * (np.float32(1) / multiplier), feedback, code)
         return from_codes(codes, code).astype(np.float64) * multiplier
+
+    def mask(self, step: Step) -> dict[str, Any]:
+        """As FastDeploy has it: true hides. Rows of a prompt, and the first column, say nothing."""
+        if step.trees is None:
+            return {}
+        hidden = ~step.trees
+        garbage = np.random.default_rng(int(step.new.sum())).random(hidden.shape) < 0.5
+        hidden[:, :, 0] = garbage[:, :, 0]
+        prompts = np.flatnonzero(np.array(step.prefill, bool))
+        hidden[prompts] = garbage[prompts]
+        return {"attn_mask": self.on(hidden)}
 
     def forward(self, meta: Any, rows: Any) -> Any:
         if self.backend is not None:
@@ -198,6 +239,7 @@ class Paged(Kind):
             batch_id_per_token=meta.batch_id_per_token,
             k_rotation=model.rotation,
             k_center=tensors["k_center"],
+            k_feedback=tensors["k_feedback"],
             q_rotation=model.rotation if quantises else "none",
             **types,
         )
@@ -209,32 +251,61 @@ class Paged(Kind):
             *seqs,
             *meta._bounds,
             q_descale=descale,
-            window_size=(model.window - 1, -1),
+            window_size=(-1 if self.apart else model.window - 1, -1),
+            head_windows=tensors["windows"],
+            tree_mask=self._tree_mask(meta),
             softcap=self.softcap,
             sinks=tensors["sink_logits"],
-            batch_invariant=self.batch_invariant,
+            **self.invariant,
             k_rotation="none" if quantises else model.rotation,
             k_center=None if quantises else tensors["k_center"],
             **types,
             **(options if quantises else {}),
         )
 
-    def check(self, out: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+    def _tree_mask(self, meta: Any) -> Any:
+        """The operator's mask: what a token sees, and all of it for a prompt."""
+        given = getattr(meta, "attn_mask", None)
+        if given is None:
+            return None
+        sees = ~to_numpy(given)
+        sees[:, :, 0] = True
+        sees[to_numpy(meta.seq_lens_encoder).reshape(-1)[: len(sees)] > 0] = True
+        return self.on(sees)
+
+    def _dense(self, head: int, q, k, v, tree, precision: str) -> np.ndarray:
+        """Attention of a KV head's queries, [n, H / KV, D]."""
+        model, group = self.model, self.model.heads // self.model.kv_heads
+        own, queries = slice(head, head + 1), slice(head * group, (head + 1) * group)
+        visible = attention.attention_mask(
+            len(q), len(k), causal=True, head_window=self.windows[head], tree_mask=tree
+        )
+        out, _ = attention.dense_attention(
+            q[:, queries],
+            k[:, own],
+            v[:, own],
+            visible,
+            softmax_scale=model.head_dim**-0.5,
+            softcap=self.softcap,
+            sinks=None if model.sink_logits is None else model.sink_logits[queries],
+            precision=precision,
+        )
+        return out
+
+    def check(
+        self,
+        out: np.ndarray,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        tree: np.ndarray | None = None,
+    ) -> None:
         model = self.model
-        window = (model.window - 1, -1)
-        visible = attention.attention_mask(len(q), len(k), causal=True, window_size=window)
         dtype = "float16" if self.dtype == np.float16 else "bfloat16"
         exact, naive = (
-            attention.dense_attention(
-                q,
-                k,
-                v,
-                visible,
-                softmax_scale=model.head_dim**-0.5,
-                softcap=self.softcap,
-                sinks=model.sink_logits,
-                precision=precision,
-            )[0]
+            np.concatenate(
+                [self._dense(head, q, k, v, tree, precision) for head in range(model.kv_heads)], 1
+            )
             for precision in ("float64", dtype)
         )
         out = out.reshape(exact.shape)

@@ -34,10 +34,11 @@ namespace fastattn::cuda::sparse {
 
 inline constexpr int kHeads = 8;  // of a CTA, at most
 
-template <DType kCode_, Scales kScales_, int kMaxDim_>
+template <DType kCode_, DType kValue_, Scales kScales_, int kMaxDim_>
 struct Traits {
   using Side = SideFormat<kCode_, kScales_>;
-  static constexpr DType kCode = kCode_;
+  static constexpr DType kCode = kCode_;    // of K
+  static constexpr DType kValue = kValue_;  // of V
   static constexpr int kMaxDim = kMaxDim_;
   static constexpr int kPairs = kMaxDim / 64;  // of channels, of a lane
   static constexpr bool kQuantized = Side::kQuantized;
@@ -45,6 +46,7 @@ struct Traits {
   static constexpr int kWarps = kMaxDim > 128 ? 8 : kQuantized ? 16 : 12;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr bool kNibbles = Side::kNibbles;
+  static constexpr bool kValueNibbles = SideFormat<kValue, kScales_>::kNibbles;
   static constexpr bool kGrouped = Side::kGrouped;
   static constexpr int kGroup = kGrouped ? Side::kGroup : 32;    // channels of a scale
   static constexpr int kPieceValues = 128 / InfoOf(kCode).bits;  // channels of 16 bytes
@@ -231,7 +233,7 @@ __device__ __forceinline__ void Weigh(const AttentionParams& a, const Work& work
 template <class T>
 struct Values {
   uint32_t even[T::kQuantized ? 4 : 16];  // nibbles and 16-bit values: both channels
-  uint32_t odd[T::kQuantized && !T::kNibbles ? 4 : 1];
+  uint32_t odd[T::kQuantized && !T::kValueNibbles ? 4 : 1];
 };
 
 // `seen`: a bit for each of the unit's columns.
@@ -270,9 +272,9 @@ __device__ __forceinline__ Values<T> LoadValues(const PagedCache& cache, const i
   } else {
     const auto* value = static_cast<const uint8_t*>(cache.value);
     const int64_t stride = cache.value_strides.row;
-    const int row = T::kNibbles ? pair : 2 * pair;
+    const int row = T::kValueNibbles ? pair : 2 * pair;
     LoadPlane(value + row * stride, offsets, wide, seen, values.even);
-    if constexpr (!T::kNibbles) {
+    if constexpr (!T::kValueNibbles) {
       LoadPlane(value + (row + 1) * stride, offsets, wide, seen, values.odd);
     }
   }
@@ -286,14 +288,14 @@ __device__ __forceinline__ void Widen(const Values<T>& values, int quad, float (
   if constexpr (!T::kQuantized) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      PairToFloat<T::kCode>(values.even[4 * quad + i], &even[i], &odd[i]);
+      PairToFloat<T::kValue>(values.even[4 * quad + i], &even[i], &odd[i]);
     }
-  } else if constexpr (T::kNibbles) {
-    Quad<T::kCode>::ToFloat(values.even[quad] & 0x0F0F0F0Fu, even);
-    Quad<T::kCode>::ToFloat(values.even[quad] >> 4 & 0x0F0F0F0Fu, odd);
+  } else if constexpr (T::kValueNibbles) {
+    Quad<T::kValue>::ToFloat(values.even[quad] & 0x0F0F0F0Fu, even);
+    Quad<T::kValue>::ToFloat(values.even[quad] >> 4 & 0x0F0F0F0Fu, odd);
   } else {
-    Quad<T::kCode>::ToFloat(values.even[quad], even);
-    Quad<T::kCode>::ToFloat(values.odd[quad], odd);
+    Quad<T::kValue>::ToFloat(values.even[quad], even);
+    Quad<T::kValue>::ToFloat(values.odd[quad], odd);
   }
 }
 
@@ -518,12 +520,12 @@ cudaError_t Launch(const SparseAttentionParams& p, cudaStream_t stream) {
 
 namespace fastattn::cuda {
 
-template <DType kCode, Scales kScales>
+template <DType kCode, DType kValue, Scales kScales>
 cudaError_t LaunchSparseVariant(const SparseAttentionParams& p, cudaStream_t stream) {
   if (p.attention.head_dim <= 128) {
-    return sparse::Launch<sparse::Traits<kCode, kScales, 128>>(p, stream);
+    return sparse::Launch<sparse::Traits<kCode, kValue, kScales, 128>>(p, stream);
   }
-  return sparse::Launch<sparse::Traits<kCode, kScales, 256>>(p, stream);
+  return sparse::Launch<sparse::Traits<kCode, kValue, kScales, 256>>(p, stream);
 }
 
 }  // namespace fastattn::cuda

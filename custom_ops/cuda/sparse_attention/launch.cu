@@ -12,7 +12,7 @@ cudaError_t LaunchSparseAttention(const SparseAttentionParams& p, cudaStream_t s
   cudaError_t status = cudaErrorInvalidValue;
   const bool grouped = HasGroupScales(a.cache.type);
   const std::tuple wanted{
-      Wanted{"elements of the cache", a.cache.dtype},
+      Wanted{"elements of the cache", a.cache.dtype}, Wanted{"values", a.cache.value_dtype},
       Wanted{"scales of the cache", grouped ? FormatOf(a.cache.type).scales : Scales::kStatic}};
   dispatch(SparseInstances{}, wanted, [&](auto... arguments) {
     status = LaunchSparseVariant<decltype(arguments)::value...>(p, stream);

@@ -19,7 +19,7 @@ cudaError_t LaunchListTables(const SparseAttentionParams& p, const ListTables& t
                              cudaStream_t stream);
 
 // kScales: scales of groups, or kStatic for all other ones, which a kernel tells apart itself.
-template <DType kCode, Scales kScales>
+template <DType kCode, DType kValue, Scales kScales>
 cudaError_t LaunchSparseVariant(const SparseAttentionParams& p, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

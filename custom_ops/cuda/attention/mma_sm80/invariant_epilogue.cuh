@@ -156,7 +156,8 @@ __device__ __forceinline__ void FinishRound(const AttentionParams& p, const Atte
       out[pass] = end.first ? split : FoldValues(before, split, weights[pass]);
       if (end.last) {
         if (infos[packed_row].out >= 0) {
-          StoreOutput(p, segment.head, infos[packed_row].out, channel, out[pass], factor[pass]);
+          StoreOutput(p, segment.head, infos[packed_row].out, channel, DoneValues(out[pass]),
+                      factor[pass]);
         }
       } else if (end.leaves || !Total::kInRegisters) {
         *reinterpret_cast<float4*>(end.total + at) = out[pass];

@@ -25,9 +25,9 @@ __device__ __forceinline__ const int4* HeaderOf(const InvariantTask& task, int c
 }
 
 // Lists the `missing` results of the work tile that CTA `first - 1` left, as slots of the
-// workspace. A warp looks at 32 CTAs at a time: some have no split at all.
-__device__ __forceinline__ void ListResults(const InvariantTask& task, int first, int ctas,
-                                            int missing, int* slots) {
+// workspace. Returns how many there are. A warp looks at 32 CTAs at a time: some have no split.
+__device__ __forceinline__ int ListResults(const InvariantTask& task, int first, int ctas,
+                                           int missing, int* slots) {
   const int lane = threadIdx.x;
   int found = 0;
   for (int base = first; found < missing && base < ctas; base += 32) {
@@ -39,18 +39,20 @@ __device__ __forceinline__ void ListResults(const InvariantTask& task, int first
       const int other = __shfl_up_sync(0xFFFFFFFFu, sum, step);
       if (lane >= step) sum += other;
     }
-    // Those behind the missing ones are of another work tile.
+    // The next results are of another work tile.
     for (int i = 0, at = found + sum - results; i < results && at < missing; ++i, ++at) {
       slots[at] = task.FirstResult(cta) + i;
     }
     found += __shfl_sync(0xFFFFFFFFu, sum, 31);
   }
+  return min(found, missing);
 }
 
 __global__ void __launch_bounds__(kThreads)
     MergeInvariantKernel(const __grid_constant__ AttentionParams p,
                          const __grid_constant__ InvariantTask task, int tile_rows) {
   __shared__ int slots[kMostResults];
+  __shared__ int listed;
   if (task.work.overlaps_previous) {
     PdlBeginConcurrent();
   } else {
@@ -59,10 +61,11 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int cta = static_cast<int>(blockIdx.x);
   const int4 header = __ldcg(HeaderOf(task, cta));
-  const int missing = min(header.x, kMostResults);
-  if (missing > 0) {
+  if (header.x > 0) {
     if (threadIdx.x < 32) {
-      ListResults(task, cta + 1, static_cast<int>(gridDim.x), missing, slots);
+      const int found = ListResults(task, cta + 1, static_cast<int>(gridDim.x),
+                                    min(header.x, kMostResults), slots);
+      if (threadIdx.x == 0) listed = found;
     }
     const int head_dim = ValueDim(p.head_dim), quads = head_dim / 4;
     const int place = static_cast<int>(blockIdx.y * kThreads + threadIdx.x);
@@ -84,6 +87,7 @@ __global__ void __launch_bounds__(kThreads)
         PackedRowOf(task.work, shape, header.z, header.w * tile_rows + packed_row);
     const float value_scale = ValueScale(p, header.y, header.z);
     __syncthreads();
+    const int missing = listed;
     for (int first = 0; first < missing; first += kBatch) {
       float4 values[kBatch];
       float2 states[kBatch];
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(kThreads)
     if (info.valid && place == index) {
       const float factor = FinishPackedRow(p, info, value_scale, sums.x, sums.y, quad == 0);
       const int64_t out = (static_cast<int64_t>(info.token) * p.num_heads + info.head) * head_dim;
-      StoreOutput(p, header.z, out, 4 * quad, total, factor);
+      StoreOutput(p, header.z, out, 4 * quad, DoneValues(total), factor);
     }
   }
   if (task.work.overlaps_previous) PdlEndConcurrent();

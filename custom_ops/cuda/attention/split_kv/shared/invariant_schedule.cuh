@@ -34,8 +34,8 @@ struct KeySplits {
   }
 };
 
-// Cost of a work tile beside its keys, in quarters of a KV tile.
-inline constexpr uint32_t kTileCost = 24;
+inline constexpr uint32_t kTileCost = kWorkTileQuarters;
+static_assert(kMostSharedCost < kMostCost / 2, "a task of many work tiles would be left out");
 
 __device__ __forceinline__ uint64_t CostOfWorkTile(const InvariantTask& task, const SeqWork& work) {
   return task.whole_tiles ? 1 : 4ull * work.kv_tiles + kTileCost;
@@ -171,11 +171,12 @@ __device__ __forceinline__ Segment MakeInvariantSegment(const AttentionParams& p
   if (schedule.stride > 1) s.tile = work.tiles - 1 - s.tile;
   SetVisibleKeys<kTileRows>(p, task.work, &s);
   const KeySplits<kKvTile> splits{task.most_splits};
-  // What the work tile sees of its sequence's splits.
-  const int own_begin = s.seen_by_any.begin / kKvTile;
+  // What the work tile sees of its sequence's splits. One that sees no key has the first split
+  // only, and other CTAs leave nothing of it. mask_offsets may be negative.
+  const int own_begin = max(s.seen_by_any.begin, 0) / kKvTile;
   const int own_end = max((s.seen_by_any.end + kKvTile - 1) / kKvTile, own_begin);
-  const int own_last = splits.Of(max(own_end - 1, own_begin));
   const int first = splits.Of(work.first);
+  const int own_last = own_end > own_begin ? splits.Of(own_end - 1) : first;
   const bool begins = work_tile != schedule.begin.work_tile || schedule.begin.split == 0;
   const int begin = begins ? first : first + schedule.begin.split;
   const bool cut = work_tile == schedule.end.work_tile && first + schedule.end.split <= own_last;

@@ -35,4 +35,11 @@ __device__ __forceinline__ float4 FoldValues(float4 total, float4 split, const F
                      Add(Mul(total.w, w.total), Mul(split.w, w.split)));
 }
 
+// A sum that is done, with +0 for -0: a split without keys, whose values are +0, turns -0 into +0,
+// and it must not matter whether there is one.
+__device__ __forceinline__ float4 DoneValues(float4 total) {
+  return make_float4(Add(total.x, 0.0f), Add(total.y, 0.0f), Add(total.z, 0.0f),
+                     Add(total.w, 0.0f));
+}
+
 }  // namespace fastattn::cuda
