@@ -79,6 +79,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quality gemma": quality.gemma3,
     "quality smollm feedback": quality.smollm2_feedback,
     "quality gemma feedback": quality.gemma3_feedback,
+    "quality smollm mix": quality.smollm2_mix,
+    "quality gemma mix": quality.gemma3_mix,
     "quality smollm gpu": quality.smollm2_gpu,
     "quality needles": quality.needles,
     "quality both": quality.both,

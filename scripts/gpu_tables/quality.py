@@ -92,6 +92,16 @@ def gemma3_feedback(results: Results) -> str:
     return _table(results, "gemma3-270m-feedback")
 
 
+def smollm2_mix(results: Results) -> str:
+    """SmolLM2-135M with types of its own for each layer."""
+    return _table(results, "smollm2-mix")
+
+
+def gemma3_mix(results: Results) -> str:
+    """Gemma 3 270M with types of its own for each layer."""
+    return _table(results, "gemma3-270m-mix")
+
+
 def smollm2_gpu(results: Results) -> str:
     """Rows of SmolLM2-135M with caches and attention on an H100."""
     return _table(results, "smollm2-h100")
