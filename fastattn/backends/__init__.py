@@ -1,6 +1,7 @@
 """Attention backends that a FastDeploy-like server plugs in."""
 
 from fastattn.backends.base import AttentionBackend, AttentionMetadata
+from fastattn.backends.block_sparse import BlockChoice, BlockSparseAttentionBackend
 from fastattn.backends.convert import convert_caches
 from fastattn.backends.dsa import DSAAttentionBackend
 from fastattn.backends.forward_meta import ForwardMeta, ForwardMode
@@ -19,6 +20,8 @@ __all__ = [
     "AttentionBackend",
     "AttentionLayer",
     "AttentionMetadata",
+    "BlockChoice",
+    "BlockSparseAttentionBackend",
     "DSAAttentionBackend",
     "FlashAttentionBackend",
     "FlashMaskAttentionBackend",

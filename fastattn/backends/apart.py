@@ -63,10 +63,10 @@ class StepTensors:
     windows: Any
     plan: Any
 
-    def write(self, options: dict[str, Any]) -> tuple[Any, Any]:
-        """Run ``rope_write_cache_kv``. Returns Q and its scales."""
+    def write(self, options: dict[str, Any], rotates: bool = True) -> tuple[Any, Any]:
+        """Run ``rope_write_cache_kv``. Returns Q and its scales. `rotates`: Q, too, like K."""
         write: dict[str, Any] = {name: x for name, x in options.items() if name not in _ATTENDS}
-        if not _left_to_attention(options):
+        if rotates and not _left_to_attention(options):
             write["q_rotation"] = options["k_rotation"]
         tables, starts, cached, new = self.seqs
         return functional.rope_write_cache_kv(

@@ -124,6 +124,11 @@ class PagedAttentionBackend(AttentionBackend):
 
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
 
+    #: Whether every step is two operators or more, with an attention of the class's own.
+    apart = False
+    #: Whether the writer rotates Q where it rotates K.
+    rotates_queries = True
+
     def __init__(
         self,
         fd_config: Any,
@@ -311,15 +316,17 @@ class PagedAttentionBackend(AttentionBackend):
         self._refuse_masks(mask, trees, windows, facts.window)
         plan = _cascade_plan(forward_meta, metadata)
         holes = trees is not None or windows is not None
-        if plan is not None or self._signals is not None or holes:
+        if plan is not None or self._signals is not None or holes or self.apart:
             step = StepTensors(
                 *(qkv, key, value, table, seqs, lengths, batch_ids, scales, mask),
                 *(trees, windows, plan),
             )
-            query = step.write(facts.options)
+            query, q_descale = step.write(facts.options, self.rotates_queries)
             if self._signals is not None:
                 self._signals.send(key, value, layer, forward_meta)
-            return step.attend(facts.options, *query)
+            if self.apart:
+                return self._attend(step, facts.options, query, layer)
+            return step.attend(facts.options, query, q_descale)
         options, bound = facts.step if mask is None else facts.masked_step
         return run_step(
             options,
@@ -335,6 +342,10 @@ class PagedAttentionBackend(AttentionBackend):
             cache_v_scales=scales[1],
             mask_offsets=mask,
         )
+
+    def _attend(self, step: StepTensors, options: dict[str, Any], query: Any, layer: Any) -> Any:
+        """The attention of a backend whose steps are always apart."""
+        raise NotImplementedError
 
     def attend(self, qkv: Any, layer: Any, forward_meta: Any) -> Any:
         """Attention of one layer: :meth:`forward_mixed` without the arguments that it ignores.

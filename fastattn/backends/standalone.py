@@ -112,6 +112,10 @@ class AttentionLayer:
         The constant that is subtracted from K before it is stored.
     cache_k_feedback : Tensor, shape [KV, D, D], float32, optional
         Error feedback of the writer, for keys of this rotation.
+    cache_k_summaries : Tensor, optional
+        Summaries of the layer's key blocks, for :class:`BlockSparseAttentionBackend`.
+    cache_k_pool_weights : Tensor, shape [KV, granularity, D], float32, optional
+        Weights of ``"pooled"`` summaries.
     q_norm_weight, k_norm_weight : Tensor, optional
         RMSNorm of Q and K heads, after the rotation.
     qk_norm_before_rope : bool
@@ -131,6 +135,8 @@ class AttentionLayer:
     cache_k_rotation: str | None = None
     cache_k_center: Any = None
     cache_k_feedback: Any = None
+    cache_k_summaries: Any = None
+    cache_k_pool_weights: Any = None
     use_neox_rotary_style: bool = False
     qkv_bias: Any = None
     q_norm_weight: Any = None

@@ -26,7 +26,7 @@ def test_block_runs(code):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def test_the_tables_are_complete():
