@@ -4,12 +4,13 @@
     python -m fastattn bench --op paged_attention --json run1.json    # five times, in one go
     python benchmarks/gate.py run1.json run2.json run3.json run4.json run5.json
 
-A row is an operator with a shape. Its time is the median over the given runs, and half of the
-distance from the fastest to the slowest run is its noise. The row is slower if its time less its
-noise is more than 2 % above the committed time. Times of another GPU are no baseline, and
---baseline takes other reports than those of benchmarks/results.
+A row is an operator with a shape. Its time is the median over the given runs, and its noise the
+median distance of the runs from it. The row is slower if its time less its noise is more than 2 %
+above the committed time. Times of another GPU are no baseline, and --baseline takes other reports
+than those of benchmarks/results.
 
-Exit status: 0 if no row is slower, 1 if one is, 2 if there is nothing to compare.
+Exit status: 1 if a row is slower, if a run lacks a row of another run, or if a benchmark of a run
+ended early; 2 if there is nothing to compare; otherwise 0.
 """
 
 from __future__ import annotations
@@ -85,19 +86,30 @@ def compare(runs: Sequence[Report], committed: dict[Key, Committed]) -> list[Com
         for key, us in own.items():
             times.setdefault(key, []).append(us)
     rows = [
-        Compared(key, statistics.median(us), (max(us) - min(us)) / 2, committed[key])
+        Compared(key, statistics.median(us), _noise(us), committed[key])
         for key, us in times.items()
         if key in committed and len(us) == len(runs)
     ]
     return sorted(rows, key=lambda row: -row.excess)
 
 
-def missing(runs: Sequence[Report], committed: dict[Key, Committed]) -> list[Key]:
-    """Committed rows of the runs' operators that not every run has."""
-    ops = {row.op for run in runs for row in run.rows}
-    have = [{(row.op, row.shape) for row in run.rows} for run in runs]
-    wanted = [key for key in committed if key[0] in ops]
-    return sorted(key for key in wanted if not all(key in rows for rows in have))
+def _noise(times: Sequence[float]) -> float:
+    """Median distance from the median: one run beside the others does not move it."""
+    middle = statistics.median(times)
+    return statistics.median(abs(us - middle) for us in times)
+
+
+def lost(runs: Sequence[Report]) -> list[Key]:
+    """Rows that some runs have and others lack."""
+    have: list[set[Key]] = [{(row.op, row.shape) for row in run.rows} for run in runs]
+    return sorted(key for key in set[Key]().union(*have) if not all(key in own for own in have))
+
+
+def not_run(runs: Sequence[Report], committed: dict[Key, Committed]) -> int:
+    """Number of committed rows of the runs' operators that no run has."""
+    have = {(row.op, row.shape) for run in runs for row in run.rows}
+    ops = {op for op, _ in have}
+    return sum(key[0] in ops and key not in have for key in committed)
 
 
 def _gpu_of(runs: Sequence[Report]) -> str:
@@ -136,11 +148,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"+- {row.noise:.2f}, {row.committed.us:.2f} at {row.committed.commit} "
             f"({row.committed.date[:10]})"
         )
-    lost = missing(runs, committed)
-    for op, shape in lost:
+    gone = lost(runs)
+    for op, shape in gone:
         print(f"not in every run: {op}, {shape}")
-    print(f"{gpu}: {len(rows)} rows, {len(slower)} slower by more than {100 * ALLOWED:.0f} %")
-    return 1 if slower else 0
+    failed = {name: why for run in runs for name, why in run.failed.items()}
+    for name, why in failed.items():
+        print(f"ended early: {name}: {why}")
+    print(
+        f"{gpu}: {len(rows)} rows, {len(slower)} slower by more than {100 * ALLOWED:.0f} %; "
+        f"{not_run(runs, committed)} committed rows of these operators were not run"
+    )
+    return 1 if slower or gone or failed else 0
 
 
 if __name__ == "__main__":

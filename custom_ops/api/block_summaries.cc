@@ -216,7 +216,7 @@ FASTATTN_OPERATOR(Outputs, kSelect, SelectKeyBlocks, SelectedResults,
   p.selected = MutableData<int>(selected);
 #if defined(FASTATTN_WITH_CUDA)
   if (IsGpu(place)) {
-    if (p.selected != nullptr) SelectOnGpu(p, selected, place);
+    if (selected.numel() > 0) SelectOnGpu(p, selected, place);
     return {selected};
   }
 #endif

@@ -9,6 +9,8 @@ from fastattn import _views, functional
 from fastattn.backends.apart import StepTensors
 from fastattn.backends.config import BLOCK_SIZE
 from fastattn.backends.paged import PagedAttentionBackend
+from fastattn.functional._attributes import check_int
+from fastattn.functional.topk import MAX_K
 
 _GRANULARITIES = (16, 32, 64, 128)
 _KINDS = ("mean", "minmax", "pooled")
@@ -23,7 +25,7 @@ class BlockChoice:
     Attributes
     ----------
     k : int
-        Key blocks of a query and KV head, `first_blocks` and `last_blocks` included.
+        Key blocks of a query and KV head, `first_blocks` and `last_blocks` included; at most 4096.
     granularity : {16, 32, 64, 128}
         Tokens of a key block. Blocks of 64 and 128 tokens have the fastest kernel on a GPU.
     kind : {"mean", "minmax", "pooled"}
@@ -35,6 +37,8 @@ class BlockChoice:
 
     Raises
     ------
+    TypeError
+        If a number is not an integer.
     ValueError
         If an attribute is out of range.
     """
@@ -47,6 +51,9 @@ class BlockChoice:
     last_blocks: int = 2
 
     def __post_init__(self) -> None:
+        check_int("BlockChoice", "k", self.k, 1, MAX_K)
+        check_int("BlockChoice", "first_blocks", self.first_blocks, 0)
+        check_int("BlockChoice", "last_blocks", self.last_blocks, 1)
         for name, values in (
             ("granularity", _GRANULARITIES),
             ("kind", _KINDS),
@@ -56,11 +63,6 @@ class BlockChoice:
             if value not in values:
                 listed = ", ".join(map(str, values))
                 raise ValueError(f"BlockChoice: {name}: expected one of {listed}, got {value!r}")
-        if self.first_blocks < 0 or self.last_blocks < 1:
-            raise ValueError(
-                "BlockChoice: expected first_blocks of at least 0 and last_blocks of at least 1, "
-                f"got {self.first_blocks} and {self.last_blocks}"
-            )
         if self.k < self.first_blocks + self.last_blocks:
             raise ValueError(
                 f"BlockChoice: k: expected at least first_blocks + last_blocks = "
@@ -100,6 +102,8 @@ class BlockSparseAttentionBackend(PagedAttentionBackend):
     ) -> None:
         super().__init__(fd_config, kv_num_heads, num_heads, head_dim)
         self.choice = choice
+        if not self.config.causal:
+            self._refuse("model_config.causal = False")
         if self.batch_invariant:
             self._refuse("batch_invariant, FastDeploy's deterministic mode,")
         if self._programs is not None:

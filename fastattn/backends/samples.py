@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import logging
 import os
 from typing import Any
@@ -50,7 +51,7 @@ class SampleWriter:
 
     def __init__(self, settings: env.SampleSettings, rank: int) -> None:
         self.settings, self.rank = settings, rank
-        self.written = 0
+        self.written = self._number = 0
         self._meta: Any = None
         self._seq = -1
         self._tokens = 0
@@ -74,27 +75,43 @@ class SampleWriter:
         """
         if not paddle.in_dynamic_mode() or self.written == self.settings.texts:
             return
-        if self._meta is not meta or layer.layer_id in self._layers:
+        try:
+            self._take(qkv, rotary_embs, options, layer.layer_id, meta)
+        except Exception as error:  # a full disk, say: the server goes on without samples
+            LOGGER.warning("FASTATTN_SAMPLES: %s: no more samples are written", error)
+            self.written = self.settings.texts
+            self._arrays = {}
+
+    def _take(
+        self, qkv: Any, rotary_embs: Any, options: dict[str, Any], layer_id: int, meta: Any
+    ) -> None:
+        if self._meta is not meta or layer_id in self._layers:
             self.flush()
             self._begin(meta)
+        self._layers.add(layer_id)
         if self._seq < 0 or self.written == self.settings.texts:
             return
-        self._layers.add(layer.layer_id)
         q, k, v = self._project(qkv, rotary_embs, options)
-        name = f"layers.{layer.layer_id}."
+        name = f"layers.{layer_id}."
         self._arrays |= {f"{name}query": q[-_QUERIES:], f"{name}key": k, f"{name}value": v}
 
     def flush(self) -> None:
-        """Write the text of the last step that had one."""
+        """Write the text of the last step that had one, under the first free number."""
         if not self._arrays:
             return
         self.settings.folder.mkdir(parents=True, exist_ok=True)
         part = f"-rank{self.rank}" if self.rank else ""
-        path = self.settings.folder / f"text{self.written}{part}.npz"
-        waiting = path.with_suffix(f".{os.getpid()}")  # nobody reads half of a file
+        waiting = self.settings.folder / f".{os.getpid()}{part}"  # nobody reads half of a file
         with waiting.open("wb") as file:
             np.savez(file, **self._arrays)  # type: ignore[arg-type]
-        waiting.replace(path)
+        for number in itertools.count(self._number):
+            try:
+                os.link(waiting, self.settings.folder / f"text{number}{part}.npz")
+            except FileExistsError:  # of an earlier process, or of another replica
+                continue
+            self._number = number + 1
+            break
+        waiting.unlink()
         self.written += 1
         self._arrays = {}
         self._known.clear()
@@ -103,7 +120,7 @@ class SampleWriter:
         """Choose a sequence of a new step."""
         self._meta, self._seq = meta, -1
         self._layers.clear()
-        if optional(meta, "step_use_cudagraph"):
+        if optional(meta, "step_use_cudagraph") or optional(meta, "is_dummy_or_profile_run"):
             return
         starts, cached, new = (
             np.array(x.numpy()).reshape(-1).astype(np.int64)
@@ -130,7 +147,7 @@ class SampleWriter:
         only[self._seq] = count
         heads, kv_heads = options["num_heads"], options["num_kv_heads"]
         dim = int(qkv.shape[1]) // (heads + 2 * kv_heads)
-        rows = self._on_host(qkv)
+        rows = _copied(qkv)
         zeros = np.zeros((blocks, kv_heads, BLOCK_SIZE, dim), _numpy_type(rows))
         caches = [paddle.to_tensor(zeros, place=paddle.CPUPlace()) for _ in "kv"]
         seqs = [
@@ -147,14 +164,17 @@ class SampleWriter:
         return _floats(q).reshape(-1, heads, dim)[first : first + count], k, v
 
     def _on_host(self, x: Any) -> Any:
-        """A tensor's copy on the CPU, made once a text; other values as they are."""
+        """A weight's or a table's copy on the CPU, made once a text; other values as they are."""
         if not isinstance(x, paddle.Tensor):
             return x
         known = self._known.get(id(x))
         if known is None or known[0] is not x:
-            copy = paddle.to_tensor(np.array(x.numpy()), place=paddle.CPUPlace())
-            self._known[id(x)] = known = x, copy
+            self._known[id(x)] = known = x, _copied(x)
         return known[1]
+
+
+def _copied(x: Any) -> Any:
+    return paddle.to_tensor(np.array(x.numpy()), place=paddle.CPUPlace())
 
 
 def _numpy_type(x: Any) -> Any:

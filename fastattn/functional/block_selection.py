@@ -182,7 +182,8 @@ def select_key_blocks(
     .. math:: \max_h q_h \cdot s \quad\text{or}\quad \sum_h q_h \cdot s
 
     For ``minmax``, :math:`\sum_d \max(q_{hd} \min_d, q_{hd} \max_d)` takes the place of
-    :math:`q_h \cdot s`; no key of the block has a larger inner product with q_h.
+    :math:`q_h \cdot s`. No key of the block has a larger inner product with q_h, up to rounding:
+    bfloat16 summaries are rounded to nearest.
 
     Parameters
     ----------

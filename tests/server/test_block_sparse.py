@@ -156,7 +156,8 @@ def test_the_comparison_sees_another_choice():
         (dict(k=4, granularity=8), "granularity: expected one of 16, 32, 64, 128, got 8"),
         (dict(k=4, kind="max"), "kind: expected one of mean"),
         (dict(k=4, reduction="mean"), "reduction: expected one of max, sum"),
-        (dict(k=4, last_blocks=0), "last_blocks of at least 1"),
+        (dict(k=4, last_blocks=0), "last_blocks: expected 1 to 2147483647, got 0"),
+        (dict(k=5000), "k: expected 1 to 4096, got 5000"),
     ],
 )
 def test_a_choice_out_of_range(given, message):
@@ -171,6 +172,9 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(NotImplementedError, match="deterministic mode"):
         BlockSparseAttentionBackend(*made, choice=BlockChoice(4))
     monkeypatch.delenv("FD_DETERMINISTIC_MODE")
+    with pytest.raises(NotImplementedError, match="model_config.causal = False"):
+        both_ways = make_config(max_model_len=512, causal=False)
+        BlockSparseAttentionBackend(both_ways, 2, 4, 64, choice=BlockChoice(4))
     server = Sparse(Model(window=30), [100], "cpu", BlockChoice(4))
     with pytest.raises(NotImplementedError, match="a layer with a window"):
         server.run([100])

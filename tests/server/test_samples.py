@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import paddle
 import pytest
 
 from fastattn import env
@@ -98,6 +99,51 @@ def test_a_step_that_runs_again_gives_another_text(tmp_path, monkeypatch):
     texts = [read_samples(path) for path in tmp_path.iterdir()]
     for text in texts[1:]:
         np.testing.assert_array_equal(text[1].key, texts[0][1].key)
+
+
+def test_a_step_without_a_text_may_be_followed_by_one(tmp_path, monkeypatch):
+    """In the same ForwardMeta and buffer of QKV, which a server fills again."""
+    monkeypatch.setenv("FASTATTN_SAMPLES", str(tmp_path))
+    server = Server(FlashAttentionBackend, Model(num_layers=2), [100], "cpu")
+    meta = server.make_meta([100])
+    lens, buffer = meta.seq_lens_this_time.clone(), server.on(server.inputs(0, [100]))
+    for count in (5, 100):
+        meta.seq_lens_this_time.copy_(paddle.full_like(lens, count), True)
+        server.backend.init_attention_metadata(meta)
+        for layer in range(2):
+            buffer.copy_(server.on(server.inputs(layer, [100])), True)
+            server.backend.attend(buffer, server.layers[layer], meta)
+    samples.writer(0).flush()
+    found = read_samples(tmp_path / "text0.npz")
+    for layer in range(2):
+        np.testing.assert_array_equal(found[layer].value, expected(server, 0, layer, 100)[2])
+
+
+def test_texts_of_another_process_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTATTN_SAMPLES", f"{tmp_path},texts=1")
+    for _ in range(2):
+        samples.writer.cache_clear()
+        Server(FlashAttentionBackend, Model(), [100], "cpu").run([100])
+        samples.writer(0).flush()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text0.npz", "text1.npz"]
+
+
+def test_a_folder_that_cannot_be_written_stops_no_server(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTATTN_SAMPLES", str(tmp_path / "file" / "texts"))
+    server = Server(FlashAttentionBackend, Model(), [100, 100], "cpu")
+    server.step([100, 0])
+    server.step([0, 100])
+    server.step([0, 0])
+    assert "no more samples are written" in caplog.text and samples.writer(0).written == 8
+
+
+def test_a_profile_run_gives_no_text(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTATTN_SAMPLES", str(tmp_path / "texts"))
+    server = Server(FlashAttentionBackend, Model(), [100], "cpu")
+    server.run([100], is_dummy_or_profile_run=True)
+    samples.writer(0).flush()
+    assert not (tmp_path / "texts").exists()
 
 
 def test_ranks_write_their_own_heads(tmp_path, monkeypatch):

@@ -38,8 +38,8 @@ def test_the_newest_time_of_the_same_gpu_counts():
     [
         ([101.9] * 5, False),
         ([102.1] * 5, True),
-        ([99, 100, 104, 104, 110], False),  # the median is 104, the noise 5.5
-        ([103, 104, 104, 104, 105], True),  # the median is 104, the noise 1
+        ([99, 100, 104, 104, 110], False),  # the median is 104, the noise 4
+        ([101, 104, 104, 105, 106], True),  # the median is 104, the noise 1
         ([101.9, 103.5, 103.5, 103.5, 103.7], True),
         ([80] * 5, False),
     ],
@@ -56,14 +56,22 @@ def test_rows_are_ordered_and_repeated_rows_count_once():
     assert [(row.key[1], row.us) for row in rows] == [("b", 150), ("a", 100)]
 
 
+def test_one_noisy_run_hides_nothing():
+    """The noise is the runs' median distance from their median."""
+    row = compared([report({"a": us}) for us in (130, 130, 130, 130, 230)], [report({"a": 100})])
+    assert row["a"].is_slower and row["a"].noise == 0
+
+
 def test_rows_of_one_side_are_named():
     committed = gate.committed_times([report({"a": 1, "b": 1}), report({"c": 1}, op="x")], GPU)
     runs = [report({"a": 1, "new": 1}), report({"new": 1})]
-    assert gate.missing(runs, committed) == [("decode", "a"), ("decode", "b")]
+    assert gate.lost(runs) == [("decode", "a")]
+    assert gate.not_run(runs, committed) == 1
     assert gate.compare(runs, committed) == []
 
 
 def write(tmp_path, *reports):
+    tmp_path.mkdir(exist_ok=True)
     paths = [tmp_path / f"{i}.json" for i in range(len(reports))]
     for path, made in zip(paths, reports):
         made.write(path)
@@ -88,6 +96,13 @@ def test_exit_status(tmp_path, capsys):
     assert "no row of these runs has a committed time on NVIDIA H200" in capsys.readouterr().err
     assert gate.main([same, other, "--baseline", base]) == 2
     assert "expected runs of one GPU" in capsys.readouterr().err
+    more = write(tmp_path / "more", report({"a": 100}), report({"a": 100, "b": 7}))
+    assert gate.main([*more, "--baseline", base]) == 1
+    assert "not in every run: decode, b" in capsys.readouterr().out
+    early = report({"a": 100, "b": 7})
+    early.failed["append"] = "out of memory"
+    assert gate.main([*write(tmp_path / "early", early), "--baseline", base]) == 1
+    assert "ended early: append: out of memory" in capsys.readouterr().out
     (tmp_path / "bad.json").write_text("{}")
     assert gate.main([str(tmp_path / "bad.json")]) == 2
 
