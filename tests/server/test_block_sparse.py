@@ -172,7 +172,7 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(NotImplementedError, match="deterministic mode"):
         BlockSparseAttentionBackend(*made, choice=BlockChoice(4))
     monkeypatch.delenv("FD_DETERMINISTIC_MODE")
-    with pytest.raises(NotImplementedError, match="model_config.causal = False"):
+    with pytest.raises(NotImplementedError, match=r"model_config\.causal = False"):
         both_ways = make_config(max_model_len=512, causal=False)
         BlockSparseAttentionBackend(both_ways, 2, 4, 64, choice=BlockChoice(4))
     server = Sparse(Model(window=30), [100], "cpu", BlockChoice(4))
