@@ -8,6 +8,7 @@
 #include "common/seq_lengths.h"
 #include "common/summary_score.h"
 #include "cuda/block_summaries/launch.h"
+#include "cuda/common/any_dtype.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 
@@ -24,19 +25,6 @@ constexpr unsigned kWarp = 0xFFFFFFFFu;
 // Channels of a lane, at most.
 constexpr int kChannels = 256 / kScoreLanes;
 static_assert(kScoreLanes == 32, "a lane has one of the sums");
-
-__device__ __forceinline__ float LoadQuery(const AttentionParams& a, int64_t index) {
-  switch (a.q_dtype) {
-    case DType::kFloat16:
-      return Float16ToFloat(static_cast<const uint16_t*>(a.q)[index]);
-    case DType::kBFloat16:
-      return BFloat16ToFloat(static_cast<const uint16_t*>(a.q)[index]);
-    case DType::kE4M3:
-      return E4M3ToFloat(static_cast<const uint8_t*>(a.q)[index]);
-    default:
-      return static_cast<const float*>(a.q)[index];
-  }
-}
 
 __device__ __forceinline__ float LoadSummary(const BlockSummaries& from, int64_t index) {
   return LoadScale(from.data, from.dtype, index);
@@ -129,7 +117,7 @@ __device__ __forceinline__ float Score(const SelectBlocksParams& p, int token, i
     for (int c = 0; c < kChannels; ++c) {
       const int d = lane + 32 * c;
       if (d >= dim) continue;
-      float q = LoadQuery(a, at + d);
+      float q = LoadAny(a.q, a.q_dtype, at + d);
       if (scales) q = Mul(q, scale);
       sum = Add(sum, bounds ? BoundOfProduct(q, first[c], second[c]) : Mul(q, first[c]));
     }

@@ -13,6 +13,7 @@
 #include "common/static_scales.h"
 #include "common/summary_score.h"
 #include "cuda/block_summaries/launch.h"
+#include "cuda/common/any_dtype.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/pdl.cuh"
 #include "formats/kv_format.h"
@@ -66,14 +67,6 @@ __device__ __forceinline__ float Rotate(float x, int dim, float* row) {
   return Mul(x, HadamardFactor(size));
 }
 
-__device__ __forceinline__ void Store(const BlockSummaries& to, int64_t index, float x) {
-  if (to.dtype == DType::kFloat32) {
-    static_cast<float*>(to.data)[index] = x;
-  } else {
-    static_cast<uint16_t*>(to.data)[index] = FloatToBFloat16(x);
-  }
-}
-
 template <typename Side>
 __global__ void __launch_bounds__(kMostChannels)
     UpdateKernel(const __grid_constant__ UpdateSummariesParams p) {
@@ -118,8 +111,10 @@ __global__ void __launch_bounds__(kMostChannels)
     }
     if (p.summaries.kind == SummaryKind::kMean) first = Div(first, static_cast<float>(keys));
     const int64_t at = p.summaries.At(block, head, slot / tokens) + d;
-    Store(p.summaries, at, first);
-    if (p.summaries.kind == SummaryKind::kMinMax) Store(p.summaries, at + dim, second);
+    StoreAny(first, p.summaries.dtype, p.summaries.data, at);
+    if (p.summaries.kind == SummaryKind::kMinMax) {
+      StoreAny(second, p.summaries.dtype, p.summaries.data, at + dim);
+    }
   }
 }
 
@@ -134,15 +129,7 @@ cudaError_t LaunchUpdateSummaries(const UpdateSummariesParams& p, cudaStream_t s
   cudaError_t status = cudaErrorInvalidValue;
   DispatchFormat(p.cache.type, p.cache.dtype, [&](auto format) {
     using Side = typename decltype(format)::Key;
-    if constexpr (Side::kQuantized) {
-      status = LaunchPdl(UpdateKernel<Side>, grid, dim3(p.cache.head_dim), stream, p);
-    } else if (p.cache.dtype == DType::kFloat16) {
-      using Half = SideFormat<DType::kFloat16, Side::kScales>;
-      status = LaunchPdl(UpdateKernel<Half>, grid, dim3(p.cache.head_dim), stream, p);
-    } else {
-      using Half = SideFormat<DType::kBFloat16, Side::kScales>;
-      status = LaunchPdl(UpdateKernel<Half>, grid, dim3(p.cache.head_dim), stream, p);
-    }
+    status = LaunchPdl(UpdateKernel<Side>, grid, dim3(p.cache.head_dim), stream, p);
   });
   return status;
 }

@@ -85,33 +85,4 @@ __device__ __forceinline__ uint32_t ByteMask(uint32_t bits) {
   return ((bits & 0xFu) * 0x00204081u & 0x01010101u) * 0xFFu;
 }
 
-__device__ __forceinline__ float LoadAny(const void* from, DType dtype, int64_t index) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return Element<DType::kFloat16>::Load(static_cast<const uint16_t*>(from)[index]);
-    case DType::kBFloat16:
-      return Element<DType::kBFloat16>::Load(static_cast<const uint16_t*>(from)[index]);
-    case DType::kE4M3:
-      return Element<DType::kE4M3>::Load(static_cast<const uint8_t*>(from)[index]);
-    default:
-      return static_cast<const float*>(from)[index];
-  }
-}
-
-__device__ __forceinline__ void StoreAny(float x, DType dtype, void* to, int64_t index) {
-  switch (dtype) {
-    case DType::kFloat16:
-      static_cast<uint16_t*>(to)[index] = Element<DType::kFloat16>::Store(x);
-      break;
-    case DType::kBFloat16:
-      static_cast<uint16_t*>(to)[index] = Element<DType::kBFloat16>::Store(x);
-      break;
-    case DType::kE4M3:
-      static_cast<uint8_t*>(to)[index] = Element<DType::kE4M3>::Store(x);
-      break;
-    default:
-      static_cast<float*>(to)[index] = x;
-  }
-}
-
 }  // namespace fastattn::cuda::sparse

@@ -20,6 +20,7 @@
 #include "common/static_scales.h"
 #include "cuda/attention/shared/scales.cuh"
 #include "cuda/attention/shared/seq_lengths.cuh"
+#include "cuda/common/any_dtype.cuh"
 #include "cuda/common/exp2.cuh"
 #include "cuda/common/lane.cuh"
 #include "cuda/common/launch.cuh"
