@@ -7,13 +7,10 @@ from typing import Any
 
 from fastattn import _views, functional
 from fastattn.backends.apart import StepTensors
-from fastattn.backends.config import BLOCK_SIZE
 from fastattn.backends.paged import PagedAttentionBackend
 from fastattn.functional._attributes import check_int
 from fastattn.functional.topk import MAX_K
-
-_GRANULARITIES = (16, 32, 64, 128)
-_KINDS = ("mean", "minmax", "pooled")
+from fastattn.reference.block_selection import GRANULARITIES, KINDS, summary_shape
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class BlockChoice:
         check_int("BlockChoice", "first_blocks", self.first_blocks, 0)
         check_int("BlockChoice", "last_blocks", self.last_blocks, 1)
         for name, values in (
-            ("granularity", _GRANULARITIES),
-            ("kind", _KINDS),
+            ("granularity", GRANULARITIES),
+            ("kind", KINDS),
             ("reduction", ("max", "sum")),
         ):
             value = getattr(self, name)
@@ -113,9 +110,8 @@ class BlockSparseAttentionBackend(PagedAttentionBackend):
 
     def get_summary_shape(self, max_num_blocks: int) -> list[int]:
         """Shape of a layer's summaries, float32 or bfloat16."""
-        parts = max(BLOCK_SIZE // self.choice.granularity, 1)
-        rows = 2 if self.choice.kind == "minmax" else 1
-        return [max_num_blocks, self.kv_num_heads, parts, rows, self.head_dim]
+        heads, choice = (self.kv_num_heads, self.head_dim), self.choice
+        return list(summary_shape(max_num_blocks, *heads, choice.granularity, choice.kind))
 
     def _refuse_masks(self, mask: Any, trees: Any, windows: Any, window: int) -> None:
         if mask is not None:
@@ -128,7 +124,9 @@ class BlockSparseAttentionBackend(PagedAttentionBackend):
     def _q_quant_for(self, cache: Any, shifts: bool) -> str:
         return "none"
 
-    def _attend(self, step: StepTensors, options: dict[str, Any], query: Any, layer: Any) -> Any:
+    def _attend(
+        self, step: StepTensors, options: dict[str, Any], query: Any, q_descale: Any, layer: Any
+    ) -> Any:
         summaries = getattr(layer, "cache_k_summaries", None)
         if summaries is None:
             raise ValueError(

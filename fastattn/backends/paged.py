@@ -124,7 +124,7 @@ class PagedAttentionBackend(AttentionBackend):
 
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
 
-    #: Whether every step is two operators or more, with an attention of the class's own.
+    #: Whether the attention of every step is apart from its write.
     apart = False
     #: Whether the writer rotates Q where it rotates K.
     rotates_queries = True
@@ -324,9 +324,7 @@ class PagedAttentionBackend(AttentionBackend):
             query, q_descale = step.write(facts.options, self.rotates_queries)
             if self._signals is not None:
                 self._signals.send(key, value, layer, forward_meta)
-            if self.apart:
-                return self._attend(step, facts.options, query, layer)
-            return step.attend(facts.options, query, q_descale)
+            return self._attend(step, facts.options, query, q_descale, layer)
         options, bound = facts.step if mask is None else facts.masked_step
         return run_step(
             options,
@@ -343,9 +341,11 @@ class PagedAttentionBackend(AttentionBackend):
             mask_offsets=mask,
         )
 
-    def _attend(self, step: StepTensors, options: dict[str, Any], query: Any, layer: Any) -> Any:
-        """The attention of a backend whose steps are always apart."""
-        raise NotImplementedError
+    def _attend(
+        self, step: StepTensors, options: dict[str, Any], query: Any, q_descale: Any, layer: Any
+    ) -> Any:
+        """The attention of a step that is apart from its write."""
+        return step.attend(options, query, q_descale)
 
     def attend(self, qkv: Any, layer: Any, forward_meta: Any) -> Any:
         """Attention of one layer: :meth:`forward_mixed` without the arguments that it ignores.

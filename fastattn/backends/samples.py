@@ -9,6 +9,7 @@ import logging
 import os
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import paddle
 
@@ -148,7 +149,7 @@ class SampleWriter:
         heads, kv_heads = options["num_heads"], options["num_kv_heads"]
         dim = int(qkv.shape[1]) // (heads + 2 * kv_heads)
         rows = _copied(qkv)
-        zeros = np.zeros((blocks, kv_heads, BLOCK_SIZE, dim), _numpy_type(rows))
+        zeros = np.zeros((blocks, kv_heads, BLOCK_SIZE, dim), rows.numpy().dtype)
         caches = [paddle.to_tensor(zeros, place=paddle.CPUPlace()) for _ in "kv"]
         seqs = [
             paddle.to_tensor(x.astype(np.int32), place=paddle.CPUPlace())
@@ -177,17 +178,11 @@ def _copied(x: Any) -> Any:
     return paddle.to_tensor(np.array(x.numpy()), place=paddle.CPUPlace())
 
 
-def _numpy_type(x: Any) -> Any:
-    """What Paddle has a 16-bit tensor's elements as in NumPy: bfloat16 as uint16."""
-    return np.float16 if x.dtype == paddle.float16 else np.uint16
-
-
 def _floats(x: Any) -> np.ndarray:
     """The values of a 16-bit tensor."""
-    array = x.numpy()
-    if array.dtype == np.float16:
-        return array.astype(np.float32)
-    return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    dtype = np.float16 if x.dtype == paddle.float16 else ml_dtypes.bfloat16
+    values: np.ndarray = x.numpy().view(dtype).astype(np.float32)
+    return values
 
 
 @functools.cache

@@ -27,7 +27,8 @@ def _name(row: dict[str, Any]) -> str:
     return f"**{shown}**" if row["default"] and kind != "none" else shown
 
 
-def _loss(row: dict[str, Any]) -> str:
+def loss(row: dict[str, Any]) -> str:
+    """Loss of perplexity with its standard error."""
     return f"{row['loss_percent']:+.2f}{_error(row['loss_error'])}"
 
 
@@ -38,17 +39,19 @@ def _bits(report: dict[str, Any], row: dict[str, Any]) -> str:
     return NONE if size is None else f"{8 * size / values:.2f}"
 
 
-def _read(results: Results, name: str) -> dict[str, Any] | None:
+def read(results: Results, name: str) -> dict[str, Any] | None:
+    """A report, or None if there is none."""
     path = Path(results.folder) / "quality" / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _link(name: str) -> str:
+def link(name: str) -> str:
+    """A link to a report."""
     return f"[{name}.json](ROOT/benchmarks/results/quality/{name}.json)"
 
 
 def _table(results: Results, name: str) -> str:
-    report = _read(results, name)
+    report = read(results, name)
     if report is None:
         return grid(_HEAD, [[NONE] * len(_HEAD)])
     heads, kv_heads, dim = report["model"]["heads"]
@@ -57,13 +60,13 @@ def _table(results: Results, name: str) -> str:
         f"{report['model']['file']}: {report['model']['layers']} layers, heads {heads}/{kv_heads} "
         f"of {dim}. {text['tokens']} tokens in {text['windows']} windows of {text['window']}; "
         f"perplexity with a 16-bit cache {report['rows'][0]['perplexity']:.3f}. The file with its "
-        f"command: {_link(name)}."
+        f"command: {link(name)}."
     )
     lines = [
         [
             _name(row),
             _bits(report, row),
-            _loss(row),
+            loss(row),
             f"{row['divergence']:.1e}",
             f"{row['top1_percent']:.1f}",
         ]
@@ -113,26 +116,26 @@ def both(results: Results) -> str:
     The last row is of other reports, whose base has V rotated, too.
     """
     head = ("K and V", "SmolLM2-135M, % more perplexity", "Gemma 3 270M, % more perplexity")
-    reports = [_read(results, name) for name in ("smollm2", "gemma3-270m")]
+    reports = [read(results, name) for name in ("smollm2", "gemma3-270m")]
     rows = [{row["name"]: row for row in report["rows"]} for report in reports if report]
     if len(rows) < 2:
         return grid(head, [[NONE] * len(head)])
     lines = [
-        [_name({**row, "default": False}), *(_loss(of_model[name]) for of_model in rows)]
+        [_name({**row, "default": False}), *(loss(of_model[name]) for of_model in rows)]
         for name, row in rows[0].items()
         if row["default"] and row["bytes_per_token"] and name in rows[1] and name != "none"
     ]
     best = "block_wise_int4+center+hadamard+feedback"
-    others = [_read(results, f"{name}-feedback") for name in ("smollm2", "gemma3-270m")]
+    others = [read(results, f"{name}-feedback") for name in ("smollm2", "gemma3-270m")]
     found = [row for report in others if report for row in report["rows"] if row["name"] == best]
     if len(found) == 2:
-        lines.append([f"{_name(found[0])}, V rotated", *map(_loss, found)])
+        lines.append([f"{_name(found[0])}, V rotated", *map(loss, found)])
     return grid(head, lines)
 
 
 def needles(results: Results) -> str:
     """Facts that SmolLM2-135M repeats after a long text."""
-    report = _read(results, "smollm2-needles")
+    report = read(results, "smollm2-needles")
     if report is None:
         return grid(_NEEDLES, [[NONE] * len(_NEEDLES)])
     lines = [
@@ -146,5 +149,5 @@ def needles(results: Results) -> str:
         for found in row["needles"].values()
     ]
     lengths = ", ".join(report["rows"][0]["needles"])
-    about = f"Eight facts in a text of {lengths} tokens. {_link('smollm2-needles')}."
+    about = f"Eight facts in a text of {lengths} tokens. {link('smollm2-needles')}."
     return about + "\n\n" + grid(_NEEDLES, lines)

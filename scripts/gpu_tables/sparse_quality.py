@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
+from gpu_tables.quality import link, loss, read
 from gpu_tables.results import NONE, Results, grid
 
 _HEAD = (
@@ -14,18 +13,12 @@ _HEAD = (
 )
 
 
-def _read(results: Results, name: str) -> dict[str, Any] | None:
-    path = Path(results.folder) / "quality" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 def _about(report: dict[str, Any], name: str) -> str:
     count = len(report["windows"])
     windows = f"{count} windows" if count > 1 else "1 window"
     return (
         f"{report['model']}, {windows} of {report['length']} tokens; perplexity with all keys "
-        f"{report['perplexity']:.3f}. The file with its command: "
-        f"[{name}.json](ROOT/benchmarks/results/quality/{name}.json)."
+        f"{report['perplexity']:.3f}. The file with its command: {link(name)}."
     )
 
 
@@ -34,13 +27,12 @@ def _is_last_only(row: dict[str, Any]) -> bool:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    error = row["loss_error"]
     return [
         str(row["budget"]),
         str(row["granularity"]),
         "none: nothing to choose" if _is_last_only(row) else f"`{row['kind']}`",
         f"{row['first_blocks']}, {row['last_blocks']}",
-        f"{row['loss_percent']:+.2f}" + ("" if error is None else f" +- {error:.2f}"),
+        loss(row),
         f"{row['divergence']:.1e}",
         f"{row['top1_percent']:.1f}",
     ]
@@ -48,7 +40,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _table(results: Results, name: str, share: str, title: str) -> str:
     head = (*_HEAD, title)
-    report = _read(results, name)
+    report = read(results, name)
     if report is None:
         return grid(head, [[NONE] * len(head)])
     rows = sorted(
@@ -77,17 +69,16 @@ def operators(results: Results) -> str:
     """The operators beside the simulation, on the same windows."""
     head = ("by", "loss of perplexity, %", "KL, nats", "the same blocks, %")
     name = "smollm2-sparse-operators"
-    report = _read(results, name)
+    report = read(results, name)
     if report is None:
         return grid(head, [[NONE] * len(head)])
     lines = []
     for row in report["rows"]:
         quant = row.get("cache_quant_type")
-        error = row["loss_error"]
         lines.append(
             [
                 "NumPy, fp32" if quant is None else f"the operators, `{quant}`",
-                f"{row['loss_percent']:+.2f}" + ("" if error is None else f" +- {error:.2f}"),
+                loss(row),
                 f"{row['divergence']:.1e}",
                 NONE if quant is None else f"{row['same_blocks_percent']:.1f}",
             ]

@@ -14,7 +14,6 @@ from fastattn.backends import (
 )
 from fastattn.reference.attention import attention_mask, dense_attention
 from fastattn.reference.block_selection import summarise, summary_shape
-from fastattn.reference.rope import rope_qkv
 from fastattn.reference.sparse_attention import selected_mask
 from tests.support.bounds import assert_error_ratio
 from tests.support.serving import Model, Server
@@ -49,9 +48,7 @@ def lists_of(server: Sparse, layer: int, seq: int, new: int) -> np.ndarray:
     rows = server.tokens[seq][layer, :total]
     _, k, _ = model.project(rows)
     # The model's own queries: attention rounds them once more where it rotates them.
-    q, _, _ = rope_qkv(
-        rows, np.arange(total), model.table, num_heads=model.heads, num_kv_heads=model.kv_heads
-    )
+    q, _, _ = model.rotated(rows, np.arange(total))
     tokens = min(choice.granularity, 64)
     shape = summary_shape(
         -(-total // 64), model.kv_heads, model.head_dim, choice.granularity, choice.kind

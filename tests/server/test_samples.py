@@ -10,7 +10,6 @@ from fastattn import env
 from fastattn.backends import FlashAttentionBackend, samples
 from fastattn.calibrate import read_samples
 from fastattn.cli import main
-from fastattn.reference.rope import rope_qkv
 from tests.support.serving import Model, Server
 from tests.support.tensors import BF16
 
@@ -25,18 +24,7 @@ def one_writer():
 def expected(server: Server, seq: int, layer: int, count: int) -> list[np.ndarray]:
     """Q, K and V of a sequence's first tokens, as the model rounds them."""
     model = server.model
-    arrays = rope_qkv(
-        server.tokens[seq][layer, :count],
-        np.arange(count),
-        model.table,
-        num_heads=model.heads,
-        num_kv_heads=model.kv_heads,
-        q_norm_weight=model.q_norm_weight,
-        k_norm_weight=model.k_norm_weight,
-        use_neox_rotary_style=model.neox,
-        rotary_dim=model.rotary_dim,
-        qkv_bias=model.qkv_bias,
-    )
+    arrays = model.rotated(server.tokens[seq][layer, :count], np.arange(count))
     return [x.astype(model.dtype).astype(np.float32) for x in arrays]
 
 

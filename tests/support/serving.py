@@ -130,11 +130,13 @@ class Model:
     def dynamic(self) -> bool:
         return self.cache_quant_type.startswith("block_wise")
 
-    def project(self, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """q (rounded) and K and V as a cache of this type gives them back, for a whole sequence."""
-        q, k, v = rope_qkv(
+    def rotated(
+        self, qkv: np.ndarray, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Q, K and V of tokens at some positions, with bias, norm and rotary embedding."""
+        return rope_qkv(
             qkv,
-            np.arange(len(qkv)),
+            positions,
             self.table,
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
@@ -144,23 +146,28 @@ class Model:
             rotary_dim=self.rotary_dim,
             qkv_bias=self.qkv_bias,
         )
+
+    def project(self, qkv: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q (rounded) and K and V as a cache of this type gives them back, for a whole sequence."""
+        q, k, v = self.rotated(qkv, np.arange(len(qkv)))
         written = transform_key(k, self.rotation, self.k_center)
-        keys = self._stored("k", written, self.k_scales, self.k_feedback)
+        keys = self.stored("k", written, self.k_scales, self.k_feedback)
         if self.rotation != "none":
             matrix = hadamard_matrix(self.head_dim)
             keys = keys @ matrix
             q = hadamard(q).astype(self.dtype).astype(np.float64) @ matrix
         if self.k_center is not None:
             keys = keys + self.k_center
-        return q, keys, self._stored("v", v, self.v_scales)
+        return q, keys, self.stored("v", v, self.v_scales)
 
-    def _stored(
+    def stored(
         self,
         kind: str,
         x: np.ndarray,
         scales: np.ndarray | None,
         feedback: np.ndarray | None = None,
     ) -> np.ndarray:
+        """Values of K ("k") or V ("v") [n, KV, D] as the cache gives them back."""
         code = self.code_of(kind)
         if self.cache_quant_type == "none":
             return x.astype(np.float64)

@@ -10,11 +10,8 @@ import numpy as np
 import fastattn.functional as F
 from fastattn import backends
 from fastattn.reference import attention
-from fastattn.reference.cache import dynamic_scales, static_scales, written_scales
-from fastattn.reference.feedback import codes_with_feedback
 from fastattn.reference.hadamard import hadamard, hadamard_matrix, transform_key
-from fastattn.reference.numerics import from_codes, quantize
-from fastattn.reference.rope import quantize_q, rope_qkv
+from fastattn.reference.rope import quantize_q
 from tests.support.bounds import assert_error_ratio
 from tests.support.serving import MAX_MODEL_LEN, Model
 from tests.support.simulation_kind import Kind, Step, noise
@@ -139,20 +136,9 @@ class Paged(Kind):
 
     def project(self, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, ...]:
         model = self.model
-        q, k, v = rope_qkv(
-            rows,
-            positions,
-            model.table,
-            num_heads=model.heads,
-            num_kv_heads=model.kv_heads,
-            q_norm_weight=model.q_norm_weight,
-            k_norm_weight=model.k_norm_weight,
-            use_neox_rotary_style=model.neox,
-            rotary_dim=model.rotary_dim,
-            qkv_bias=model.qkv_bias,
-        )
+        q, k, v = model.rotated(rows, positions)
         written = transform_key(k, model.rotation, model.k_center)
-        keys = self._stored("k", written, model.k_scales, model.k_feedback)
+        keys = model.stored("k", written, model.k_scales, model.k_feedback)
         center = model.k_center
         if model.rotation != "none":  # scores are those of rotated queries and keys
             q = hadamard(q).astype(self.dtype)
@@ -164,31 +150,7 @@ class Paged(Kind):
         q = attention.as_values(q).astype(np.float64)
         if descale is not None:
             q = q * (descale if descale.ndim == 1 else descale[..., None]).astype(np.float64)
-        return q, keys, self._stored("v", v, model.v_scales)
-
-    def _stored(
-        self,
-        kind: str,
-        x: np.ndarray,
-        scales: np.ndarray | None,
-        feedback: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Values of K ("k") or V ("v") [n, KV, D] as the cache gives them back."""
-        model = self.model
-        if model.cache_quant_type == "none":
-            return x.astype(np.float64)
-        x = np.asarray(x).astype(np.float32)
-        if not model.dynamic:
-            multiplier = static_scales(scales, *x.shape[1:])
-        else:
-            own = written_scales(x, model.cache_quant_type, model.scale_dtype, kind)
-            multiplier = dynamic_scales(own, model.cache_quant_type)
-        code = model.code_of(kind)
-        if feedback is None:
-            codes = quantize(x, multiplier, code)
-        else:
-            codes = codes_with_feedback(x * (np.float32(1) / multiplier), feedback, code)
-        return from_codes(codes, code).astype(np.float64) * multiplier
+        return q, keys, model.stored("v", v, model.v_scales)
 
     def mask(self, step: Step) -> dict[str, Any]:
         """As FastDeploy has it: true hides. Rows of a prompt, and the first column, say nothing."""
